@@ -1,0 +1,53 @@
+"""Imitation: an SR patch must find the codes that the HR patch of the same place finds.
+
+SR latents are the encoder's output for the stage-1 render, HR latents that for the photograph; row
+by row they belong to the same place.
+"""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cbnerf.codebook.quantizer import Quantized, VectorQuantizer, rank_codes, vq_loss
+
+
+def imitation_loss(
+    kind: Literal["vq", "feature", "ce"],
+    latents: Float[Tensor, "*batch dim"],
+    sr: Quantized,
+    high_res: Quantized,
+    quantizer: VectorQuantizer,
+) -> Float[Tensor, ""]:
+    """Tie SR `latents` to the codebook; `sr` and `high_res` are what the quantizer made of both.
+
+    Only `vq` can also move codes, as in the paper; the others move nothing but the SR latents.
+    """
+    if kind == "vq":
+        # Paper, section 2-4: any code will do, the HR patch takes no part.
+        return vq_loss(sr, quantizer.config)
+    placed = quantizer.place(latents)
+    if kind == "feature":
+        return F.mse_loss(placed, high_res.latents.detach())
+    codes = quantizer.codes().detach()
+    # Cosines on the unit sphere lie too close for a softmax at temperature 1.
+    temperature = 0.1 if quantizer.config.normalize else 1.0
+    return index_loss(placed.flatten(0, -2), high_res.indices.flatten(), codes, temperature)
+
+
+def index_loss(
+    latents: Float[Tensor, "rows dim"],
+    indices: Int[Tensor, " rows"],
+    codes: Float[Tensor, "codes dim"],
+    temperature: float,
+) -> Float[Tensor, ""]:
+    """Cross-entropy of softmax(-squared distance / temperature) against the right index."""
+    return F.cross_entropy(-rank_codes(latents, codes) / temperature, indices)
+
+
+def code_agreement(
+    sr_indices: Int[Tensor, "*batch"], high_res_indices: Int[Tensor, "*batch"]
+) -> Float[Tensor, ""]:
+    """Share of places where the SR patch finds the code of the HR patch."""
+    return (sr_indices == high_res_indices).float().mean()

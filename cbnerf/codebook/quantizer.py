@@ -1,0 +1,192 @@
+"""Vector quantization: replace each latent by its nearest code.
+
+A *codebook* is a `[codes dim]` matrix, a *code* is one row, an *index* is a row number. Under
+torch.distributed the codebook learns from the latents of all processes, in rank order, as one
+process would from their concatenation; every process must bring equally many.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from cbnerf.config import CodebookConfig
+
+# Distances held at once while searching: 64 MiB in float32.
+_MAX_DISTANCES = 2**24
+# A code used less than this is left alone: the quotient of its averages is no longer exact.
+_MIN_USAGE = 1e-5
+
+
+class Quantized(NamedTuple):
+    latents: Float[Tensor, "*batch dim"]
+    """Nearest codes; gradients pass straight through to the input."""
+    indices: Int[Tensor, "*batch"]
+    codebook_loss: Float[Tensor, ""]
+    """Pulls codes towards latents; zero if the codes are moving averages."""
+    commitment_loss: Float[Tensor, ""]
+    """Pulls latents towards codes."""
+
+
+def vq_loss(quantized: Quantized, config: CodebookConfig) -> Float[Tensor, ""]:
+    """Both terms weighted as the paper says, or with beta on the other term as in its code."""
+    codebook, commitment = quantized.codebook_loss, quantized.commitment_loss
+    if config.vq_loss == "released":
+        return commitment + config.beta * codebook
+    return codebook + config.beta * commitment
+
+
+def rank_codes(
+    latents: Float[Tensor, "rows dim"], codes: Float[Tensor, "codes dim"]
+) -> Float[Tensor, "rows codes"]:
+    """Squared distances to all codes, less the squared norm of the latent."""
+    # One product of [latent 1] and [-2 code, |code|^2]; addmm would copy the norms to every row.
+    rows = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1)
+    columns = torch.cat([-2 * codes, codes.square().sum(1, keepdim=True)], dim=1)
+    with torch.autocast(latents.device.type, enabled=False):
+        return rows @ columns.T
+
+
+@torch.no_grad()
+def find_nearest(
+    latents: Float[Tensor, "rows dim"],
+    codes: Float[Tensor, "codes dim"],
+    max_distances: int = _MAX_DISTANCES,
+) -> Int[Tensor, " rows"]:
+    """Index of the nearest code of each latent, holding `max_distances` distances at a time."""
+    chunks = latents.split(max(1, max_distances // len(codes)))
+    # min() takes two thirds of the time of argmin() on a CPU.
+    return torch.cat([rank_codes(chunk, codes).min(dim=1).indices for chunk in chunks])
+
+
+class VectorQuantizer(nn.Module):
+    codebook: Tensor
+    """A parameter, or a buffer if `codebook.ema`."""
+    usage: Tensor
+    """Moving average of the uses per step of each code."""
+    sums: Tensor
+    """Moving average of the sum of the latents that chose each code."""
+
+    def __init__(self, config: CodebookConfig):
+        super().__init__()
+        self.config = config
+        codes = self.place(torch.randn(config.size, config.dim))
+        # With 2x the threshold a new code has log(2) / (1 - decay) steps to find its users.
+        self._first_usage = 2 * config.revive_below if config.revive_below > 0 else 1.0
+        if config.ema:
+            self.register_buffer("codebook", codes)
+            self.register_buffer("sums", codes * self._first_usage)
+        else:
+            self.codebook = nn.Parameter(codes)
+        if config.ema or config.revive_below > 0:
+            self.register_buffer("usage", torch.full((config.size,), self._first_usage))
+        self._started = not config.data_init
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self._started)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self._started = bool(state)
+
+    def place(self, latents: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        """Latents in float32 and where codes live: on the unit sphere if `codebook.normalize`."""
+        latents = latents.float()
+        return F.normalize(latents, dim=-1) if self.config.normalize else latents
+
+    def codes(self) -> Float[Tensor, "codes dim"]:
+        return self.codebook if self.config.ema else self.place(self.codebook)
+
+    def forward(self, latents: Float[Tensor, "*batch dim"], learn: bool = True) -> Quantized:
+        """Nearest codes; in training mode and with `learn`, the codebook also starts from,
+        revives dead codes with, and (EMA) moves towards these latents."""
+        latents = self.place(latents)
+        flat = latents.detach().flatten(0, -2)
+        learn = learn and self.training
+        if learn:
+            self._take_codes_from(flat)
+        codes = self.codes()
+        indices = find_nearest(flat, codes)
+        nearest = F.embedding(indices, codes).view_as(latents)
+        if learn:
+            self._count(flat, indices)
+        zero = latents.new_zeros(())
+        return Quantized(
+            latents=latents + (nearest - latents).detach(),
+            indices=indices.view(latents.shape[:-1]),
+            codebook_loss=zero if self.config.ema else F.mse_loss(nearest, latents.detach()),
+            commitment_loss=F.mse_loss(latents, nearest.detach()),
+        )
+
+    @torch.no_grad()
+    def _take_codes_from(self, latents: Tensor) -> None:
+        if self._started and self.config.revive_below == 0:
+            return
+        latents = _gather(latents)
+        if not self._started:
+            everywhere = torch.ones(self.config.size, dtype=torch.bool, device=latents.device)
+            self._replace(everywhere, self.place(_spread(latents, self.config.size)))
+            self._started = True
+        if self.config.revive_below > 0:
+            dead = self.usage < self.config.revive_below
+            # The j-th of d dead codes takes latent j * rows / d; all on the device, without a sync.
+            rows = (dead.cumsum(0) - 1).clamp(min=0) * len(latents) // dead.sum().clamp(min=1)
+            self._replace(dead, latents[rows])
+
+    def _replace(self, which: Tensor, codes: Tensor) -> None:
+        self.codebook.copy_(torch.where(which[:, None], codes, self.codebook))
+        if hasattr(self, "usage"):
+            self.usage.masked_fill_(which, self._first_usage)
+        if self.config.ema:
+            self.sums.copy_(torch.where(which[:, None], codes * self._first_usage, self.sums))
+
+    @torch.no_grad()
+    def _count(self, latents: Tensor, indices: Tensor) -> None:
+        if not hasattr(self, "usage"):
+            return
+        rows = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1)
+        # Not bincount, which waits for the GPU.
+        totals = rows.new_zeros(self.config.size, rows.shape[1]).index_add_(0, indices, rows)
+        if _is_distributed():
+            dist.all_reduce(totals)
+        self.usage.lerp_(totals[:, -1], 1 - self.config.ema_decay)
+        if self.config.ema:
+            self.sums.lerp_(totals[:, :-1], 1 - self.config.ema_decay)
+            means = self.place(self.sums / self.usage.clamp(min=_MIN_USAGE)[:, None])
+            used = (self.usage > _MIN_USAGE)[:, None]
+            self.codebook.copy_(torch.where(used, means, self.codebook))
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _gather(latents: Tensor) -> Tensor:
+    if not _is_distributed():
+        return latents
+    parts = [torch.empty_like(latents) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, latents.contiguous())
+    return torch.cat(parts)
+
+
+def _spread(latents: Tensor, size: int) -> Tensor:
+    """`size` rows at even strides; repeated rows get a small fixed noise that tells them apart."""
+    rows = torch.arange(size, device=latents.device) * len(latents) // size
+    codes = latents[rows]
+    if len(latents) < size:
+        noise = torch.randn(codes.shape, generator=torch.Generator().manual_seed(0))
+        codes = codes + 0.01 * codes.std() * noise.to(codes)
+    return codes
+
+
+def perplexity(indices: Int[Tensor, "*batch"], size: int) -> Float[Tensor, ""]:
+    """exp(entropy) of how often each code is used: the number of codes if all are used alike."""
+    shares = torch.bincount(indices.flatten(), minlength=size) / indices.numel()
+    return torch.special.entr(shares).sum().exp()
+
+
+def used_share(indices: Int[Tensor, "*batch"], size: int) -> Float[Tensor, ""]:
+    """Share of the codes that occur at all."""
+    return (torch.bincount(indices.flatten(), minlength=size) > 0).float().mean()

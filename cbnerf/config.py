@@ -1,0 +1,413 @@
+"""Every knob of cbnerf on one page: frozen dataclasses, presets, strict overrides by dotted name.
+
+A knob has one spelling everywhere: `codebook.size` is the field `Config.codebook.size`, the flag
+`--codebook.size`, the key of a search space and the parameter that MLflow stores.
+Imports no torch, so that `--help` and checks of a YAML file are instant.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+def _check(condition: bool, name: str, value: object, rule: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} = {value!r} must be {rule}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Adam with a linear warm-up and a cosine decay, counted in steps."""
+
+    steps: int
+    """Optimiser updates."""
+    batch_size: int
+    """Low-res pixels (field) or patches (refiner) of one update, over all processes together."""
+    lr: float
+    """Learning rate after the warm-up."""
+    lr_end: float = 0.03
+    """Learning rate at the last step, as a share of `lr`."""
+    warmup_steps: int = 20
+    """Steps in which the learning rate grows linearly from zero."""
+    evaluations: int = 4
+    """How often the validation views are scored and a checkpoint is written."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "evaluations"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _check(self.lr > 0, "lr", self.lr, "positive")
+        _check(0 <= self.lr_end <= 1, "lr_end", self.lr_end, "in [0, 1]")
+        _check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Resolution and split of a scene."""
+
+    width: int = 504
+    """Width of the high-res images in pixels; the height follows from the photographs."""
+    scale: int = 2
+    """High-res over low-res pixels per side."""
+    low_res_kernel: Literal["box", "lanczos"] = "box"
+    """How low-res images are made from high-res ones; `lanczos` is what NeRF-SR's code did."""
+    test_every: int = 8
+    """Every n-th view from index 0 is a test view."""
+    validation: bool = True
+    """Keep the views half-way between the test views out of training, to select on."""
+
+    def __post_init__(self):
+        _check(self.scale >= 1, "data.scale", self.scale, "at least 1")
+        _check(self.width >= 8 * self.scale, "data.width", self.width, "at least 8 * data.scale")
+        _check(self.test_every >= 2, "data.test_every", self.test_every, "at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanesConfig:
+    """Factorised feature planes in NDC (TensoRF, K-Planes)."""
+
+    channels: int = 8
+    """Features of each plane."""
+    cells_per_pixel: float = 1.0
+    """Cells across the finest xy plane per high-res pixel of the image width."""
+    depth_cells: int = 96
+    """Cells of the finest planes along NDC depth."""
+    scales: tuple[int, ...] = (1, 4)
+    """Each entry n adds a set of planes whose cells are n times larger."""
+    levels: int = 4
+    """A plane is the sum of this many grids, each half as fine as the one before."""
+    hidden: int = 64
+    """Width of the two small MLPs behind the planes."""
+    network_lr: float = 0.3
+    """Learning rate of these MLPs as a share of that of the planes."""
+    tv_weight: float = 1e-2
+    """Weight of the total variation of the planes."""
+    proposal_weight: float = 1.0
+    """Weight of the loss that makes proposals enclose the field's weights."""
+
+    def __post_init__(self):
+        for name in ("channels", "depth_cells", "levels", "hidden"):
+            _check(getattr(self, name) >= 1, f"field.planes.{name}", getattr(self, name), ">= 1")
+        _check(
+            self.cells_per_pixel > 0, "field.planes.cells_per_pixel", self.cells_per_pixel, "> 0"
+        )
+        _check(
+            len(self.scales) > 0 and min(self.scales) >= 1,
+            "field.planes.scales", self.scales, "a list of integers >= 1",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPConfig:
+    """The network of NeRF, one copy for the coarse and one for the fine pass."""
+
+    width: int = 256
+    """Units of a layer."""
+    depth: int = 8
+    """Layers before the density head; the input enters again in the middle."""
+    position_frequencies: int = 10
+    """Octaves of the positional encoding."""
+    direction_frequencies: int = 4
+    """Octaves of the encoding of directions."""
+    density_noise: float = 1.0
+    """Standard deviation of the noise added to raw densities in training."""
+
+    def __post_init__(self):
+        for name in ("width", "depth"):
+            _check(getattr(self, name) >= 2, f"field.mlp.{name}", getattr(self, name), ">= 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldConfig:
+    """Stage 1: a radiance field trained on low-res photographs only."""
+
+    kind: Literal["planes", "mlp"] = "planes"
+    """`planes` is fast; `mlp` is the coarse and fine network of NeRF and NeRF-SR."""
+    super_sampling: bool = True
+    """A low-res pixel is the mean of its scale x scale sub-pixel rays (NeRF-SR); else one ray."""
+    sub_rays: int = 2
+    """Sub-pixel rays drawn per pixel and step; 0 takes all scale x scale of them."""
+    num_coarse_samples: int = 64
+    """Samples per ray of the first pass: coarse network or proposal."""
+    num_fine_samples: int = 32
+    """Samples per ray that the second pass adds."""
+    planes: PlanesConfig = PlanesConfig()
+    mlp: MLPConfig = MLPConfig()
+    optim: OptimConfig = OptimConfig(steps=10_000, batch_size=4096, lr=2e-2)
+
+    def __post_init__(self):
+        _check(self.sub_rays >= 0, "field.sub_rays", self.sub_rays, "at least 0")
+        for name in ("num_coarse_samples", "num_fine_samples"):
+            _check(getattr(self, name) >= 4, f"field.{name}", getattr(self, name), "at least 4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodebookConfig:
+    """The codebook of stage 2 and how it learns."""
+
+    size: int = 1024
+    """Number of codes, k in the paper."""
+    dim: int = 64
+    """Dimension of a code."""
+    beta: float = 0.25
+    """Weight of the commitment term (of the codebook term with `vq_loss=released`)."""
+    vq_loss: Literal["paper", "released"] = "paper"
+    """Where beta stands: on the commitment term (paper) or on the codebook term (released code)."""
+    imitation: Literal["vq", "feature", "ce"] = "feature"
+    """What ties SR latents to the codebook: `vq` their own nearest codes (paper), `feature` the
+    HR code of the same place, `ce` the cross-entropy against its index."""
+    normalize: bool = False
+    """Compare latents and codes on the unit sphere."""
+    ema: bool = False
+    """Move codes by exponential moving averages instead of gradients."""
+    ema_decay: float = 0.99
+    """Decay of these averages."""
+    data_init: bool = False
+    """Start from latents of the first batch instead of normal noise."""
+    revive_below: float = 0.0
+    """Replace codes whose average number of uses per step falls below this; 0 never does."""
+
+    def __post_init__(self):
+        _check(self.size >= 2, "codebook.size", self.size, "at least 2")
+        _check(self.dim >= 1, "codebook.dim", self.dim, "at least 1")
+        _check(self.beta >= 0, "codebook.beta", self.beta, "at least 0")
+        _check(0 < self.ema_decay < 1, "codebook.ema_decay", self.ema_decay, "in (0, 1)")
+        _check(self.revive_below >= 0, "codebook.revive_below", self.revive_below, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefinerConfig:
+    """Stage 2: the network that sharpens stage-1 renders."""
+
+    kind: Literal["residual", "paper"] = "residual"
+    """`residual` adds a correction to the render; `paper` is the published encoder-decoder."""
+    codes: bool = True
+    """Inject code features; False is the control `residual-cnn`."""
+    skips: Literal["hr", "sr", "mixed"] = "mixed"
+    """Whose codes the decoder sees in training: HR patch's (released code), SR patch's, or both."""
+    channels: int = 48
+    """Features of the residual refiner."""
+    blocks: int = 4
+    """Residual blocks of the residual refiner."""
+    patch_size: int = 64
+    """Side of a training patch in high-res pixels; a multiple of 4."""
+    optim: OptimConfig = OptimConfig(steps=10_000, batch_size=32, lr=2e-3)
+
+    def __post_init__(self):
+        _check(
+            self.patch_size >= 8 and self.patch_size % 4 == 0,
+            "refiner.patch_size", self.patch_size, "a multiple of 4, at least 8",
+        )  # fmt: skip
+        for name in ("channels", "blocks"):
+            _check(getattr(self, name) >= 1, f"refiner.{name}", getattr(self, name), "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the four losses of stage 2 (paper, section 2-4)."""
+
+    lambda_refine: float = 1.0
+    """L1 between refined and HR patch."""
+    lambda_recon: float = 10.0
+    """MSE between the autoencoder's reconstruction and the HR patch."""
+    lambda_vq: float = 1.0
+    """VQ loss of the HR patch."""
+    lambda_imitation: float = 1.0
+    """Imitation loss of the SR patch."""
+
+    def __post_init__(self):
+        for knob in fields(self):
+            value = getattr(self, knob.name)
+            _check(value >= 0, f"loss.{knob.name}", value, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One configuration of both stages."""
+
+    data: DataConfig = DataConfig()
+    field: FieldConfig = FieldConfig()
+    codebook: CodebookConfig = CodebookConfig()
+    refiner: RefinerConfig = RefinerConfig()
+    loss: LossConfig = LossConfig()
+    seed: int = 0
+    """Of all random numbers in training."""
+
+
+_MLP_FIELD = FieldConfig(
+    kind="mlp",
+    sub_rays=0,
+    num_fine_samples=64,
+    # NeRF-SR: 512 pixels a step; about 30 epochs of fern at 504x378.
+    optim=OptimConfig(steps=56_000, batch_size=512, lr=5e-4, lr_end=0.01),
+)
+_PAPER_REFINER = RefinerConfig(
+    kind="paper",
+    skips="hr",
+    # Released code: constant lr, 1.56 M steps; 3 epochs (47 k) in NeRF-SR's refiner.
+    optim=OptimConfig(steps=46_875, batch_size=32, lr=5e-4, lr_end=1.0, warmup_steps=0),
+)
+_HEALTHY_CODEBOOK = CodebookConfig(
+    dim=16, normalize=True, ema=True, data_init=True, revive_below=0.05
+)
+
+METHODS: dict[str, Config] = {
+    "cb-nerf": Config(codebook=_HEALTHY_CODEBOOK),
+    "residual-cnn": Config(refiner=RefinerConfig(codes=False), codebook=_HEALTHY_CODEBOOK),
+    "cb-nerf-paper": Config(
+        field=_MLP_FIELD, codebook=CodebookConfig(imitation="vq"), refiner=_PAPER_REFINER
+    ),
+    "nerf-sr": Config(field=_MLP_FIELD),
+    "nerf": Config(field=replace(_MLP_FIELD, super_sampling=False)),
+}
+"""Complete configurations by the name of their method (DESIGN.md, section 4)."""
+
+_CPU_SIZE = {
+    "field.planes.depth_cells": 48,
+    "field.num_coarse_samples": 32,
+    "field.num_fine_samples": 16,
+    "field.optim.batch_size": 512,
+    "refiner.channels": 24,
+    "refiner.blocks": 3,
+    "refiner.patch_size": 32,
+    "refiner.optim.batch_size": 8,
+}
+RESOLUTIONS: dict[str, dict[str, Any]] = {
+    "x2-504": {"data.width": 504, "data.scale": 2},
+    "x2-1008": {"data.width": 1008, "data.scale": 2},
+    "x4-1008": {"data.width": 1008, "data.scale": 4},
+    "x2-252": _CPU_SIZE | {
+        "data.width": 252, "field.optim.steps": 1500, "refiner.optim.steps": 1000,
+    },
+    "x2-128": _CPU_SIZE | {
+        "data.width": 128, "field.optim.steps": 300, "refiner.optim.steps": 150,
+    },
+    "tiny": _CPU_SIZE | {
+        "data.width": 64, "field.optim.steps": 20, "field.optim.batch_size": 64,
+        "field.planes.hidden": 16, "field.mlp.width": 32,
+        "refiner.optim.steps": 10, "refiner.optim.batch_size": 2, "refiner.channels": 8,
+    },
+}  # fmt: skip
+"""Overrides by name: image size, and below 504 pixels a schedule that a CPU can run."""
+
+
+def preset(method: str, resolution: str = "x2-504") -> Config:
+    """The configuration of a method at a resolution."""
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+    if resolution not in RESOLUTIONS:
+        raise ValueError(f"unknown resolution {resolution!r}; choose from {', '.join(RESOLUTIONS)}")
+    return with_overrides(METHODS[method], RESOLUTIONS[resolution])
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """All knobs as `{"codebook.size": 1024, ...}`, in the order of this page."""
+    flat: dict[str, Any] = {}
+    for knob in fields(config):
+        value = getattr(config, knob.name)
+        name = prefix + knob.name
+        flat |= flatten(value, name + ".") if is_dataclass(value) else {name: value}
+    return flat
+
+
+def knob_type(name: str) -> Any:
+    """The annotated type of a knob, such as `int` for `codebook.size`."""
+    kind: Any = Config
+    for part in name.split("."):
+        hints = typing.get_type_hints(kind) if is_dataclass(kind) else {}
+        if part not in hints:
+            raise ValueError(f"unknown knob {name!r}{_suggestion(name)}")
+        kind = hints[part]
+    if is_dataclass(kind):
+        raise ValueError(f"{name!r} is a group of knobs, not a knob{_suggestion(name)}")
+    return kind
+
+
+def _suggestion(name: str) -> str:
+    close = difflib.get_close_matches(name, flatten(Config()), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def cast(name: str, value: Any) -> Any:
+    """A value read from YAML or a command line, checked against the type of the knob `name`."""
+    kind = knob_type(name)
+    try:
+        return _cast(kind, value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} = {value!r} is not {_describe(kind)}") from None
+
+
+def _cast(kind: Any, value: Any) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value not in args:
+            raise ValueError
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise TypeError
+        return tuple(_cast(args[0], item) for item in value)
+    if kind is bool or isinstance(value, bool):
+        if kind is not bool or not isinstance(value, bool):
+            raise TypeError
+        return value
+    if kind is int:
+        if isinstance(value, float) and value != int(value):
+            raise ValueError
+        return int(value)
+    if kind is float:
+        return float(value)  # PyYAML reads 1e-3 as a string
+    raise TypeError(kind)
+
+
+def _describe(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(typing.get_args(kind))
+    if isinstance(kind, types.GenericAlias):
+        return "a list of integers"
+    return {int: "an integer", float: "a number", bool: "true or false"}[kind]
+
+
+def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """A copy with some knobs changed; an unknown name or a wrong type is a `ValueError`."""
+    for name, value in overrides.items():
+        config = _replace_at(config, name.split("."), cast(name, value))
+    return config
+
+
+def _replace_at(node: Any, path: list[str], value: Any) -> Any:
+    head, *rest = path
+    return replace(node, **{head: _replace_at(getattr(node, head), rest, value) if rest else value})
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write all knobs as plain YAML."""
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(config).items()}
+    path.write_text(yaml.safe_dump(plain, sort_keys=False))
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping; what is wrong with the file is told in one line."""
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path}: expected `name: value` lines, found {type(loaded).__name__}")
+    return loaded
+
+
+def load_config(path: Path) -> Config:
+    """Read what `save_config` wrote; knobs that are not named keep their defaults."""
+    try:
+        return with_overrides(Config(), load_yaml(path))
+    except ValueError as error:
+        message = str(error)
+        raise ValueError(message if str(path) in message else f"{path}: {message}") from None

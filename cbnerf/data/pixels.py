@@ -1,0 +1,57 @@
+"""Low-res photographs from high-res ones, and batches of their pixels."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+from torch import Tensor
+
+from cbnerf.data.scene import Scene
+from cbnerf.noise import Noise
+
+
+def downsample(
+    images: UInt8[Tensor, "views height width 3"], scale: int, kernel: str
+) -> UInt8[Tensor, "views low_height low_width 3"]:
+    """Low-res photographs, 8 bit as a camera would save them."""
+    if scale == 1:
+        return images
+    if kernel == "lanczos":
+        height, width = images.shape[1] // scale, images.shape[2] // scale
+        resized = [
+            np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
+            for image in images.numpy()
+        ]
+        return torch.from_numpy(np.stack(resized))
+    averaged = F.avg_pool2d(images.movedim(-1, 1).float(), scale)
+    return averaged.round().to(torch.uint8).movedim(1, -1).contiguous()
+
+
+class PixelBatch(NamedTuple):
+    """Low-res pixels, one row each."""
+
+    views: Int[Tensor, " pixels"]
+    rows: Int[Tensor, " pixels"]
+    columns: Int[Tensor, " pixels"]
+    rgb: Float[Tensor, "pixels 3"]
+
+
+class PixelSampler:
+    """Draws low-res pixels of some views at random, all of them resident on one device."""
+
+    def __init__(self, scene: Scene, views: list[int], kernel: str, device: torch.device):
+        low_res = downsample(scene.images[views], scene.scale, kernel)
+        self._views = torch.tensor(views, device=device)
+        self._low_res = low_res.to(device)
+
+    def draw(self, batch_size: int, noise: Noise) -> PixelBatch:
+        """Uniform over all pixels of all views."""
+        num_views, height, width, _ = self._low_res.shape
+        flat = noise.integers(num_views * height * width, batch_size)
+        index, pixel = flat // (height * width), flat % (height * width)
+        rows, columns = pixel // width, pixel % width
+        rgb = self._low_res[index, rows, columns].float() / 255
+        return PixelBatch(self._views[index], rows, columns, rgb)

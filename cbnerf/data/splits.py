@@ -1,0 +1,27 @@
+"""Which views train, which select, which score."""
+
+from typing import NamedTuple
+
+from cbnerf.config import DataConfig
+
+
+class Split(NamedTuple):
+    """Indices of views; no view stands in two lists."""
+
+    train: list[int]
+    val: list[int]
+    test: list[int]
+
+
+def split_views(num_views: int, data: DataConfig) -> Split:
+    """Protocol `holdout`: every n-th view from index 0 is test, those half-way between are val."""
+    every = data.test_every
+    test = list(range(0, num_views, every))
+    val = list(range(every // 2, num_views, every)) if data.validation else []
+    train = [view for view in range(num_views) if view not in test and view not in val]
+    if not train or (data.validation and not val):
+        raise ValueError(
+            f"{num_views} views are too few to hold out every {every}th; "
+            "give more photographs or a smaller data.test_every"
+        )
+    return Split(train, val, test)

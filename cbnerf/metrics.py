@@ -1,0 +1,29 @@
+"""Image quality of full views, measured on what would be saved: clamped, 8 bit, in [0, 1]."""
+
+import math
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+
+def to_8bit(image: Float[Tensor, "*image"]) -> UInt8[Tensor, "*image"]:
+    """Clamp to [0, 1] and round to the nearest of 256 levels."""
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def psnr(image: UInt8[Tensor, "height width 3"], target: UInt8[Tensor, "height width 3"]) -> float:
+    """Peak signal-to-noise ratio in dB, peak 255; infinite for equal images."""
+    error = (image.double() - target.double()).square().mean().item()
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+def ssim(image: UInt8[Tensor, "height width 3"], target: UInt8[Tensor, "height width 3"]) -> float:
+    """Structural similarity with an 11 x 11 Gaussian window of sigma 1.5."""
+    prediction, reference = (x.movedim(-1, 0)[None].float() / 255 for x in (image, target))
+    score = structural_similarity_index_measure(
+        prediction, reference, data_range=1.0, gaussian_kernel=True, sigma=1.5, kernel_size=11
+    )
+    assert isinstance(score, Tensor)
+    return score.item()

@@ -1,0 +1,200 @@
+"""A field with its sampler and renderer, and the rendering of whole images.
+
+Rays come grouped, `[pixels sub_rays 3]`: the sub-pixel rays of one low-res pixel stand in one row.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cbnerf.config import Config, MLPConfig
+from cbnerf.nerf.fields import MLPField, PlanesField, ProposalField, total_variation
+from cbnerf.nerf.rays import Cameras, Rays, make_rays, make_sub_pixel_rays, ndc_extent
+from cbnerf.nerf.rendering import Rendering, composite, render_weights
+from cbnerf.nerf.sampling import sample_importance, sample_stratified
+from cbnerf.noise import Noise
+
+
+class FieldOutput(NamedTuple):
+    """Renderings of each pass, the last one being the result; rays are pixels x sub-rays, flat."""
+
+    passes: list[Rendering]
+    regularization: Float[Tensor, ""]
+
+
+class PlanesModel(nn.Module):
+    """Factorised planes; one proposal per low-res pixel is shared by its sub-pixel rays."""
+
+    def __init__(self, config: Config, cameras: Cameras):
+        super().__init__()
+        self._config = config.field
+        planes = config.field.planes
+        extent = ndc_extent(cameras).amax(0)
+        self.extent: Tensor
+        self.register_buffer("extent", torch.cat([extent, torch.ones_like(extent[:1])]))
+        height, width = cameras.size
+        cells = (
+            round(width * planes.cells_per_pixel * float(extent[0])),
+            round(height * planes.cells_per_pixel * float(extent[1])),
+            planes.depth_cells,
+        )
+        self.field = PlanesField(planes, cells)
+        self.proposal = ProposalField((max(cells[0] // 4, 2), max(cells[1] // 4, 2), cells[2]))
+
+    def forward(self, rays: Rays, noise: Noise | None) -> FieldOutput:
+        pixels, sub_rays, _ = rays.origins.shape
+        config, device = self._config, rays.origins.device
+        num_bins, num_samples = config.num_coarse_samples, config.num_fine_samples
+
+        # proposal: one ray through the middle of the sub-pixels
+        jitter = noise.uniform(pixels, num_bins + 1) if noise else None
+        bins = sample_stratified(pixels, num_bins, jitter, device)
+        middle = Rays(rays.origins.mean(1), rays.directions.mean(1))
+        density = self.proposal(self._points(middle, midpoints(bins)).flatten(0, 1))
+        proposed = render_weights(density.view(pixels, num_bins), bins.diff())
+
+        # field: every sub-ray draws its own samples
+        bins = bins.repeat_interleave(sub_rays, 0)
+        proposed = proposed.repeat_interleave(sub_rays, 0)
+        jitter = noise.uniform(pixels, sub_rays, num_samples + 1).flatten(0, 1) if noise else None
+        edges = sample_importance(bins, proposed.detach(), num_samples + 1, jitter)
+        flat = Rays(rays.origins.flatten(0, 1), rays.directions.flatten(0, 1))
+        t = midpoints(edges)
+        points = self._points(flat, t).flatten(0, 1)
+        directions = flat.directions.repeat_interleave(num_samples, 0)
+        composed = self.field.compose()
+        rgb, density = self.field(composed, points, directions)
+        weights = render_weights(density.view(t.shape), edges.diff())
+        rendering = composite(rgb.view(*t.shape, 3), weights, t)
+
+        variation = torch.stack([total_variation(planes) for planes in composed]).sum()
+        outside = proposal_loss(bins, proposed, edges, weights.detach())
+        planes = config.planes
+        return FieldOutput(
+            passes=[rendering],
+            regularization=planes.tv_weight * variation + planes.proposal_weight * outside,
+        )
+
+    def _points(self, rays: Rays, t: Float[Tensor, "rays samples"]) -> Tensor:
+        points = rays.origins[:, None] + t[..., None] * rays.directions[:, None]
+        return points / self.extent
+
+
+class MLPModel(nn.Module):
+    """NeRF's coarse and fine networks: every ray is sampled on its own."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self._config = config.field
+        self.coarse = MLPField(config.field.mlp)
+        self.fine = MLPField(config.field.mlp)
+
+    def forward(self, rays: Rays, noise: Noise | None) -> FieldOutput:
+        pixels, sub_rays, _ = rays.origins.shape
+        config = self._config
+
+        def draw(width: int) -> Tensor | None:
+            return noise.uniform(pixels, sub_rays, width).flatten(0, 1) if noise else None
+
+        def noise_for(samples: int) -> Tensor | None:
+            return noise.normal(pixels, sub_rays, samples).flatten(0, 1) if noise else None
+
+        flat = Rays(rays.origins.flatten(0, 1), rays.directions.flatten(0, 1))
+        num_coarse, num_fine = config.num_coarse_samples, config.num_fine_samples
+        device = flat.origins.device
+        t = sample_stratified(pixels * sub_rays, num_coarse - 1, draw(num_coarse), device)
+        coarse, weights = _render_mlp(self.coarse, flat, t, noise_for(num_coarse), config.mlp)
+        added = sample_importance(midpoints(t), weights[:, 1:-1].detach(), num_fine, draw(num_fine))
+        t = torch.cat([t, added], dim=-1).sort(dim=-1).values
+        fine, _ = _render_mlp(self.fine, flat, t, noise_for(num_coarse + num_fine), config.mlp)
+        return FieldOutput(passes=[coarse, fine], regularization=coarse.rgb.new_zeros(()))
+
+
+FieldModel = PlanesModel | MLPModel
+
+
+def build_field(config: Config, cameras: Cameras) -> FieldModel:
+    """The untrained field of a configuration."""
+    return PlanesModel(config, cameras) if config.field.kind == "planes" else MLPModel(config)
+
+
+def midpoints(edges: Float[Tensor, "*rays edges"]) -> Float[Tensor, "*rays bins"]:
+    return (edges[..., 1:] + edges[..., :-1]) / 2
+
+
+def proposal_loss(
+    bins: Float[Tensor, "rays bins_plus_1"],
+    proposed: Float[Tensor, "rays bins"],
+    edges: Float[Tensor, "rays samples_plus_1"],
+    weights: Float[Tensor, "rays samples"],
+) -> Float[Tensor, ""]:
+    """Proposed weights must be an upper envelope of the field's (mip-NeRF 360, eq. 13)."""
+    cumulative = torch.nn.functional.pad(torch.cumsum(proposed, dim=-1), (1, 0))
+    bins, edges = bins.contiguous(), edges.contiguous()
+    last = proposed.shape[-1]
+    first_bin = torch.searchsorted(bins, edges[:, :-1].contiguous(), right=True).sub(1)
+    end_bin = torch.searchsorted(bins, edges[:, 1:].contiguous())
+    bound = cumulative.gather(-1, end_bin.clamp(0, last)) - cumulative.gather(
+        -1, first_bin.clamp(0, last)
+    )
+    return ((weights - bound).clamp_min(0).square() / (weights + 1e-5)).sum(-1).mean()
+
+
+def _render_mlp(
+    field: MLPField,
+    rays: Rays,
+    t: Float[Tensor, "rays samples"],
+    density_noise: Float[Tensor, "rays samples"] | None,
+    config: MLPConfig,
+) -> tuple[Rendering, Float[Tensor, "rays samples"]]:
+    points = rays.origins[:, None] + t[..., None] * rays.directions[:, None]
+    directions = rays.directions[:, None].expand_as(points)
+    rgb, raw = field(points.flatten(0, 1), directions.flatten(0, 1))
+    raw = raw.view(t.shape)
+    if density_noise is not None:
+        raw = raw + config.density_noise * density_noise
+    # The last sample reaches to infinity (NeRF).
+    lengths = torch.nn.functional.pad(t.diff(), (0, 1), value=1e10)
+    weights = render_weights(torch.relu(raw), lengths)
+    return composite(rgb.view(*t.shape, 3), weights, t), weights
+
+
+@torch.no_grad()
+def render_image(
+    model: FieldModel, cameras: Cameras, view: int, scale: int, *, chunk: int = 8192
+) -> tuple[Float[Tensor, "height width 3"], Float[Tensor, "height width"]]:
+    """Colour in [0, 1] and NDC depth at `scale` times the low resolution; 1 renders low-res itself.
+
+    `chunk` bounds the rays rendered at once.
+    """
+    height, width = cameras.size[0] // scale, cameras.size[1] // scale
+    device = cameras.camera_to_world.device
+    pixels = torch.arange(height * width, device=device)
+    chosen = torch.arange(scale * scale, device=device)
+    rgb, depth = [], []
+    for part in pixels.split(max(chunk // scale**2, 1)):
+        rays = make_sub_pixel_rays(
+            cameras, torch.full_like(part, view), part // width, part % width, scale,
+            chosen.expand(len(part), -1),
+        )  # fmt: skip
+        rendering = model(rays, None).passes[-1]
+        rgb.append(rendering.rgb)
+        depth.append(rendering.depth)
+    return (
+        _join_sub_pixels(torch.cat(rgb).clamp(0, 1), height, width, scale),
+        _join_sub_pixels(torch.cat(depth)[:, None], height, width, scale)[..., 0],
+    )
+
+
+def _join_sub_pixels(flat: Tensor, height: int, width: int, scale: int) -> Tensor:
+    """`[pixels x sub_pixels channels]` to `[height x scale, width x scale, channels]`."""
+    grouped = flat.view(height, width, scale, scale, -1)
+    return grouped.permute(0, 2, 1, 3, 4).reshape(height * scale, width * scale, -1)
+
+
+__all__ = [
+    "FieldModel", "FieldOutput", "MLPModel", "PlanesModel", "build_field", "make_rays",
+    "midpoints", "proposal_loss", "render_image",
+]  # fmt: skip

@@ -1,0 +1,48 @@
+"""Volume rendering: density along a ray becomes weights, weights become colour (NeRF, eq. 3)."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Rendering(NamedTuple):
+    rgb: Float[Tensor, "rays 3"]
+    depth: Float[Tensor, " rays"]
+    """Mean NDC distance t of the content; the metric depth is 1 / (1 - t)."""
+    opacity: Float[Tensor, " rays"]
+
+
+def render_weights(
+    density: Float[Tensor, "*rays samples"], lengths: Float[Tensor, "*rays samples"]
+) -> Float[Tensor, "*rays samples"]:
+    """Share of a ray's light that each sample sends: transmittance times alpha."""
+    optical_depth = density * lengths
+    alpha = 1 - torch.exp(-optical_depth)
+    before = torch.cumsum(optical_depth, dim=-1) - optical_depth
+    return alpha * torch.exp(-before)
+
+
+def composite(
+    rgb: Float[Tensor, "rays samples 3"],
+    weights: Float[Tensor, "rays samples"],
+    t: Float[Tensor, "rays samples"],
+) -> Rendering:
+    """Accumulate samples into pixels, over a black background."""
+    return Rendering(
+        rgb=(weights[..., None] * rgb).sum(-2),
+        depth=(weights * t).sum(-1),
+        opacity=weights.sum(-1),
+    )
+
+
+def super_sampling_loss(
+    rgb: Float[Tensor, "rays 3"], target: Float[Tensor, "pixels 3"]
+) -> Float[Tensor, ""]:
+    """MSE between low-res pixels and the means of their sub-pixel rays (NeRF-SR, eq. 5).
+
+    The sub-rays of a pixel stand next to each other.
+    """
+    mean = rgb.unflatten(0, (target.shape[0], -1)).mean(1)
+    return (mean - target).square().mean()

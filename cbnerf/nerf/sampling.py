@@ -1,0 +1,47 @@
+"""Where to sample along rays.
+
+`t` are distances along a ray in [0, 1]; `edges` bound bins, one more than the bins' `weights`.
+Random numbers come from the caller as `jitter` in [0, 1); None gives the deterministic middle.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def sample_stratified(
+    num_rays: int,
+    num_bins: int,
+    jitter: Float[Tensor, "rays bins_plus_1"] | None,
+    device: torch.device,
+) -> Float[Tensor, "rays bins_plus_1"]:
+    """Edges of equal bins over [0, 1]; with jitter each inner edge moves within half a bin."""
+    edges = torch.linspace(0, 1, num_bins + 1, device=device).expand(num_rays, -1)
+    if jitter is None:
+        return edges
+    moved = edges + (jitter - 0.5) / num_bins
+    return torch.cat([edges[:, :1], moved[:, 1:-1], edges[:, -1:]], dim=1)
+
+
+def sample_importance(
+    edges: Float[Tensor, "rays bins_plus_1"],
+    weights: Float[Tensor, "rays bins"],
+    num_samples: int,
+    jitter: Float[Tensor, "rays samples"] | None,
+) -> Float[Tensor, "rays samples"]:
+    """Sorted `t` that follow the piecewise-constant density of `weights`, by inverting its CDF.
+
+    Stratified: sample i comes from the i-th of `num_samples` equal shares of the probability.
+    """
+    # 1e-4 keeps every bin reachable (NeRF's code uses 1e-5 on weights that sum to one).
+    density = weights + 1e-4
+    cdf = torch.cumsum(density / density.sum(-1, keepdim=True), dim=-1)
+    cdf = torch.nn.functional.pad(cdf, (1, 0))
+    offset = 0.5 if jitter is None else jitter
+    quantiles = (torch.arange(num_samples, device=edges.device) + offset) / num_samples
+    quantiles = quantiles.expand(edges.shape[0], -1).contiguous()
+    bins = torch.searchsorted(cdf, quantiles, right=True).clamp(1, weights.shape[-1]) - 1
+    low_cdf, high_cdf = cdf.gather(-1, bins), cdf.gather(-1, bins + 1)
+    low, high = edges.gather(-1, bins), edges.gather(-1, bins + 1)
+    share = ((quantiles - low_cdf) / (high_cdf - low_cdf).clamp_min(1e-8)).clamp(0, 1)
+    return low + share * (high - low)

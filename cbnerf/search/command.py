@@ -1,0 +1,244 @@
+"""`python tune.py`: from a command line to a finished study."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+import tyro
+import yaml
+from ray.exceptions import RayError
+
+from cbnerf.config import load_yaml
+from cbnerf.data.llff import count_views
+from cbnerf.search.estimate import calibrate
+from cbnerf.search.plan import DATA_VARIABLE, DEFAULT_DATA, Plan, make_plan
+from cbnerf.search.report import scene_table
+from cbnerf.search.spec import parse_spec
+from cbnerf.search.study import check_space, num_slots, quieten_ray, run_study
+from cbnerf.search.tracking import NOT_COMPARABLE, tracking_uri
+from cbnerf.search.trial import load_scene
+
+_REQUEST_FILE = "request.yaml"
+_INTERRUPTED = 130
+
+
+@dataclass(kw_only=True)
+class Options:
+    """Search hyper-parameters of Codebook-NeRF over several scenes with Ray, Optuna and MLflow."""
+
+    scenes: str = "all"
+    """`all`, or names of scenes separated by commas."""
+    config: Path | None = None
+    """Search specification; `tune_configs/default.yaml` if not given."""
+    data: Path | None = None
+    """Folder of LLFF scene folders; else $CBNERF_DATA, else data/nerf_llff_data, else the
+    built-in scenes."""
+    trials: int | None = None
+    """Configurations to try; a finished study goes on when this grows."""
+    resolution: str | None = None
+    """Image size, overriding the specification."""
+    method: str | None = None
+    """Method, overriding the specification."""
+    name: str | None = None
+    """Name of the study, from method, resolution and scenes if not given."""
+    resume: bool = False
+    """Go on with the study `--name` as it was started, without repeating its other options. (The
+    same command as before goes on without this flag, too.)"""
+    storage: Path = Path("runs")
+    """Folder for studies, cache and MLflow; on a cluster one that all machines share."""
+    address: str | None = None
+    """Ray cluster to run on, such as `auto`; a local Ray is started if not given."""
+    dry_run: bool = False
+    """Print the plan and what it will cost, and stop."""
+
+
+def main(default_config: Path) -> None:
+    """Run a command line; bad input ends in one line and exit status 2."""
+    options = tyro.cli(Options)
+    quieten_ray()
+    try:
+        _run(options, default_config)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on where it stopped", _INTERRUPTED)
+    except (ValueError, OSError) as error:
+        _fail(str(error), 2)
+    except RayError as error:
+        cause = getattr(error, "cause", None) or error
+        _fail(" ".join(str(cause).split())[-600:], 1)
+
+
+def _run(options: Options, default_config: Path) -> None:
+    request = _load_request(options) if options.resume else _make_request(options, default_config)
+    if options.trials is not None:
+        request["spec"]["trials"] = options.trials
+    with _ray(options.address):
+        plan = _make_plan(request, options)
+        _check_same_request(plan, request)
+        views = _count_views(plan)
+        _describe(plan, views)
+        if options.dry_run:
+            _price(plan)
+            return
+        check_space(plan.storage, needed=_bytes_needed(plan, views))
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        (plan.folder / _REQUEST_FILE).write_text(yaml.safe_dump(request, sort_keys=False))
+        outcome = run_study(plan, print)
+    if outcome is None:
+        raise ValueError(f"study {plan.name}: every configuration failed; see its runs in MLflow")
+    number, scores = outcome
+    print(f"\n{scene_table(scores)}\n")
+    if plan.data is None:
+        print(f"{NOT_COMPARABLE}.")
+    print(f"best configuration: number {number}, {plan.folder / 'best.yaml'}")
+    print(f"report: {plan.folder / 'report.md'}")
+    print(f"compare the runs: {_ui_command(plan)}")
+
+
+def _make_request(options: Options, default_config: Path) -> dict[str, Any]:
+    """All that decides what a study computes, as plain values."""
+    file = options.config or default_config
+    content = load_yaml(file)
+    overrides = {"resolution": options.resolution, "method": options.method}
+    content |= {name: value for name, value in overrides.items() if value is not None}
+    try:
+        parse_spec(content)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    data = str(options.data.resolve()) if options.data else None
+    return {"scenes": options.scenes, "data": data, "spec": content}
+
+
+def _load_request(options: Options) -> dict[str, Any]:
+    studies = options.storage / "studies"
+    known = sorted(file.parent.name for file in studies.glob(f"*/{_REQUEST_FILE}"))
+    if options.name not in known:
+        raise ValueError(
+            f"--resume: no study {options.name!r} in {studies}; "
+            + (f"give --name with one of {', '.join(known)}" if known else "it holds none")
+        )
+    return load_yaml(studies / str(options.name) / _REQUEST_FILE)
+
+
+def _make_plan(request: dict[str, Any], options: Options) -> Plan:
+    return make_plan(
+        parse_spec(request["spec"]),
+        scenes=request["scenes"],
+        data=Path(request["data"]) if request["data"] else None,
+        name=options.name,
+        storage=options.storage,
+        has_gpu=ray.cluster_resources().get("GPU", 0) > 0,
+    )
+
+
+def _check_same_request(plan: Plan, request: dict[str, Any]) -> None:
+    """A study is one search: other scenes or another space need another name."""
+    file = plan.folder / _REQUEST_FILE
+    if not file.exists():
+        return
+    before = load_yaml(file)
+    was, now = _comparable(before), _comparable(request)
+    different = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
+    if different:
+        raise ValueError(
+            f"study {plan.name} was started with other {', '.join(different)} "
+            f"({file}); give another --name, or --resume to go on as it was"
+        )
+
+
+def _comparable(request: dict[str, Any]) -> dict[str, Any]:
+    spec = {k: v for k, v in request["spec"].items() if k not in ("trials", "resources")}
+    return spec | {"scenes": request["scenes"], "data": request["data"]}
+
+
+def _count_views(plan: Plan) -> dict[str, int | None]:
+    """Views of each scene, with everything checked but the pixels; None for built-in scenes."""
+    width = plan.base.data.width
+    if plan.data is None:
+        return dict.fromkeys(plan.scenes)
+    return {scene: count_views(plan.scene_folder(scene, width), width) for scene in plan.scenes}
+
+
+def _describe(plan: Plan, views: dict[str, int | None]) -> None:
+    spec, data = plan.spec, plan.base.data
+    print(f"study      {plan.name}")
+    if plan.data is None:
+        print(
+            f"data       built-in scenes, for there is no LLFF data under {DEFAULT_DATA}, --data "
+            f"or ${DATA_VARIABLE}; results are not comparable with the paper"
+        )
+    else:
+        print(f"data       {plan.source}")
+    names = [f"{scene} ({count})" if count else scene for scene, count in views.items()]
+    print(f"scenes     {', '.join(names)}")
+    print(
+        f"method     {plan.method}, images {data.width} wide from {data.width // data.scale} wide"
+    )
+    print(
+        f"search     {spec.trials} configurations x {len(plan.scenes)} scenes = "
+        f"{plan.num_units} units over {', '.join(spec.space)}"
+    )
+    print(f"stage 1    {len(plan.scenes)} fields, each trained once")
+    resources = ray.cluster_resources()
+    print(
+        f"machine    {resources.get('CPU', 0):.0f} CPUs, {resources.get('GPU', 0):.0f} GPUs: "
+        f"{num_slots(plan)} training runs at a time"
+    )
+    if num_slots(plan) == 0:
+        print("           (none fits now; waiting for machines to join)")
+    sys.stdout.flush()
+
+
+def _price(plan: Plan) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scene = load_scene(plan, plan.scenes[0], plan.base.data)
+    estimate = calibrate(plan.base, scene, device)
+    print(
+        f"estimate   {estimate.field_seconds:.1f} s for a field, "
+        f"{estimate.unit_seconds:.1f} s for a unit (calibrated on {scene.name}, {device})"
+    )
+    slots = num_slots(plan)
+    for count in sorted({slots, 1, 4, 8} - {0}):
+        minutes = estimate.wall_seconds(plan, count) / 60
+        here = "  <- this machine" if count == slots else ""
+        print(f"           {minutes:8.1f} min with {count} runs at a time{here}")
+    print(f"           {estimate.run_hours(plan):8.2f} hours of training in all")
+
+
+def _bytes_needed(plan: Plan, views: dict[str, int | None]) -> int:
+    """Renders of all views, a checkpoint for each unit, and as much again for MLflow's copies."""
+    width = plan.base.data.width
+    pixels = sum(count or 20 for count in views.values()) * width * width * 3 // 4
+    return pixels * 5 + plan.num_units * 2 * 20_000_000 // (1 if width > 256 else 8)
+
+
+@contextmanager
+def _ray(address: str | None) -> Iterator[None]:
+    """A local Ray for the length of the study, or the cluster at `address`."""
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    try:
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise ValueError(f"--address {address}: {' '.join(str(error).split())}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _ui_command(plan: Plan) -> str:
+    uri = tracking_uri(plan.storage)
+    if uri.startswith("http"):
+        return f"open {uri}"
+    return f"mlflow ui --backend-store-uri {uri}"
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"tune.py: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,80 @@
+"""What a study will cost, from a short calibration on the machine at hand."""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from cbnerf.config import Config, OptimConfig, with_overrides
+from cbnerf.data.renders import Renders
+from cbnerf.data.scene import Scene
+from cbnerf.search.plan import Plan
+from cbnerf.training.evaluation import render_views
+from cbnerf.training.field import scene_cameras, train_field
+from cbnerf.training.refiner import train_refiner
+from cbnerf.training.stages import ignore
+
+_SHORT, _LONG = 3, 15
+
+
+class Estimate(NamedTuple):
+    """Seconds of one training run, start-up apart."""
+
+    field_seconds: float
+    unit_seconds: float
+
+    def wall_seconds(self, plan: Plan, slots: int) -> float:
+        """The whole study with `slots` training runs at a time."""
+        stage_1 = -(-len(plan.scenes) // slots) * self.field_seconds
+        return stage_1 + -(-plan.num_units // slots) * self.unit_seconds
+
+    def run_hours(self, plan: Plan) -> float:
+        """Hours of all training runs together."""
+        return self.wall_seconds(plan, 1) / 3600
+
+
+def calibrate(config: Config, scene: Scene, device: torch.device) -> Estimate:
+    """Time a few steps of both stages and one render, and scale up."""
+
+    def field(steps: int) -> None:
+        short = _shortened(config, "field", steps)
+        train_field(short, scene, device=device, report=ignore)
+
+    blank = Renders(scene.images, torch.zeros(scene.images.shape[:3], dtype=torch.float16))
+
+    def refiner(steps: int) -> None:
+        short = _shortened(config, "refiner", steps)
+        train_refiner(short, scene, blank, device=device, report=ignore)
+
+    one_step = with_overrides(
+        _shortened(config, "field", 1), {"data.validation": False, "field.optim.batch_size": 64}
+    )
+    model = train_field(one_step, scene, device=device, report=ignore)
+    cameras = scene_cameras(scene, device)
+    render = _seconds(lambda: render_views(model, cameras, [0], scene.scale))
+    num_val = scene.num_views // config.data.test_every
+    num_renders = scene.num_views + config.field.optim.evaluations * num_val
+    return Estimate(
+        field_seconds=_total(field, config.field.optim) + num_renders * render,
+        unit_seconds=_total(refiner, config.refiner.optim),
+    )
+
+
+def _shortened(config: Config, stage: str, steps: int) -> Config:
+    return with_overrides(config, {f"{stage}.optim.steps": steps, f"{stage}.optim.evaluations": 1})
+
+
+def _total(train: Callable[[int], None], optim: OptimConfig) -> float:
+    """Seconds of a whole run: the slope between two short runs gives a step, the rest is fixed."""
+    train(1)
+    short, long = _seconds(lambda: train(_SHORT)), _seconds(lambda: train(_LONG))
+    per_step = max(long - short, 0) / (_LONG - _SHORT)
+    fixed = max(short - _SHORT * per_step, 0)
+    return fixed * optim.evaluations + per_step * optim.steps
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started

@@ -1,0 +1,92 @@
+"""The end of a study: best configuration as YAML and the table of its scenes."""
+
+from pathlib import Path
+
+from cbnerf.config import Config, save_config
+from cbnerf.search.searcher import Ledger
+from cbnerf.search.tracking import NOT_COMPARABLE
+
+SceneScores = dict[str, dict[str, dict[str, float]]]
+"""scene -> `stage 1` or `refined` -> metric -> value."""
+
+
+def scene_table(scores: SceneScores) -> str:
+    """Stage 1, refined and gain of each scene and their means, as a Markdown table."""
+    columns = [(prefix, metric) for prefix in ("val", "test") for metric in ("psnr", "ssim")]
+    header = ["scene"]
+    for prefix, metric in columns:
+        label = f"{prefix} {'PSNR' if metric == 'psnr' else 'SSIM'}"
+        header += [f"{label} stage 1", "refined", "gain"]
+    rows = [_row(scene, entry, columns) for scene, entry in scores.items()]
+    mean = {
+        stage: {
+            name: sum(entry[stage][name] for entry in scores.values()) / len(scores)
+            for name in next(iter(scores.values()))[stage]
+        }
+        for stage in ("stage 1", "refined")
+    }
+    rows.append(_row("mean", mean, columns))
+    return _align([header, *rows])
+
+
+def write_report(ledger: Ledger, best: Config, number: int, scores: SceneScores) -> list[Path]:
+    """Write `best.yaml` and `report.md` into the study's folder; returns both."""
+    plan = ledger.plan
+    best_file, report_file = plan.folder / "best.yaml", plan.folder / "report.md"
+    save_config(best, best_file)
+    warning = "" if plan.data else f"\n**{NOT_COMPARABLE}**\n"
+    report_file.write_text(
+        f"# Study {plan.name}\n\n"
+        f"{plan.method} at {plan.resolution}, protocol holdout, {plan.source}\n{warning}\n"
+        f"## Best configuration: number {number}\n\n{scene_table(scores)}\n\n"
+        f"val selects, test is scored once; PSNR in dB, gain = refined - stage 1.\n\n"
+        f"## Configurations\n\n{configuration_table(ledger)}\n"
+    )
+    return [best_file, report_file]
+
+
+def configuration_table(ledger: Ledger) -> str:
+    """All configurations with their mean metric, best first, as a Markdown table."""
+    names = list(ledger.plan.spec.space)
+    trials = ledger.study.get_trials(deepcopy=False)
+    trials.sort(key=lambda trial: trial.value if trial.value is not None else -1e9, reverse=True)
+    rows = [["#", f"mean {ledger.plan.spec.metric}", *names]]
+    for trial in trials:
+        if trial.params:
+            value = trial.state.name if trial.value is None else f"{trial.value:.3f}"
+            values = [_short(trial.params.get(name, "")) for name in names]
+            rows.append([str(trial.number), value, *values])
+    return _align(rows)
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _row(
+    name: str, entry: dict[str, dict[str, float]], columns: list[tuple[str, str]]
+) -> list[str]:
+    cells = [name]
+    for prefix, metric in columns:
+        before = entry["stage 1"].get(f"{prefix}/{metric}")
+        after = entry["refined"].get(f"{prefix}/{metric}")
+        digits = 2 if metric == "psnr" else 4
+        if before is None or after is None:
+            cells += ["-", "-", "-"]
+        else:
+            cells += [
+                f"{before:.{digits}f}",
+                f"{after:.{digits}f}",
+                f"{after - before:+.{digits}f}",
+            ]
+    return cells
+
+
+def _align(rows: list[list[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])

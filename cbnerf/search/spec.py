@@ -1,0 +1,188 @@
+"""Search specifications: the YAML files of `tune_configs/`, checked against the knobs of `config`.
+
+Everything is parsed into own types here, before Optuna or Ray see it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from cbnerf.config import METHODS, RESOLUTIONS, cast, knob_type, load_yaml
+
+Value = bool | int | float | str
+
+_Section = TypeVar("_Section")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """Values between two bounds, integer or real as the knob is."""
+
+    low: int | float
+    high: int | float
+    log: bool = False
+    step: int | float | None = None
+
+    def __contains__(self, value: Any) -> bool:
+        return self.low <= value <= self.high
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """One of a list of values."""
+
+    choices: tuple[Value, ...]
+
+    def __contains__(self, value: Any) -> bool:
+        return value in self.choices
+
+
+Space = dict[str, Range | Choices]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What one training run gets."""
+
+    workers: int = 1
+    """Processes of one run; two and more train through Ray Train with DistributedDataParallel."""
+    cpus_per_worker: float = 1
+    gpus_per_worker: float | Literal["auto"] = "auto"
+    """`auto`: a quarter of a GPU where the cluster has GPUs, none elsewhere."""
+
+    def __post_init__(self):
+        if self.workers < 1 or self.cpus_per_worker <= 0:
+            raise ValueError("resources need at least 1 worker with some CPU")
+        if self.gpus_per_worker != "auto" and self.gpus_per_worker < 0:
+            raise ValueError("resources.gpus_per_worker must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSpec:
+    """What to search, by what measure, for how long."""
+
+    method: str = "cb-nerf"
+    resolution: str = "auto"
+    """`auto`: x2-504 where the cluster has GPUs, x2-128 elsewhere."""
+    metric: Literal["val/psnr", "val/ssim"] = "val/psnr"
+    """Mean over scenes of the last value; larger is better."""
+    trials: int = 12
+    """Configurations to try."""
+    seed: int = 0
+    """Of the sampler; training is seeded by the knob `seed`."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Knobs that differ from the preset in every trial."""
+    space: Space = field(default_factory=dict)
+    initial: tuple[Mapping[str, Any], ...] = ()
+    """Points to try first; the preset's own values stand in for knobs not named."""
+    resources: Resources = Resources()
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"method {self.method!r} is not one of {', '.join(METHODS)}")
+        if self.resolution not in ("auto", *RESOLUTIONS):
+            raise ValueError(
+                f"resolution {self.resolution!r} is not one of auto, {', '.join(RESOLUTIONS)}"
+            )
+        if self.metric not in ("val/psnr", "val/ssim"):
+            raise ValueError(f"metric {self.metric!r} is not one of val/psnr, val/ssim")
+        for name in ("trials", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name} = {value!r} is not a whole number")
+        if self.trials < 1:
+            raise ValueError("trials must be at least 1")
+        if not self.space:
+            raise ValueError("space names no knob to search")
+        both = sorted(set(self.space) & set(self.fixed))
+        if both:
+            raise ValueError(f"{both[0]} stands in both fixed and space")
+
+
+def load_spec(path: Path) -> SearchSpec:
+    """Read a search specification; any mistake is one `ValueError` that names the file."""
+    content = load_yaml(path)
+    try:
+        return parse_spec(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def parse_spec(content: Mapping[str, Any]) -> SearchSpec:
+    """A specification from plain values, unknown names and wrong types refused."""
+    values = dict(_known(SearchSpec, content, "the specification"))
+    fixed = _mapping(values.get("fixed", {}), "fixed")
+    values["fixed"] = {name: cast(name, value) for name, value in fixed.items()}
+    space = _mapping(values.get("space", {}), "space")
+    values["space"] = {name: _parse_domain(name, domain) for name, domain in space.items()}
+    initial = values.get("initial", [])
+    if not isinstance(initial, list):
+        raise ValueError("initial must be a list of `knob: value` mappings")
+    values["initial"] = tuple(_parse_point(point, values["space"]) for point in initial)
+    values["resources"] = _section(Resources, values.get("resources", {}), "resources")
+    return SearchSpec(**values)
+
+
+def _parse_point(point: Any, space: Space) -> dict[str, Any]:
+    parsed = {name: cast(name, value) for name, value in _mapping(point, "initial").items()}
+    for name, value in parsed.items():
+        if name not in space:
+            raise ValueError(f"initial: {name} is not in the space")
+        if value not in space[name]:
+            raise ValueError(f"initial: {name} = {value!r} lies outside the space")
+    return parsed
+
+
+def _parse_domain(name: str, domain: Any) -> Range | Choices:
+    kind = knob_type(name)
+    entries = _mapping(domain, f"space: {name}")
+    if set(entries) == {"choices"}:
+        choices = entries["choices"]
+        if not isinstance(choices, list) or not choices:
+            raise ValueError(f"space: {name}: choices must be a list of values")
+        return Choices(choices=tuple(cast(name, choice) for choice in choices))
+    unknown = sorted(set(entries) - {"low", "high", "log", "step"})
+    if unknown or not {"low", "high"} <= set(entries):
+        raise ValueError(
+            f"space: {name}: give `choices: [...]` or `low: ..., high: ...` with `log` or `step`"
+        )
+    if kind not in (int, float):
+        raise ValueError(f"space: {name} is not a number; give `choices: [...]`")
+    low, high = cast(name, entries["low"]), cast(name, entries["high"])
+    log, step = entries.get("log", False), entries.get("step")
+    if not isinstance(log, bool):
+        raise ValueError(f"space: {name}: log = {log!r} is not true or false")
+    if step is not None:
+        step = cast(name, step)
+        if log or step <= 0:
+            raise ValueError(f"space: {name}: step must be positive and not go with log")
+    if not low < high or (log and low <= 0):
+        raise ValueError(f"space: {name}: needs {'0 < ' if log else ''}low < high")
+    return Range(low=low, high=high, log=log, step=step)
+
+
+def _known(record: type, content: Any, where: str) -> dict[str, Any]:
+    entries = _mapping(content, where)
+    names = [knob.name for knob in fields(record)]
+    for name in entries:
+        if name not in names:
+            raise ValueError(f"unknown key {name!r} in {where}; known: {', '.join(names)}")
+    return entries
+
+
+def _section(record: type[_Section], content: Any, where: str) -> _Section:
+    entries = _known(record, content, where)
+    for name, value in entries.items():
+        if isinstance(value, bool) or not (isinstance(value, int | float) or value == "auto"):
+            raise ValueError(f"{where}.{name} = {value!r} is not a number")
+    try:
+        return record(**entries)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _mapping(content: Any, where: str) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: expected `name: value` entries, found {content!r}")
+    return content

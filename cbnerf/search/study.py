@@ -1,0 +1,193 @@
+"""Run a study: stage 1 of every scene, then the search, then the report."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from tqdm import tqdm
+
+from cbnerf.config import Config, with_overrides
+from cbnerf.search.plan import Plan
+from cbnerf.search.report import SceneScores, write_report
+from cbnerf.search.searcher import Ledger, TuneSearcher, Unit, unit_metrics
+from cbnerf.search.tracking import Tracker
+from cbnerf.search.trial import Job, job_folder, run_job, run_unit, score_best
+
+
+def run_study(plan: Plan, say: Callable[[str], None]) -> tuple[int, SceneScores] | None:
+    """Run what is left of a study on the Ray that is initialised.
+
+    Returns the number of the best configuration and its scores, or None if every one failed.
+    """
+    ledger = Ledger(plan)
+    tracker = Tracker(plan)
+    try:
+        _train_fields(plan, tracker)
+        _search(plan, ledger, tracker, say)
+        best = ledger.best()
+        if best is None:
+            return None
+        config = with_overrides(plan.base, best.params)
+        scores = _score_once(plan, config, best.number)
+        files = write_report(ledger, config, best.number, scores)
+        tracker.log_report(files, {"val/psnr": best.value or 0.0})
+        return best.number, scores
+    except BaseException:
+        tracker.interrupt()
+        raise
+
+
+def num_slots(plan: Plan) -> int:
+    """Training runs that the cluster's present machines hold at the same time."""
+    resources, spec = ray.cluster_resources(), plan.spec.resources
+    slots = resources.get("CPU", 0) / (spec.cpus_per_worker * spec.workers)
+    if plan.gpus_per_worker:
+        slots = min(slots, resources.get("GPU", 0) / (plan.gpus_per_worker * spec.workers))
+    return int(slots)
+
+
+def _train_fields(plan: Plan, tracker: Tracker) -> None:
+    run = _remote(plan, _run_field_job)
+    pending = {run.remote(plan, scene): scene for scene in plan.scenes}
+    with _progress(len(pending), "stage 1", "scene") as bar:
+        while pending:
+            (done,), _ = ray.wait(list(pending))
+            folder, metrics = ray.get(done)
+            scene = pending.pop(done)
+            tracker.log_field(scene, folder, metrics)
+            bar.update()
+            if "val/psnr" in metrics:
+                bar.write(f"  stage 1  {scene:<12} val {metrics['val/psnr']:.2f} dB")
+
+
+def _run_field_job(plan: Plan, scene: str) -> tuple[Path, dict[str, float]]:
+    job = Job("field", scene, plan.base)
+    metrics = run_job(plan, job)
+    return job_folder(plan, job), metrics
+
+
+def _search(plan: Plan, ledger: Ledger, tracker: Tracker, say: Callable[[str], None]) -> None:
+    left = plan.num_units - ledger.num_booked
+    if left <= 0:
+        say("all configurations of this study are done; nothing is trained again")
+        return
+    with _progress(plan.num_units, "search", "unit", done=ledger.num_booked) as bar:
+        diary = _Diary(plan, ledger, tracker, bar)
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(run_unit, plan=plan), _trial_resources(plan)),
+            tune_config=tune.TuneConfig(
+                search_alg=TuneSearcher(ledger, diary.end_unit),
+                num_samples=left,
+                max_concurrent_trials=max(num_slots(plan), 1),
+                reuse_actors=plan.spec.resources.workers == 1,
+            ),
+            run_config=tune.RunConfig(
+                name="ray_tune",
+                storage_path=str(plan.folder),
+                failure_config=tune.FailureConfig(max_failures=2),
+                callbacks=[diary],
+                verbose=0,
+            ),
+        )
+        tuner.fit()
+
+
+def _trial_resources(plan: Plan) -> dict[str, float]:
+    spec = plan.spec.resources
+    if spec.workers > 1:
+        # The trainer inside opens a placement group of its own; the trial itself needs none, and
+        # a CPU held here could starve it. Ray refuses {"CPU": 0}.
+        return {"node:__internal_head__": 0.001}
+    resources = {"cpu": float(spec.cpus_per_worker)}
+    return resources | ({"gpu": plan.gpus_per_worker} if plan.gpus_per_worker else {})
+
+
+def _remote(plan: Plan, function: Callable[..., Any]) -> Any:
+    """The function as a Ray task with the resources of one training run."""
+    spec = plan.spec.resources
+    alone = spec.workers == 1
+    return ray.remote(function).options(
+        num_cpus=spec.cpus_per_worker if alone else 0,
+        num_gpus=plan.gpus_per_worker if alone else 0,
+        max_retries=2,
+    )
+
+
+def _score_once(plan: Plan, config: Config, number: int) -> SceneScores:
+    """Scores of the best configuration; the test views of a configuration are scored once."""
+    file = plan.folder / f"scores-{number:04d}.json"
+    if not file.exists():
+        score = ray.remote(score_best)
+        answers = [score.remote(plan, config, number, scene) for scene in plan.scenes]
+        scores = dict(zip(plan.scenes, ray.get(answers), strict=True))
+        file.write_text(json.dumps(scores, indent=1))
+    return json.loads(file.read_text())
+
+
+class _Diary(tune.Callback):
+    """Follows the units of a study: progress on the screen, runs in MLflow."""
+
+    def __init__(self, plan: Plan, ledger: Ledger, tracker: Tracker, bar: "tqdm[Any]"):
+        self._plan = plan
+        self._ledger = ledger
+        self._tracker = tracker
+        self._bar = bar
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles callbacks; this one lives on the driver only.
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._tracker.start_configuration(Unit(**trial.config))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if "step" in result:
+            self._tracker.log_step(Unit(**trial.config), unit_metrics(result), result["step"])
+
+    def end_unit(self, unit: Unit, metrics: dict[str, float] | None) -> None:
+        """Called when the ledger has booked a unit."""
+        self._tracker.end_unit(unit, metrics)
+        self._bar.update()
+        results = self._ledger.results(unit.configuration)
+        if len(results) == len(self._plan.scenes):
+            self._tracker.end_configuration(unit.configuration, results)
+            self._announce(unit)
+
+    def _announce(self, unit: Unit) -> None:
+        best = self._ledger.best()
+        trial = self._ledger.study.get_trials(deepcopy=False)[unit.configuration]
+        value = "failed" if trial.value is None else f"{trial.value:.3f}"
+        mark = " *" if best is not None and best.number == trial.number else ""
+        knobs = " ".join(
+            f"{name.split('.')[-1]}={setting:.3g}" if isinstance(setting, float)
+            else f"{name.split('.')[-1]}={setting}"
+            for name, setting in unit.overrides.items()
+        )  # fmt: skip
+        self._bar.write(f"  #{unit.configuration:02d}  {value}{mark}  {knobs}")
+
+
+def _progress(total: int, label: str, unit: str, *, done: int = 0) -> "tqdm[Any]":
+    return tqdm(total=total, initial=done, desc=label, unit=unit, smoothing=0.1, dynamic_ncols=True)
+
+
+def check_space(storage: Path, needed: int) -> None:
+    """Refuse to start on a disk that cannot hold the results; `needed` in bytes."""
+    storage.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(storage).free
+    if free < needed:
+        raise ValueError(
+            f"{storage}: {free / 1e6:.0f} MB free, the study needs about {needed / 1e6:.0f} MB; "
+            "make room or give another --storage"
+        )
+
+
+def quieten_ray() -> None:
+    """Ray's own loggers and files say nothing that the study does not say itself."""
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")

@@ -1,0 +1,184 @@
+"""MLflow: an experiment per study, a run per configuration, a child run per scene.
+
+One writer, on the driver, with explicit run ids. Runs are found again by their tags, so a restarted
+study adds to its runs instead of making new ones. Stage-1 runs stand beside, linked by a tag.
+"""
+
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as iio
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, Run, RunTag
+
+from cbnerf.config import flatten
+from cbnerf.search.plan import Plan
+from cbnerf.search.searcher import Unit
+from cbnerf.training.stages import CONFIG_FILE, FIELD_FILE, REFINER_FILE, STRIP_FILE
+
+NOT_COMPARABLE = "built-in scenes: not comparable with the paper"
+
+
+def tracking_uri(storage: Path) -> str:
+    """The server named by MLFLOW_TRACKING_URI, else a SQLite file in the storage."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage / 'mlflow.db'}"
+
+
+class Tracker:
+    """Writes what happens in a study into its MLflow experiment."""
+
+    def __init__(self, plan: Plan):
+        self._plan = plan
+        plan.storage.mkdir(parents=True, exist_ok=True)
+        self._client = MlflowClient(tracking_uri(plan.storage))
+        self.experiment_id = self._open_experiment()
+        self._fields: dict[str, str] = {}
+        self._runs = {run.data.tags["cbnerf.key"]: run.info.run_id for run in self._existing_runs()}
+
+    def log_field(self, scene: str, folder: Path, metrics: dict[str, float]) -> None:
+        """A finished stage-1 run."""
+        run = self._run(f"field/{folder.name}", f"stage 1 {scene}", {"cbnerf.kind": "field",
+                        "cbnerf.scene": scene, "cbnerf.field": folder.name})  # fmt: skip
+        self._fields[scene] = run
+        knobs = flatten(self._plan.base)
+        stage_knobs = {k: v for k, v in knobs.items() if k.startswith(("data.", "field.", "seed"))}
+        self._log(run, metrics, params={"scene": scene, **stage_knobs})
+        for name in (CONFIG_FILE, FIELD_FILE):
+            self._client.log_artifact(run, str(folder / name))
+        self._client.set_terminated(run)
+
+    def start_configuration(self, unit: Unit) -> None:
+        """Open the runs of a unit's configuration and scene."""
+        number = unit.configuration
+        plan = self._plan
+        if f"configuration/{number}" not in self._runs:
+            run = self._run(f"configuration/{number}", f"configuration {number:02d}",
+                            {"cbnerf.kind": "configuration"})  # fmt: skip
+            about = {"method": plan.method, "resolution": plan.resolution}
+            self._log(run, {}, params=about | dict(plan.spec.fixed) | unit.overrides)
+        child = self._run(
+            _unit_key(unit), f"{number:02d} {unit.scene}",
+            {"cbnerf.kind": "scene", "cbnerf.scene": unit.scene,
+             "cbnerf.field_run": self._fields.get(unit.scene, ""),
+             "mlflow.parentRunId": self._runs[f"configuration/{number}"]},
+        )  # fmt: skip
+        self._log(child, {}, params={"scene": unit.scene, **unit.overrides})
+
+    def log_step(self, unit: Unit, metrics: dict[str, float], step: int) -> None:
+        """One point of a unit's curves."""
+        self._log(self._runs[_unit_key(unit)], metrics, step=step)
+
+    def end_unit(self, unit: Unit, metrics: dict[str, float] | None) -> None:
+        """Images and checkpoint of a finished unit; None marks it failed."""
+        run = self._runs[_unit_key(unit)]
+        if metrics is None:
+            self._client.set_terminated(run, "FAILED")
+            return
+        folder = self._plan.trial_folder(unit.configuration, unit.scene)
+        self._log(run, metrics)
+        strip = iio.imread(folder / STRIP_FILE)
+        self._client.log_image(run, strip, key=f"{unit.scene}/strip", step=0)
+        parent = self._runs[f"configuration/{unit.configuration}"]
+        self._client.log_image(parent, strip, key=f"{unit.scene}/strip", step=0)
+        self._log(parent, {f"{unit.scene}/psnr": metrics["val/psnr"],
+                           f"{unit.scene}/gain": metrics["val/gain"]})  # fmt: skip
+        for name in (CONFIG_FILE, REFINER_FILE):
+            self._client.log_artifact(run, str(folder / name))
+        self._client.set_terminated(run)
+
+    def end_configuration(self, number: int, results: dict[str, dict[str, float] | None]) -> None:
+        """Mean metrics over the scenes; a configuration that failed on one has none."""
+        run = self._runs[f"configuration/{number}"]
+        finished = [metrics for metrics in results.values() if metrics is not None]
+        if len(finished) < len(results):
+            self._client.set_terminated(run, "FAILED")
+            return
+        means = {name: sum(m[name] for m in finished) / len(finished) for name in finished[0]}
+        self._log(run, means)
+        self._client.set_terminated(run)
+
+    def log_report(self, files: list[Path], metrics: dict[str, float]) -> None:
+        """The study's closing report."""
+        run = self._run("report", "report", {"cbnerf.kind": "report"})
+        self._log(run, metrics)
+        for file in files:
+            self._client.log_artifact(run, str(file))
+        self._client.set_terminated(run)
+
+    def interrupt(self) -> None:
+        """Mark the runs still open as killed; they are opened again when the study goes on."""
+        for run in self._existing_runs():
+            if run.info.status == "RUNNING":
+                self._client.set_terminated(run.info.run_id, "KILLED")
+
+    def _run(self, key: str, name: str, tags: dict[str, str]) -> str:
+        """The run with this key, opened (again)."""
+        if key in self._runs:
+            self._client.update_run(self._runs[key], status="RUNNING")
+            return self._runs[key]
+        plan = self._plan
+        about = {"cbnerf.key": key, "cbnerf.study": plan.name, "cbnerf.data": plan.source}
+        if plan.data is None:
+            about["cbnerf.warning"] = NOT_COMPARABLE
+        if commit := _git_commit():
+            about["mlflow.source.git.commit"] = commit
+        created = self._client.create_run(self.experiment_id, run_name=name, tags=about | tags)
+        self._runs[key] = created.info.run_id
+        return created.info.run_id
+
+    def _log(
+        self,
+        run: str,
+        metrics: dict[str, float],
+        *,
+        step: int = 0,
+        params: dict[str, Any] | None = None,
+        tags: dict[str, str] | None = None,
+    ) -> None:
+        now = int(time.time() * 1000)
+        self._client.log_batch(
+            run,
+            metrics=[Metric(name, value, now, step) for name, value in metrics.items()],
+            params=[Param(name, str(value)) for name, value in (params or {}).items()],
+            tags=[RunTag(name, value) for name, value in (tags or {}).items()],
+        )
+
+    def _open_experiment(self) -> str:
+        found = self._client.get_experiment_by_name(self._plan.name)
+        if found is not None:
+            if found.lifecycle_stage == "deleted":
+                self._client.restore_experiment(found.experiment_id)
+            return found.experiment_id
+        artifacts = None
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            artifacts = (self._plan.storage / "mlartifacts" / self._plan.name).as_uri()
+        return self._client.create_experiment(
+            self._plan.name, artifact_location=artifacts, tags={"cbnerf.data": self._plan.source}
+        )
+
+    def _existing_runs(self) -> list[Run]:
+        runs: list[Run] = []
+        token = None
+        while True:
+            page = self._client.search_runs(
+                [self.experiment_id], "tags.`cbnerf.study` != ''", page_token=token
+            )
+            runs += page
+            token = page.token
+            if not token:
+                return runs
+
+
+def _unit_key(unit: Unit) -> str:
+    return f"unit/{unit.configuration}/{unit.scene}"
+
+
+def _git_commit() -> str | None:
+    answer = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return answer.stdout.strip() or None

@@ -1,0 +1,62 @@
+"""Checkpoints: plain tensors and values, written whole or not at all, never run as code."""
+
+import os
+import pickle
+import tempfile
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from cbnerf.config import Config, flatten, with_overrides
+
+Stage = Literal["field", "refiner"]
+
+
+class Checkpoint(NamedTuple):
+    """A stage in training: enough to go on exactly, and to rebuild the model."""
+
+    stage: Stage
+    scene: str
+    step: int
+    config: Config
+    model: dict[str, Any]
+    """State dict of the network."""
+    optimizer: dict[str, Any]
+    """State dict of Adam."""
+    cameras: dict[str, Any]
+    """Cameras of the scene as plain values; empty for a refiner."""
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
+    """Write beside the target, then rename: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = checkpoint._asdict() | {"config": flatten(checkpoint.config)}
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(path: Path, stage: Stage, device: torch.device) -> Checkpoint:
+    """Read a checkpoint of the given stage."""
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint") from None
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: not a checkpoint of cbnerf ({first_line})") from None
+    if not isinstance(content, dict) or set(content) != set(Checkpoint._fields):
+        raise ValueError(f"{path}: not a checkpoint of cbnerf")
+    if content["stage"] != stage:
+        raise ValueError(f"{path}: holds a {content['stage']}, expected a {stage}")
+    try:
+        content["config"] = with_overrides(Config(), content["config"])
+    except ValueError as error:
+        raise ValueError(f"{path}: written by another version of cbnerf ({error})") from None
+    return Checkpoint(**content)

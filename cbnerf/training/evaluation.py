@@ -1,0 +1,77 @@
+"""Trained models on whole views: renders, refined images, scores, strips to look at."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from cbnerf.codebook.refiner import Refiner
+from cbnerf.data.renders import Renders
+from cbnerf.metrics import psnr, ssim, to_8bit
+from cbnerf.nerf.model import FieldModel, render_image
+from cbnerf.nerf.rays import Cameras
+
+
+class Score(NamedTuple):
+    """Quality of one view."""
+
+    psnr: float
+    """In dB."""
+    ssim: float
+
+
+def render_views(model: FieldModel, cameras: Cameras, views: list[int], scale: int) -> Renders:
+    """Stage-1 renders at high resolution."""
+    rgb, depth = [], []
+    for view in views:
+        color, distance = render_image(model, cameras, view, scale)
+        rgb.append(to_8bit(color).cpu())
+        depth.append(distance.half().cpu())
+    return Renders(torch.stack(rgb), torch.stack(depth))
+
+
+@torch.no_grad()
+def refine_views(
+    refiner: Refiner, renders: UInt8[Tensor, "views height width 3"], device: torch.device
+) -> UInt8[Tensor, "views height width 3"]:
+    """Refined images, one view at a time."""
+    refined = []
+    for render in renders:
+        sr = render.to(device).movedim(-1, 0)[None].float() / 255
+        refined.append(to_8bit(refiner.refine(sr))[0].movedim(0, -1).cpu())
+    return torch.stack(refined)
+
+
+def score_views(
+    images: UInt8[Tensor, "views height width 3"], targets: UInt8[Tensor, "views height width 3"]
+) -> list[Score]:
+    """One score per view, on full images."""
+    return [
+        Score(psnr(image, target), ssim(image, target))
+        for image, target in zip(images, targets, strict=True)
+    ]
+
+
+def mean_scores(
+    images: UInt8[Tensor, "views height width 3"],
+    targets: UInt8[Tensor, "views height width 3"],
+    prefix: str,
+) -> dict[str, float]:
+    """Means over views as `prefix/psnr` (dB) and `prefix/ssim`; empty without views."""
+    scores = score_views(images, targets)
+    if not scores:
+        return {}
+    return {
+        f"{prefix}/psnr": sum(score.psnr for score in scores) / len(scores),
+        f"{prefix}/ssim": sum(score.ssim for score in scores) / len(scores),
+    }
+
+
+def image_strip(
+    images: list[UInt8[Tensor, "height width 3"]], gap: int = 4
+) -> UInt8[Tensor, "height total_width 3"]:
+    """Images side by side with white gaps."""
+    white = torch.full((images[0].shape[0], gap, 3), 255, dtype=torch.uint8)
+    parts = [part for image in images for part in (image, white)]
+    return torch.cat(parts[:-1], dim=1)

@@ -1,0 +1,119 @@
+"""Stage 1: train a radiance field on the low-res pixels of a scene."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cbnerf.config import Config
+from cbnerf.data.pixels import PixelSampler
+from cbnerf.data.scene import Scene
+from cbnerf.data.splits import split_views
+from cbnerf.nerf.model import FieldModel, build_field
+from cbnerf.nerf.rays import Cameras, make_sub_pixel_rays
+from cbnerf.nerf.rendering import super_sampling_loss
+from cbnerf.noise import Noise
+from cbnerf.training.checkpoint import load_checkpoint
+from cbnerf.training.evaluation import mean_scores, render_views
+from cbnerf.training.loop import Losses, Report, Task, fit
+
+
+def train_field(
+    config: Config,
+    scene: Scene,
+    *,
+    device: torch.device,
+    report: Report,
+    resume_from: Path | None = None,
+) -> FieldModel:
+    """Train on low-res photographs only; validation views are scored at high resolution.
+
+    Reports `train/loss`, `train/psnr` (of low-res pixels, dB), `val/psnr` (dB) and `val/ssim`.
+    """
+    split = split_views(scene.num_views, config.data)
+    cameras = scene_cameras(scene, device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = build_field(config, cameras).to(device)
+    pixels = PixelSampler(scene, split.train, config.data.low_res_kernel, device)
+    num_sub_pixels = scene.scale**2 if config.field.super_sampling else 1
+    num_chosen = min(config.field.sub_rays or num_sub_pixels, num_sub_pixels)
+
+    def losses(wrapped: nn.Module, batch_size: int, noise: Noise) -> Losses:
+        batch = pixels.draw(batch_size, noise)
+        scores = noise.uniform(batch_size, num_sub_pixels)
+        chosen = scores.argsort(dim=1)[:, :num_chosen]
+        rays = make_sub_pixel_rays(
+            low_res_cameras(cameras, scene.scale) if num_sub_pixels == 1 else cameras,
+            batch.views, batch.rows, batch.columns,
+            1 if num_sub_pixels == 1 else scene.scale, chosen,
+        )  # fmt: skip
+        output = wrapped(rays, noise)
+        errors = [super_sampling_loss(rendering.rgb, batch.rgb) for rendering in output.passes]
+        total = torch.stack(errors).sum() + output.regularization
+        parts = {"train/loss": total, "train/psnr": -10 * torch.log10(errors[-1].detach())}
+        return Losses(total, parts)
+
+    def evaluate() -> dict[str, float]:
+        if not split.val:
+            return {}
+        renders = render_views(model, cameras, split.val, scene.scale)
+        return mean_scores(renders.rgb, scene.images[split.val], "val")
+
+    task = Task(
+        stage="field",
+        scene=scene.name,
+        config=config,
+        optim=config.field.optim,
+        model=model,
+        param_groups=_param_groups(model, config),
+        losses=losses,
+        evaluate=evaluate,
+        cameras=cameras._asdict(),
+    )
+    fit(task, device=device, report=report, resume_from=resume_from)
+    return model
+
+
+def load_field(path: Path, device: torch.device) -> tuple[FieldModel, Cameras, Config]:
+    """A trained field with the cameras and the configuration it was trained with."""
+    checkpoint = load_checkpoint(path, "field", device)
+    cameras = Cameras(**checkpoint.cameras)
+    model = build_field(checkpoint.config, cameras).to(device)
+    model.load_state_dict(checkpoint.model)
+    return model.eval(), cameras, checkpoint.config
+
+
+def scene_cameras(scene: Scene, device: torch.device) -> Cameras:
+    """The cameras of all views of a scene."""
+    return Cameras(
+        camera_to_world=scene.camera_to_world.to(device),
+        focal=scene.focal,
+        center=scene.center,
+        size=(scene.height, scene.width),
+    )
+
+
+def low_res_cameras(cameras: Cameras, scale: int) -> Cameras:
+    """The same cameras with low-res pixels."""
+    return cameras._replace(
+        focal=cameras.focal / scale,
+        center=(cameras.center[0] / scale, cameras.center[1] / scale),
+        size=(cameras.size[0] // scale, cameras.size[1] // scale),
+    )
+
+
+def _param_groups(model: FieldModel, config: Config) -> list[dict[str, Any]]:
+    """The feature planes learn at `lr`, the small networks behind them more slowly."""
+    rate = config.field.optim.lr
+    if config.field.kind == "mlp":
+        return [{"params": list(model.parameters()), "lr": rate}]
+    grids, networks = [], []
+    for name, parameter in model.named_parameters():
+        (grids if "grids" in name else networks).append(parameter)
+    # A cell's gradient is tiny, so is the epsilon that must not drown it (Instant-NGP).
+    return [
+        {"params": grids, "lr": rate, "eps": 1e-15},
+        {"params": networks, "lr": rate * config.field.planes.network_lr},
+    ]

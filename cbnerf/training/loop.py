@@ -1,0 +1,141 @@
+"""The one training loop: step, learning rate, evaluation, checkpoint, report.
+
+It trains alone or, when `torch.distributed` is initialised (torchrun, Ray Train), with
+DistributedDataParallel. `report` is its only seam to the world around it.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cbnerf.config import Config, OptimConfig
+from cbnerf.noise import Noise
+from cbnerf.training.checkpoint import Checkpoint, Stage, load_checkpoint
+
+
+class Report(Protocol):
+    """Called on every process after every evaluation; metrics are those of rank 0."""
+
+    def __call__(self, step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None: ...
+
+
+class Losses(NamedTuple):
+    total: Tensor
+    parts: dict[str, Tensor]
+    """Scalars to log, by metric name."""
+
+
+class Task(NamedTuple):
+    """What a stage gives to the loop."""
+
+    stage: Stage
+    scene: str
+    config: Config
+    optim: OptimConfig
+    model: nn.Module
+    param_groups: list[dict[str, Any]]
+    """Groups for Adam, each with its own `lr`."""
+    losses: Callable[[nn.Module, int, Noise], Losses]
+    """From the (wrapped) model, this process's batch size and the step's random numbers."""
+    evaluate: Callable[[], dict[str, float]]
+    cameras: dict[str, Any]
+
+
+def fit(task: Task, *, device: torch.device, report: Report, resume_from: Path | None) -> None:
+    """Train `task.model` in place for `task.optim.steps` steps."""
+    rank, world_size = process_rank(), num_processes()
+    optim = task.optim
+    if optim.batch_size % world_size:
+        raise ValueError(
+            f"{task.stage} batch size {optim.batch_size} is not divisible by {world_size} processes"
+        )
+    optimizer = torch.optim.Adam(task.param_groups, fused=True)
+    first_step = _resume(task, optimizer, resume_from, device)
+    model: nn.Module = task.model.train()
+    if world_size > 1:
+        model = DistributedDataParallel(task.model)
+    base_rates = [group["lr"] for group in task.param_groups]
+    sums: dict[str, Tensor] = {}
+    since = first_step
+    for step in range(first_step, optim.steps):
+        noise = Noise(task.config.seed, step, device, rank=rank, world_size=world_size)
+        for group, base in zip(optimizer.param_groups, base_rates, strict=True):
+            group["lr"] = base * learning_rate_factor(step, optim)
+        losses = task.losses(model, optim.batch_size // world_size, noise)
+        optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()
+        optimizer.step()
+        for name, value in losses.parts.items():
+            sums[name] = sums.get(name, 0) + value.detach()
+        if is_evaluation_step(step + 1, optim):
+            averages = {name: float(value) / (step + 1 - since) for name, value in sums.items()}
+            _check_finite(averages, task.stage, step + 1)
+            sums, since = {}, step + 1
+            metrics = averages | _evaluate(task) if rank == 0 else {}
+            report(step + 1, metrics, _checkpoint(task, step + 1, optimizer))
+    task.model.eval()
+
+
+def learning_rate_factor(step: int, optim: OptimConfig) -> float:
+    """Linear warm-up times cosine decay, as a share of the base rate."""
+    warmup = min(1.0, (step + 1) / max(optim.warmup_steps, 1))
+    cosine = (1 + math.cos(math.pi * step / optim.steps)) / 2
+    return warmup * (optim.lr_end + (1 - optim.lr_end) * cosine)
+
+
+def is_evaluation_step(done: int, optim: OptimConfig) -> bool:
+    """After `done` steps: `optim.evaluations` times, evenly spread, the last at the end."""
+    return done * optim.evaluations // optim.steps > (done - 1) * optim.evaluations // optim.steps
+
+
+def process_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _evaluate(task: Task) -> dict[str, float]:
+    task.model.eval()
+    with torch.no_grad():
+        metrics = task.evaluate()
+    task.model.train()
+    return metrics
+
+
+def _resume(
+    task: Task, optimizer: torch.optim.Optimizer, path: Path | None, device: torch.device
+) -> int:
+    if path is None:
+        return 0
+    checkpoint = load_checkpoint(path, task.stage, device)
+    if checkpoint.config != task.config or checkpoint.scene != task.scene:
+        raise ValueError(f"{path}: cannot resume, it was trained with other knobs or another scene")
+    task.model.load_state_dict(checkpoint.model)
+    optimizer.load_state_dict(checkpoint.optimizer)
+    return checkpoint.step
+
+
+def _checkpoint(task: Task, step: int, optimizer: torch.optim.Optimizer) -> Checkpoint:
+    return Checkpoint(
+        stage=task.stage,
+        scene=task.scene,
+        step=step,
+        config=task.config,
+        model=task.model.state_dict(),
+        optimizer=optimizer.state_dict(),
+        cameras=task.cameras,
+    )
+
+
+def _check_finite(metrics: dict[str, float], stage: str, step: int) -> None:
+    broken = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if broken:
+        raise FloatingPointError(f"{stage}: {', '.join(broken)} not finite within {step} steps")

@@ -1,0 +1,109 @@
+"""Run a stage in a folder: train, checkpoint as it goes, leave results that the next step reads.
+
+A folder that holds an unfinished checkpoint is gone on with; a finished one is left as it is.
+`metrics.json` is written last, so it marks a finished folder.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import imageio.v3 as iio
+import torch
+
+from cbnerf.config import Config, save_config
+from cbnerf.data.renders import Renders, save_renders
+from cbnerf.data.scene import Scene
+from cbnerf.data.splits import split_views
+from cbnerf.training.checkpoint import Checkpoint, save_checkpoint
+from cbnerf.training.evaluation import image_strip, refine_views, render_views
+from cbnerf.training.field import scene_cameras, train_field
+from cbnerf.training.loop import Report, process_rank
+from cbnerf.training.refiner import train_refiner
+
+FIELD_FILE, REFINER_FILE, RENDERS_FILE = "field.pt", "refiner.pt", "renders.npz"
+METRICS_FILE, STRIP_FILE, CONFIG_FILE = "metrics.json", "strip.png", "config.yaml"
+
+
+def ignore(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
+    """A report that nobody reads."""
+
+
+def run_field(
+    config: Config, scene: Scene, folder: Path, *, device: torch.device, report: Report = ignore
+) -> dict[str, float]:
+    """Train stage 1 and render all views; returns the last metrics and `seconds` of this run."""
+
+    def train(keep: Report, resume_from: Path | None) -> None:
+        model = train_field(config, scene, device=device, report=keep, resume_from=resume_from)
+        if process_rank() == 0:
+            cameras = scene_cameras(scene, device)
+            views = list(range(scene.num_views))
+            renders = render_views(model, cameras, views, scene.scale)
+            save_renders(renders, folder / RENDERS_FILE)
+
+    return _run(config, folder, FIELD_FILE, train, report)
+
+
+def run_refiner(
+    config: Config,
+    scene: Scene,
+    renders: Renders,
+    folder: Path,
+    *,
+    device: torch.device,
+    report: Report = ignore,
+) -> dict[str, float]:
+    """Train stage 2 and write a strip (photograph | stage 1 | refined) of a validation view."""
+
+    def train(keep: Report, resume_from: Path | None) -> None:
+        refiner = train_refiner(
+            config, scene, renders, device=device, report=keep, resume_from=resume_from
+        )
+        if process_rank() == 0:
+            view = (split_views(scene.num_views, config.data).val or [0])[0]
+            refined = refine_views(refiner, renders.rgb[[view]], device)[0]
+            strip = image_strip([scene.images[view], renders.rgb[view], refined])
+            iio.imwrite(folder / STRIP_FILE, strip.numpy())
+
+    return _run(config, folder, REFINER_FILE, train, report)
+
+
+def read_metrics(folder: Path) -> dict[str, float] | None:
+    """The metrics of a finished folder, or None."""
+    try:
+        return json.loads((folder / METRICS_FILE).read_text())
+    except FileNotFoundError:
+        return None
+
+
+def _run(
+    config: Config,
+    folder: Path,
+    checkpoint_name: str,
+    train: Callable[[Report, Path | None], None],
+    report: Report,
+) -> dict[str, float]:
+    finished = read_metrics(folder)
+    if finished is not None:
+        return finished
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / checkpoint_name
+    started = time.monotonic()
+    last: dict[str, float] = {}
+
+    def keep(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
+        nonlocal last
+        last = metrics
+        if process_rank() == 0:
+            save_checkpoint(checkpoint, path)
+        report(step, metrics, checkpoint)
+
+    if process_rank() == 0:
+        save_config(config, folder / CONFIG_FILE)
+    train(keep, path if path.exists() else None)
+    result = last | {"seconds": time.monotonic() - started}
+    if process_rank() == 0:
+        (folder / METRICS_FILE).write_text(json.dumps(result, indent=1))
+    return result

@@ -1,0 +1,89 @@
+import math
+
+import pytest
+import torch
+
+from cbnerf.codebook.imitation import code_agreement, imitation_loss, index_loss
+from cbnerf.codebook.quantizer import VectorQuantizer, vq_loss
+from cbnerf.config import CodebookConfig
+
+
+@pytest.fixture
+def quantizer() -> VectorQuantizer:
+    quantizer = VectorQuantizer(CodebookConfig(size=3, dim=2, beta=0.25))
+    with torch.no_grad():
+        quantizer.codebook.copy_(torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 3.0]]))
+    return quantizer
+
+
+SR = torch.tensor([[0.5, 0.0], [0.0, 2.0]])
+HIGH_RES = torch.tensor([[1.75, 0.0], [0.0, 2.5]])  # nearest codes 1 and 2; SR finds 0 and 2
+
+
+@pytest.mark.parametrize(
+    "kind, expected",
+    [
+        # Own nearest codes: (0.25 + 1) / 4 elements, times 1 + beta.
+        ("vq", 1.25 * 1.25 / 4),
+        # Codes of the HR latents: (1.5^2 + 1) / 4 elements.
+        ("feature", 3.25 / 4),
+        # Squared distances to the three codes, less that to the right one: -2, 7 and 3, 7.
+        (
+            "ce",
+            (
+                math.log(1 + math.exp(2.0) + math.exp(-7.0))
+                + math.log(1 + math.exp(-3.0) + math.exp(-7.0))
+            )
+            / 2,
+        ),
+    ],
+)
+def test_losses_by_hand(kind, expected: float, quantizer: VectorQuantizer):
+    loss = imitation_loss(kind, SR, quantizer(SR), quantizer(HIGH_RES), quantizer)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["vq", "feature", "ce"])
+def test_imitation_pulls_sr_latents_and_never_the_hr_patch(kind, quantizer: VectorQuantizer):
+    sr, high_res = SR.clone().requires_grad_(), HIGH_RES.clone().requires_grad_()
+    loss = imitation_loss(kind, sr, quantizer(sr), quantizer(high_res), quantizer)
+    to_sr, to_high_res, to_codes = torch.autograd.grad(
+        loss, [sr, high_res, quantizer.codebook], allow_unused=True
+    )
+    assert to_high_res is None
+    assert (to_codes is not None) == (kind == "vq")
+    # The first SR latent lies between codes 0 (its own) and 1 (that of the HR patch).
+    assert (to_sr[0, 0] > 0) == (kind == "vq")
+
+
+def test_index_loss_is_the_negative_log_of_a_softmax_over_distances():
+    torch.manual_seed(0)
+    latents, codes, indices = torch.randn(9, 4), torch.randn(6, 4), torch.randint(6, (9,))
+    squared = ((latents[:, None] - codes) ** 2).sum(-1)
+    expected = -(-squared / 0.3).softmax(1)[range(9), indices].log().mean()
+    torch.testing.assert_close(index_loss(latents, indices, codes, 0.3), expected)
+
+
+@pytest.mark.parametrize("kind", ["feature", "ce"])
+def test_sr_latents_learn_the_hr_codes(kind):
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(CodebookConfig(size=8, dim=4, normalize=True))
+    high_res = quantizer(torch.randn(64, 4))
+    latents = torch.nn.Parameter(torch.randn(64, 4))
+    optimizer = torch.optim.Adam([latents], lr=0.1)
+    assert code_agreement(quantizer(latents).indices, high_res.indices) < 0.5
+    for _ in range(100):
+        optimizer.zero_grad()
+        imitation_loss(kind, latents, quantizer(latents), high_res, quantizer).backward()
+        optimizer.step()
+    assert code_agreement(quantizer(latents).indices, high_res.indices) == 1.0
+
+
+def test_the_papers_imitation_is_the_vq_loss_of_the_sr_patch(quantizer: VectorQuantizer):
+    sr = quantizer(SR)
+    loss = imitation_loss("vq", SR, sr, quantizer(HIGH_RES), quantizer)
+    assert loss.item() == vq_loss(sr, quantizer.config).item()
+
+
+def test_agreement_counts_places():
+    assert code_agreement(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[1, 2], [4, 4]])) == 0.75

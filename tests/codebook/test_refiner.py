@@ -1,0 +1,204 @@
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cbnerf.codebook.refiner import (
+    PaperRefiner,
+    Refinement,
+    ResidualRefiner,
+    build_refiner,
+    refiner_losses,
+)
+from cbnerf.config import METHODS, Config, LossConfig, preset, with_overrides
+
+SMALL = {"refiner.channels": 6, "refiner.blocks": 2, "codebook.size": 16, "codebook.dim": 4}
+
+
+def make_refiner(method: str = "cb-nerf", **overrides) -> PaperRefiner | ResidualRefiner:
+    torch.manual_seed(0)
+    changes = SMALL | {name.replace("__", "."): value for name, value in overrides.items()}
+    return build_refiner(with_overrides(METHODS[method], changes))
+
+
+def wake(refiner: PaperRefiner | ResidualRefiner) -> PaperRefiner | ResidualRefiner:
+    """Fill what is initialised with zeros, as training would."""
+    with torch.no_grad():
+        for parameter in refiner.parameters():
+            if parameter.count_nonzero() == 0:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    return refiner
+
+
+def draw_pair(batch: int = 4, size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    high_res = torch.rand(batch, 3, size, size, generator=generator)
+    return F.interpolate(F.avg_pool2d(high_res, 2), scale_factor=2), high_res
+
+
+@pytest.mark.parametrize("codes, parameters", [(512, 1_638_790), (1024, 1_671_558)])
+def test_paper_refiner_has_the_published_number_of_parameters(codes: int, parameters: int):
+    refiner = build_refiner(with_overrides(METHODS["cb-nerf-paper"], {"codebook.size": codes}))
+    assert sum(parameter.numel() for parameter in refiner.parameters()) == parameters
+
+
+@pytest.mark.parametrize("method", ["cb-nerf", "residual-cnn"])
+def test_residual_refiner_starts_as_the_identity(method: str):
+    refiner = make_refiner(method)
+    sr, high_res = draw_pair()
+    torch.testing.assert_close(refiner(sr, high_res).refined, sr)
+    torch.testing.assert_close(refiner.refine(sr), sr)
+
+
+def test_first_steps_open_tail_and_gates():
+    refiner = make_refiner()
+    optimizer = torch.optim.Adam(refiner.parameters(), lr=1e-2)
+    sr, high_res = draw_pair()
+    for _ in range(3):
+        optimizer.zero_grad()
+        refiner_losses(refiner(sr, high_res), high_res, LossConfig()).total.backward()
+        optimizer.step()
+    assert isinstance(refiner, ResidualRefiner)
+    assert refiner.gates.abs().min() > 0
+    assert refiner.get_parameter("tail.0.weight").abs().min() > 0
+
+
+COMBINATIONS = [
+    {"refiner__codes": codes, "refiner__skips": skips, "codebook__imitation": imitation} | healthy
+    for codes, skips, imitation, healthy in itertools.product(
+        [True, False],
+        ["hr", "sr", "mixed"],
+        ["vq", "feature", "ce"],
+        [
+            {f"codebook__{knob}": value for knob in ("ema", "normalize", "data_init")}
+            | {"codebook__revive_below": 0.05 * value}
+            for value in (False, True)
+        ],
+    )
+]
+
+
+@pytest.mark.parametrize("method", ["cb-nerf", "cb-nerf-paper"])
+def test_every_parameter_gets_a_gradient_in_every_step(method: str):
+    sr, high_res = draw_pair(batch=1, size=8)  # one patch: `mixed` decodes no SR codes at all
+    weights = LossConfig(lambda_refine=0.0, lambda_recon=0.0, lambda_vq=0.0, lambda_imitation=0.0)
+    for overrides in COMBINATIONS if method == "cb-nerf" else COMBINATIONS[::5]:
+        refiner = make_refiner(method, **overrides)
+        for _ in range(2):
+            refiner.zero_grad()
+            refiner_losses(refiner(sr, high_res), high_res, weights).total.backward()
+            without = [n for n, parameter in refiner.named_parameters() if parameter.grad is None]
+            assert not without, (overrides, without)
+
+
+def test_control_has_the_same_parameters_and_ignores_codes():
+    refiner, control = make_refiner("cb-nerf"), make_refiner("residual-cnn")
+    shapes = [{n: p.shape for n, p in r.named_parameters()} for r in (refiner, control)]
+    assert shapes[0] == shapes[1]
+    sr, _ = draw_pair()
+    for network, ignores in ((refiner, False), (control, True)):
+        before = wake(network).refine(sr)
+        network.autoencoder.quantizer.codebook.mul_(-1)
+        assert torch.equal(network.refine(sr), before) == ignores
+
+
+@pytest.mark.parametrize("method", ["cb-nerf", "cb-nerf-paper"])
+def test_skips_decide_whether_training_sees_the_photograph(method: str):
+    sr, high_res = draw_pair()
+    for skips, leaking_rows in (("hr", [0, 1, 2, 3]), ("sr", []), ("mixed", [0, 2])):
+        refiner = make_refiner(method, refiner__skips=skips)
+        wake(refiner).eval()  # the codebook stands still
+        changed = refiner(sr, high_res).refined - refiner(sr, 1 - high_res).refined
+        rows = changed.detach().abs().flatten(1).max(1).values > 1e-6
+        assert rows.nonzero().flatten().tolist() == leaking_rows, skips
+
+
+@pytest.mark.parametrize("method", ["cb-nerf", "cb-nerf-paper"])
+def test_whole_image_equals_its_crop_away_from_borders(method: str):
+    refiner = wake(make_refiner(method))
+    image = 0.25 + 0.5 * torch.rand(1, 3, 121, 94, generator=torch.Generator().manual_seed(2))
+    whole, crop = refiner.refine(image), refiner.refine(image[..., 8:, 4:])
+    assert whole.shape == image.shape
+    inside = (..., slice(48, 72), slice(44, 50))
+    torch.testing.assert_close(whole[..., 8:, 4:][inside], crop[inside], atol=1e-5, rtol=0)
+    assert whole[inside].std() > 0
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (5, 7), (16, 9)])
+def test_images_of_any_size_stay_in_range(height: int, width: int):
+    refiner = make_refiner("cb-nerf-paper")
+    refined = refiner.refine(torch.rand(2, 3, height, width))
+    assert refined.shape == (2, 3, height, width)
+    assert not refined.requires_grad
+    assert 0 <= refined.min() and refined.max() <= 1
+
+
+def test_refining_is_the_training_pass_with_sr_skips():
+    refiner = wake(make_refiner(refiner__skips="sr")).eval()
+    sr, high_res = draw_pair()
+    refined = refiner(sr, high_res).refined
+    torch.testing.assert_close(refiner.refine(sr), refined.clamp(0, 1).detach())
+
+
+def test_codes_of_the_residual_refiner_ignore_constant_colour():
+    refiner = make_refiner().eval()
+    sr, high_res = draw_pair()
+    plain, brighter = refiner(sr, high_res), refiner(sr, high_res + 0.3)
+    assert torch.equal(plain.high_res_indices, brighter.high_res_indices)
+    torch.testing.assert_close(brighter.reconstruction, plain.reconstruction + 0.3)
+
+
+def test_losses_by_hand():
+    high_res = torch.full((1, 3, 4, 4), 0.5)
+    refinement = Refinement(
+        refined=high_res + 0.1,
+        reconstruction=high_res - 0.2,
+        vq_loss=torch.tensor(3.0),
+        imitation_loss=torch.tensor(5.0),
+        high_res_indices=torch.zeros(1, 1, 1, dtype=torch.int64),
+        sr_indices=torch.zeros(1, 1, 1, dtype=torch.int64),
+    )
+    weights = LossConfig(lambda_refine=2.0, lambda_recon=10.0, lambda_vq=0.5, lambda_imitation=0.1)
+    losses = refiner_losses(refinement, high_res, weights)
+    # In [-1, 1]: |0.2| and 0.4^2.
+    assert losses.refine.item() == pytest.approx(0.2, rel=1e-5)
+    assert losses.recon.item() == pytest.approx(0.16, rel=1e-5)
+    assert (losses.vq.item(), losses.imitation.item()) == (3, 5)
+    assert losses.total.item() == pytest.approx(2 * 0.2 + 10 * 0.16 + 0.5 * 3 + 0.1 * 5, rel=1e-5)
+
+
+def draw_stripes(batch: int) -> torch.Tensor:
+    """Stripes and checks of one pixel in random contrast: gone after a 2x2 box average."""
+    columns = torch.arange(16) % 2
+    kinds = torch.stack([columns.expand(16, 16), columns.expand(16, 16).T,
+                         (columns[:, None] + columns) % 2]) - 0.5  # fmt: skip
+    pattern = kinds[torch.randint(3, (batch,))][:, None]
+    return (
+        0.5 + 0.1 * torch.randn(batch, 3, 1, 1) + pattern * (0.3 + 0.2 * torch.rand(batch, 1, 1, 1))
+    )
+
+
+def test_codes_carry_detail_that_the_render_has_lost():
+    """With HR codes the pattern can be told, without codes it cannot."""
+    errors = {}
+    for method in ("cb-nerf", "residual-cnn"):
+        refiner = make_refiner(method, refiner__skips="hr", refiner__channels=12)
+        optimizer = torch.optim.Adam(refiner.parameters(), lr=5e-3)
+        for _ in range(80):
+            high_res = draw_stripes(8)
+            sr = F.interpolate(F.avg_pool2d(high_res, 2), scale_factor=2)
+            optimizer.zero_grad()
+            losses = refiner_losses(refiner(sr, high_res), high_res, LossConfig())
+            losses.total.backward()
+            optimizer.step()
+        errors[method] = losses.refine.item()
+    assert errors["cb-nerf"] < 0.6 * errors["residual-cnn"]
+
+
+def test_presets_build_their_refiner():
+    for method in METHODS:
+        config = preset(method, "tiny")
+        kind = PaperRefiner if config.refiner.kind == "paper" else ResidualRefiner
+        assert type(build_refiner(config)) is kind
+    assert type(build_refiner(Config())) is ResidualRefiner
