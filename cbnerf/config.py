@@ -16,9 +16,13 @@ from typing import Any, Literal
 import yaml
 
 
+class KnobError(ValueError):
+    """A knob has a value of the right type that it cannot take."""
+
+
 def _check(condition: bool, name: str, value: object, rule: str) -> None:
     if not condition:
-        raise ValueError(f"{name} = {value!r} must be {rule}")
+        raise KnobError(f"{name} = {value!r} must be {rule}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +300,11 @@ RESOLUTIONS: dict[str, dict[str, Any]] = {
 """Overrides by name: image size, and below 504 pixels a schedule that a CPU can run."""
 
 
-def preset(method: str, resolution: str = "x2-504") -> Config:
+DEFAULT_METHOD = "cb-nerf"
+DEFAULT_RESOLUTION = "x2-504"
+
+
+def preset(method: str, resolution: str = DEFAULT_RESOLUTION) -> Config:
     """The configuration of a method at a resolution."""
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
@@ -338,7 +346,7 @@ def cast(name: str, value: Any) -> Any:
     kind = knob_type(name)
     try:
         return _cast(kind, value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} = {value!r} is not {_describe(kind)}") from None
 
 
@@ -375,14 +383,19 @@ def _describe(kind: Any) -> str:
 
 def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
     """A copy with some knobs changed; an unknown name or a wrong type is a `ValueError`."""
-    for name, value in overrides.items():
-        config = _replace_at(config, name.split("."), cast(name, value))
-    return config
+    return _replace_knobs(config, {name: cast(name, value) for name, value in overrides.items()})
 
 
-def _replace_at(node: Any, path: list[str], value: Any) -> Any:
-    head, *rest = path
-    return replace(node, **{head: _replace_at(getattr(node, head), rest, value) if rest else value})
+def _replace_knobs(node: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """All at once, for the checks of a group may relate its knobs to each other."""
+    changed = {}
+    for knob in fields(node):
+        name, value = prefix + knob.name, getattr(node, knob.name)
+        if is_dataclass(value):
+            changed[knob.name] = _replace_knobs(value, values, name + ".")
+        elif name in values:
+            changed[knob.name] = values[name]
+    return replace(node, **changed)
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -401,6 +414,9 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: expected `name: value` lines, found {type(loaded).__name__}")
+    unnamed = [key for key in loaded if not isinstance(key, str)]
+    if unnamed:
+        raise ValueError(f"{path}: {unnamed[0]!r} is not a name")
     return loaded
 
 

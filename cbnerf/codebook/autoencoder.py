@@ -141,7 +141,11 @@ _SR_ROWS = {"hr": slice(0, 0), "sr": slice(None), "mixed": slice(1, None, 2)}
 
 
 class VQAutoencoder(nn.Module):
-    """A codebook that learns from HR patches and is searched with SR patches."""
+    """A codebook that learns from HR patches and is searched with SR patches.
+
+    Without `sr_encoder` one encoder serves both, as published, and imitation pulls at it against
+    reconstruction; an encoder of its own leaves the codes of the HR patch as they are.
+    """
 
     def __init__(
         self,
@@ -149,9 +153,11 @@ class VQAutoencoder(nn.Module):
         decoder: Decoder | LightDecoder,
         config: CodebookConfig,
         skips: Literal["hr", "sr", "mixed"],
+        sr_encoder: Encoder | LightEncoder | None = None,
     ):
         super().__init__()
         self.encoder = encoder
+        self.sr_encoder = sr_encoder
         self.quantizer = VectorQuantizer(config)
         self.decoder = decoder
         self._sr_rows = _SR_ROWS[skips]
@@ -160,6 +166,12 @@ class VQAutoencoder(nn.Module):
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch rows columns dim"]:
         return self.encoder(images).movedim(1, -1)
+
+    def encode_sr(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch rows columns dim"]:
+        encoder = self.encoder if self.sr_encoder is None else self.sr_encoder
+        return encoder(images).movedim(1, -1)
 
     def decode(self, latents: Float[Tensor, "batch rows columns dim"]) -> Decoded:
         return self.decoder(latents.movedim(-1, 1))
@@ -170,8 +182,8 @@ class VQAutoencoder(nn.Module):
         high_res: Float[Tensor, "batch 3 height width"],
     ) -> Lookup:
         config, batch = self.quantizer.config, len(sr)
-        high_res_latents, sr_latents = self.encode(torch.cat([high_res, sr])).chunk(2)
-        found = self.quantizer(high_res_latents)
+        found = self.quantizer(self.encode(high_res))
+        sr_latents = self.encode_sr(sr)
         imitated = self.quantizer(sr_latents, learn=False)
         # Only those SR patches are decoded whose skips are wanted.
         decoded = self.decode(torch.cat([found.latents, imitated.latents[self._sr_rows]]))
@@ -195,4 +207,4 @@ class VQAutoencoder(nn.Module):
         self, sr: Float[Tensor, "batch 3 height width"]
     ) -> tuple[Float[Tensor, "batch _ _ _"], ...]:
         """Skips of the codes that SR images find: all there is at inference."""
-        return self.decode(self.quantizer(self.encode(sr), learn=False).latents).skips
+        return self.decode(self.quantizer(self.encode_sr(sr), learn=False).latents).skips

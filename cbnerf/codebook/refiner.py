@@ -4,6 +4,7 @@ Images are `[batch 3 height width]` in [0, 1] at the interface. Inside, and in t
 in [-1, 1] as in the paper: an L1 there is twice, an MSE four times that of [0, 1].
 """
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -149,7 +150,11 @@ class ResidualRefiner(Refiner):
         channels, blocks = config.refiner.channels, config.refiner.blocks
         code_channels, dim = 4 * channels // 3, config.codebook.dim
         encoder, decoder = LightEncoder(dim, code_channels), LightDecoder(dim, code_channels)
-        super().__init__(VQAutoencoder(encoder, decoder, config.codebook, config.refiner.skips))
+        skips = config.refiner.skips
+        # Differs from reference: renders have an encoder of their own, which starts as that of the
+        # HR patches. With `vq` nothing would tie the two, and all renders would find one code.
+        sr_encoder = None if config.codebook.imitation == "vq" else copy.deepcopy(encoder)
+        super().__init__(VQAutoencoder(encoder, decoder, config.codebook, skips, sr_encoder))
         self.head = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, channels, 3, padding=1))
         self.blocks = nn.ModuleList(ResidualBlock(channels) for _ in range(blocks))
         tail = nn.Conv2d(channels, 12, 3, padding=1)

@@ -74,10 +74,11 @@ def _read_folder(folder: Path, width: int) -> tuple[_Cameras, list[Path]]:
 
 def _read_poses(file: Path) -> _Cameras:
     try:
-        rows = np.load(file, allow_pickle=False)
+        with file.open("rb") as stream:
+            rows = np.lib.format.read_array(stream, allow_pickle=False)
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file; an LLFF scene folder has one") from None
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{file}: not a NumPy array file ({error})") from None
     if rows.ndim != 2 or rows.shape[1] != 17 or not np.issubdtype(rows.dtype, np.floating):
         raise ValueError(
@@ -91,7 +92,7 @@ def _read_poses(file: Path) -> _Cameras:
     matrices, bounds = rows[:, :15].reshape(-1, 3, 5), rows[:, 15:]
     if not ((bounds[:, 0] > 0) & (bounds[:, 1] > bounds[:, 0])).all():
         raise ValueError(f"{file}: bounds must satisfy 0 < near < far in every row")
-    height, width, focal = matrices[0, :, 4]
+    height, width, focal = (float(value) for value in matrices[0, :, 4])
     if min(height, width, focal) <= 0:
         raise ValueError(f"{file}: height, width and focal must be positive")
     down, right, backward, origin = np.moveaxis(matrices[:, :, :4], 2, 0)
@@ -101,7 +102,7 @@ def _read_poses(file: Path) -> _Cameras:
 def _choose_images(folder: Path, width: int) -> list[Path]:
     """The files of the narrowest image folder that is at least `width` pixels wide."""
     widths: dict[int, list[Path]] = {}
-    for images in sorted(folder.glob("images*")):
+    for images in sorted(path for path in folder.glob("images*") if path.is_dir()):
         files = sorted(f for f in images.iterdir() if f.suffix.lower() in _IMAGE_SUFFIXES)
         if files:
             widths[_image_width(files[0])] = files
@@ -130,7 +131,7 @@ def _read_image(file: Path, width: int, height: int) -> np.ndarray:
             )
         try:
             rgb = image.convert("RGB")
-        except OSError as error:
+        except (OSError, SyntaxError) as error:  # Pillow's word for a bad PNG
             raise ValueError(f"{file}: broken image ({error})") from None
         if rgb.size != (width, height):
             rgb = rgb.resize((width, height), Image.Resampling.LANCZOS)

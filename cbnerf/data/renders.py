@@ -1,5 +1,6 @@
 """Stage-1 renders of a scene on disk: what stage 2 starts from."""
 
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,9 +24,21 @@ def save_renders(renders: Renders, path: Path) -> None:
 
 def load_renders(path: Path) -> Renders:
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            return Renders(torch.from_numpy(stored["rgb"]), torch.from_numpy(stored["depth"]))
+        with zipfile.ZipFile(path) as archive:
+            rgb, depth = (_read_array(archive, name) for name in Renders._fields)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file of stage-1 renders") from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not a file of stage-1 renders ({error})") from None
+    types = (rgb.dtype, depth.dtype) == (np.uint8, np.float16)
+    if not types or depth.ndim != 3 or rgb.shape != (*depth.shape, 3):
+        raise ValueError(
+            f"{path}: not a file of stage-1 renders (holds {rgb.dtype} {rgb.shape} and "
+            f"{depth.dtype} {depth.shape})"
+        )
+    return Renders(torch.from_numpy(rgb), torch.from_numpy(depth))
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(f"{name}.npy") as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 import tyro
 import yaml
+from mlflow.exceptions import MlflowException
 from ray.exceptions import RayError
 
 from cbnerf.config import load_yaml
@@ -21,9 +21,10 @@ from cbnerf.search.estimate import calibrate
 from cbnerf.search.plan import DATA_VARIABLE, DEFAULT_DATA, Plan, make_plan
 from cbnerf.search.report import scene_table
 from cbnerf.search.spec import parse_spec
-from cbnerf.search.study import check_space, num_slots, quieten_ray, run_study
+from cbnerf.search.study import check_space, num_slots, quieten_libraries, run_study
 from cbnerf.search.tracking import NOT_COMPARABLE, tracking_uri
 from cbnerf.search.trial import load_scene
+from cbnerf.training.processes import choose_device
 
 _REQUEST_FILE = "request.yaml"
 _INTERRUPTED = 130
@@ -62,24 +63,28 @@ class Options:
 def main(default_config: Path) -> None:
     """Run a command line; bad input ends in one line and exit status 2."""
     options = tyro.cli(Options)
-    quieten_ray()
+    quieten_libraries()
     try:
         _run(options, default_config)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on where it stopped", _INTERRUPTED)
+    except RayError as error:
+        # A task's error also is an instance of its cause's class; only the cause is for people.
+        _fail(" ".join(str(getattr(error, "cause", None) or error).split())[-600:], 1)
+    except MlflowException as error:
+        _fail(" ".join(f"MLflow: {error.message}".split())[-600:], 1)
     except (ValueError, OSError) as error:
         _fail(str(error), 2)
-    except RayError as error:
-        cause = getattr(error, "cause", None) or error
-        _fail(" ".join(str(cause).split())[-600:], 1)
 
 
 def _run(options: Options, default_config: Path) -> None:
     request = _load_request(options) if options.resume else _make_request(options, default_config)
     if options.trials is not None:
         request["spec"]["trials"] = options.trials
+    _make_plan(request, options, has_gpu=False)  # Mistakes come out before Ray starts.
     with _ray(options.address):
-        plan = _make_plan(request, options)
+        plan = _make_plan(request, options, has_gpu=ray.cluster_resources().get("GPU", 0) > 0)
+        request["data"] = str(plan.data) if plan.data else None
         _check_same_request(plan, request)
         views = _count_views(plan)
         _describe(plan, views)
@@ -126,14 +131,14 @@ def _load_request(options: Options) -> dict[str, Any]:
     return load_yaml(studies / str(options.name) / _REQUEST_FILE)
 
 
-def _make_plan(request: dict[str, Any], options: Options) -> Plan:
+def _make_plan(request: dict[str, Any], options: Options, *, has_gpu: bool) -> Plan:
     return make_plan(
         parse_spec(request["spec"]),
         scenes=request["scenes"],
         data=Path(request["data"]) if request["data"] else None,
         name=options.name,
         storage=options.storage,
-        has_gpu=ray.cluster_resources().get("GPU", 0) > 0,
+        has_gpu=has_gpu,
     )
 
 
@@ -196,7 +201,7 @@ def _describe(plan: Plan, views: dict[str, int | None]) -> None:
 
 
 def _price(plan: Plan) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device()
     scene = load_scene(plan, plan.scenes[0], plan.base.data)
     estimate = calibrate(plan.base, scene, device)
     print(

@@ -29,7 +29,7 @@ class Plan:
     """Folder of LLFF scene folders; None means the built-in scenes."""
     storage: Path
     """Holds studies, cache and MLflow's files; shared by all machines of a cluster."""
-    gpus_per_worker: float
+    gpus_per_worker: int | float
 
     @property
     def folder(self) -> Path:
@@ -73,8 +73,9 @@ def make_plan(
     base = with_overrides(preset(spec.method, resolution), spec.fixed)
     folder, available = _locate_data(data)
     chosen = choose_scenes(scenes, available, folder)
+    some = "all" if scenes == "all" else "-".join(chosen)
     return Plan(
-        name=name or f"{spec.method}-{resolution}-{scenes.replace(',', '-')}",
+        name=_check_name(name or f"{spec.method}-{resolution}-{some}"),
         spec=spec,
         base=base,
         method=spec.method,
@@ -100,6 +101,12 @@ def choose_scenes(wanted: str, available: list[str], folder: Path | None) -> tup
             f"there are {', '.join(available)}"
         )
     return tuple(dict.fromkeys(chosen))
+
+
+def _check_name(name: str) -> str:
+    if Path(name).name != name or name == "..":
+        raise ValueError(f"--name {name!r} is not the name of a folder")
+    return name
 
 
 def _locate_data(data: Path | None) -> tuple[Path | None, list[str]]:

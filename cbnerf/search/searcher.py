@@ -4,6 +4,8 @@ The Optuna study is the only state of a search. Results of finished units stand 
 attributes, so a killed search goes on from there, whatever Tune remembers.
 """
 
+import math
+import uuid
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -41,21 +43,22 @@ class Ledger:
             keys = {scene: _key(trial.number, scene) for scene in plan.scenes}
             self._results[trial.number] = {s: booked[k] for s, k in keys.items() if k in booked}
             if trial.state == TrialState.RUNNING:
-                self._enqueue(trial.number, trial.params)
+                # A search killed while it asked has stored some of the knobs; the rest comes now.
+                self._enqueue(optuna.Trial(self.study, trial._trial_id))
                 self._tell_if_complete(trial.number)
 
     def next_unit(self) -> Unit | None:
         """The next unit to run, or None when all have been handed out."""
         if not self._queue and len(self._results) < self.plan.spec.trials:
             trial = self.study.ask()
-            overrides = {name: _suggest(trial, name, domain)
-                         for name, domain in self.plan.spec.space.items()}  # fmt: skip
             self._results[trial.number] = {}
-            self._enqueue(trial.number, overrides)
+            self._enqueue(trial)
         return self._queue.pop(0) if self._queue else None
 
     def book(self, unit: Unit, metrics: dict[str, float] | None) -> None:
         """Record a unit's metrics, None for a failure; tell Optuna when a configuration is done."""
+        if metrics is not None and not math.isfinite(metrics[self.plan.spec.metric]):
+            metrics = None
         self.study.set_user_attr(_key(unit.configuration, unit.scene), metrics)
         self._results[unit.configuration][unit.scene] = metrics
         self._tell_if_complete(unit.configuration)
@@ -63,6 +66,11 @@ class Ledger:
     def results(self, configuration: int) -> dict[str, dict[str, float] | None]:
         """Metrics by scene of the units finished so far."""
         return self._results[configuration]
+
+    @property
+    def id(self) -> str:
+        """Tells the study from another one of the same name, made after this one was deleted."""
+        return self.study.user_attrs["id"]
 
     @property
     def num_booked(self) -> int:
@@ -73,10 +81,11 @@ class Ledger:
         complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         return max(complete, key=lambda trial: trial.value or 0, default=None)
 
-    def _enqueue(self, number: int, overrides: dict[str, Any]) -> None:
-        done = self._results[number]
+    def _enqueue(self, trial: optuna.Trial) -> None:
+        space, done = self.plan.spec.space, self._results[trial.number]
+        overrides = {name: _suggest(trial, name, domain) for name, domain in space.items()}
         self._queue += [
-            Unit(number, scene, overrides) for scene in self.plan.scenes if scene not in done
+            Unit(trial.number, scene, overrides) for scene in self.plan.scenes if scene not in done
         ]
 
     def _tell_if_complete(self, number: int) -> None:
@@ -90,17 +99,17 @@ class Ledger:
             self.study.tell(number, sum(values) / len(values))
 
 
-Booked = Callable[[Unit, dict[str, float] | None], None]
-"""Hears of every unit after it has been booked."""
+Ended = Callable[[Unit, dict[str, float] | None], None]
+"""Books a unit that has ended; no metrics mean that it failed."""
 
 
 class TuneSearcher(Searcher):
     """Tune's view of a ledger."""
 
-    def __init__(self, ledger: Ledger, booked: Booked):
+    def __init__(self, ledger: Ledger, ended: Ended):
         super().__init__(metric=ledger.plan.spec.metric, mode="max")
         self._ledger = ledger
-        self._booked = booked
+        self._ended = ended
         self._live: dict[str, Unit] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TuneSearcher":
@@ -116,11 +125,8 @@ class TuneSearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        unit = self._live.pop(trial_id)
         failed = error or not result or "failure" in result
-        metrics = None if failed else unit_metrics(result or {})
-        self._ledger.book(unit, metrics)
-        self._booked(unit, metrics)
+        self._ended(self._live[trial_id], None if failed else unit_metrics(result or {}))
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the study is the state."""
@@ -150,9 +156,10 @@ def open_study(plan: Plan) -> optuna.Study:
     study.sampler = optuna.samplers.TPESampler(
         seed=plan.spec.seed + num_known, n_startup_trials=max(4, plan.spec.trials // 4)
     )
-    if num_known == 0:
-        for point in initial_points(plan):
-            study.enqueue_trial(point)
+    for point in initial_points(plan):
+        study.enqueue_trial(point, skip_if_exists=True)
+    if "id" not in study.user_attrs:
+        study.set_user_attr("id", uuid.uuid4().hex)
     return study
 
 

@@ -3,16 +3,15 @@
 Everything is parsed into own types here, before Optuna or Ray see it.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from cbnerf.config import METHODS, RESOLUTIONS, cast, knob_type, load_yaml
+from cbnerf.config import METHODS, RESOLUTIONS, Config, cast, knob_type, load_yaml, with_overrides
 
 Value = bool | int | float | str
-
-_Section = TypeVar("_Section")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +46,8 @@ class Resources:
 
     workers: int = 1
     """Processes of one run; two and more train through Ray Train with DistributedDataParallel."""
-    cpus_per_worker: float = 1
-    gpus_per_worker: float | Literal["auto"] = "auto"
+    cpus_per_worker: int | float = 1
+    gpus_per_worker: int | float | Literal["auto"] = "auto"
     """`auto`: a quarter of a GPU where the cluster has GPUs, none elsewhere."""
 
     def __post_init__(self):
@@ -65,8 +64,8 @@ class SearchSpec:
     method: str = "cb-nerf"
     resolution: str = "auto"
     """`auto`: x2-504 where the cluster has GPUs, x2-128 elsewhere."""
-    metric: Literal["val/psnr", "val/ssim"] = "val/psnr"
-    """Mean over scenes of the last value; larger is better."""
+    metric: str = "val/psnr"
+    """`val/psnr` or `val/ssim`, mean over scenes of the last value; larger is better."""
     trials: int = 12
     """Configurations to try."""
     seed: int = 0
@@ -87,10 +86,6 @@ class SearchSpec:
             )
         if self.metric not in ("val/psnr", "val/ssim"):
             raise ValueError(f"metric {self.metric!r} is not one of val/psnr, val/ssim")
-        for name in ("trials", "seed"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name} = {value!r} is not a whole number")
         if self.trials < 1:
             raise ValueError("trials must be at least 1")
         if not self.space:
@@ -112,20 +107,26 @@ def load_spec(path: Path) -> SearchSpec:
 def parse_spec(content: Mapping[str, Any]) -> SearchSpec:
     """A specification from plain values, unknown names and wrong types refused."""
     values = dict(_known(SearchSpec, content, "the specification"))
+    for name in ("method", "resolution", "metric"):
+        if not isinstance(values.get(name, ""), str):
+            raise ValueError(f"{name} = {values[name]!r} is not a name")
+    for name in ("trials", "seed"):
+        if not _is_number(values.get(name, 0), int) or values.get(name, 0) < 0:
+            raise ValueError(f"{name} = {values[name]!r} is not a whole number")
     fixed = _mapping(values.get("fixed", {}), "fixed")
-    values["fixed"] = {name: cast(name, value) for name, value in fixed.items()}
+    values["fixed"] = {name: _value(name, value) for name, value in fixed.items()}
     space = _mapping(values.get("space", {}), "space")
     values["space"] = {name: _parse_domain(name, domain) for name, domain in space.items()}
     initial = values.get("initial", [])
     if not isinstance(initial, list):
         raise ValueError("initial must be a list of `knob: value` mappings")
     values["initial"] = tuple(_parse_point(point, values["space"]) for point in initial)
-    values["resources"] = _section(Resources, values.get("resources", {}), "resources")
+    values["resources"] = _parse_resources(values.get("resources", {}))
     return SearchSpec(**values)
 
 
 def _parse_point(point: Any, space: Space) -> dict[str, Any]:
-    parsed = {name: cast(name, value) for name, value in _mapping(point, "initial").items()}
+    parsed = {name: _value(name, value) for name, value in _mapping(point, "initial").items()}
     for name, value in parsed.items():
         if name not in space:
             raise ValueError(f"initial: {name} is not in the space")
@@ -141,7 +142,7 @@ def _parse_domain(name: str, domain: Any) -> Range | Choices:
         choices = entries["choices"]
         if not isinstance(choices, list) or not choices:
             raise ValueError(f"space: {name}: choices must be a list of values")
-        return Choices(choices=tuple(cast(name, choice) for choice in choices))
+        return Choices(choices=tuple(_value(name, choice) for choice in choices))
     unknown = sorted(set(entries) - {"low", "high", "log", "step"})
     if unknown or not {"low", "high"} <= set(entries):
         raise ValueError(
@@ -149,7 +150,7 @@ def _parse_domain(name: str, domain: Any) -> Range | Choices:
         )
     if kind not in (int, float):
         raise ValueError(f"space: {name} is not a number; give `choices: [...]`")
-    low, high = cast(name, entries["low"]), cast(name, entries["high"])
+    low, high = _value(name, entries["low"]), _value(name, entries["high"])
     log, step = entries.get("log", False), entries.get("step")
     if not isinstance(log, bool):
         raise ValueError(f"space: {name}: log = {log!r} is not true or false")
@@ -171,18 +172,31 @@ def _known(record: type, content: Any, where: str) -> dict[str, Any]:
     return entries
 
 
-def _section(record: type[_Section], content: Any, where: str) -> _Section:
-    entries = _known(record, content, where)
+def _parse_resources(content: Any) -> Resources:
+    entries = _known(Resources, content, "resources")
     for name, value in entries.items():
-        if isinstance(value, bool) or not (isinstance(value, int | float) or value == "auto"):
-            raise ValueError(f"{where}.{name} = {value!r} is not a number")
-    try:
-        return record(**entries)
-    except TypeError as error:
-        raise ValueError(f"{where}: {error}") from None
+        kind = int if name == "workers" else int | float
+        is_auto = name == "gpus_per_worker" and value == "auto"
+        if not is_auto and not _is_number(value, kind):
+            number = "a whole number" if kind is int else "a number"
+            raise ValueError(f"resources.{name} = {value!r} is not {number}")
+    return Resources(**entries)
+
+
+def _value(name: str, value: Any) -> Any:
+    """A value for a knob, of the knob's type and within its limits."""
+    value = cast(name, value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} = {value!r} is not finite")
+    with_overrides(Config(), {name: value})
+    return value
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _mapping(content: Any, where: str) -> dict[str, Any]:
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise ValueError(f"{where}: expected `name: value` entries, found {content!r}")
     return content

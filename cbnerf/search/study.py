@@ -1,12 +1,14 @@
 """Run a study: stage 1 of every scene, then the search, then the report."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import ray
 from ray import tune
 from tqdm import tqdm
@@ -25,17 +27,20 @@ def run_study(plan: Plan, say: Callable[[str], None]) -> tuple[int, SceneScores]
     Returns the number of the best configuration and its scores, or None if every one failed.
     """
     ledger = Ledger(plan)
-    tracker = Tracker(plan)
+    tracker = Tracker(plan, ledger.id)
     try:
-        _train_fields(plan, tracker)
-        _search(plan, ledger, tracker, say)
+        if ledger.num_booked < plan.num_units:
+            _train_fields(plan, tracker)
+            _search(plan, ledger, tracker)
+        else:
+            say("all configurations of this study are done; nothing is trained again")
         best = ledger.best()
         if best is None:
             return None
         config = with_overrides(plan.base, best.params)
         scores = _score_once(plan, config, best.number)
         files = write_report(ledger, config, best.number, scores)
-        tracker.log_report(files, {"val/psnr": best.value or 0.0})
+        tracker.log_report(files, {plan.spec.metric: best.value or 0.0})
         return best.number, scores
     except BaseException:
         tracker.interrupt()
@@ -71,18 +76,14 @@ def _run_field_job(plan: Plan, scene: str) -> tuple[Path, dict[str, float]]:
     return job_folder(plan, job), metrics
 
 
-def _search(plan: Plan, ledger: Ledger, tracker: Tracker, say: Callable[[str], None]) -> None:
-    left = plan.num_units - ledger.num_booked
-    if left <= 0:
-        say("all configurations of this study are done; nothing is trained again")
-        return
+def _search(plan: Plan, ledger: Ledger, tracker: Tracker) -> None:
     with _progress(plan.num_units, "search", "unit", done=ledger.num_booked) as bar:
         diary = _Diary(plan, ledger, tracker, bar)
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(run_unit, plan=plan), _trial_resources(plan)),
             tune_config=tune.TuneConfig(
                 search_alg=TuneSearcher(ledger, diary.end_unit),
-                num_samples=left,
+                num_samples=plan.num_units - ledger.num_booked,
                 max_concurrent_trials=max(num_slots(plan), 1),
                 reuse_actors=plan.spec.resources.workers == 1,
             ),
@@ -150,14 +151,31 @@ class _Diary(tune.Callback):
         if "step" in result:
             self._tracker.log_step(Unit(**trial.config), unit_metrics(result), result["step"])
 
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if "failure" in trial.last_result:
+            self._explain(Unit(**trial.config), trial.last_result["failure"])
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        error = trial.get_pickled_error()
+        cause = getattr(error, "cause", None) or error
+        self._explain(Unit(**trial.config), f"{type(cause).__name__}: {cause}")
+
     def end_unit(self, unit: Unit, metrics: dict[str, float] | None) -> None:
-        """Called when the ledger has booked a unit."""
+        """Book a unit, in MLflow first: what the ledger has booked is never done again."""
         self._tracker.end_unit(unit, metrics)
-        self._bar.update()
-        results = self._ledger.results(unit.configuration)
-        if len(results) == len(self._plan.scenes):
+        results = self._ledger.results(unit.configuration) | {unit.scene: metrics}
+        complete = len(results) == len(self._plan.scenes)
+        if complete:
             self._tracker.end_configuration(unit.configuration, results)
+        self._ledger.book(unit, metrics)
+        self._bar.update()
+        if complete:
             self._announce(unit)
+
+    def _explain(self, unit: Unit, reason: str) -> None:
+        reason = " ".join(reason.split())[-300:]
+        self._tracker.explain_failure(unit, reason)
+        self._bar.write(f"  #{unit.configuration:02d}  {unit.scene} failed: {reason}")
 
     def _announce(self, unit: Unit) -> None:
         best = self._ledger.best()
@@ -187,7 +205,10 @@ def check_space(storage: Path, needed: int) -> None:
         )
 
 
-def quieten_ray() -> None:
-    """Ray's own loggers and files say nothing that the study does not say itself."""
+def quieten_libraries() -> None:
+    """Ray, Optuna and MLflow say nothing on the screen that the study does not say itself."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")

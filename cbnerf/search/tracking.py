@@ -14,7 +14,7 @@ import imageio.v3 as iio
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 
-from cbnerf.config import flatten
+from cbnerf.config import flatten, with_overrides
 from cbnerf.search.plan import Plan
 from cbnerf.search.searcher import Unit
 from cbnerf.training.stages import CONFIG_FILE, FIELD_FILE, REFINER_FILE, STRIP_FILE
@@ -30,12 +30,14 @@ def tracking_uri(storage: Path) -> str:
 class Tracker:
     """Writes what happens in a study into its MLflow experiment."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: Plan, study_id: str):
         self._plan = plan
+        self._study_id = study_id
         plan.storage.mkdir(parents=True, exist_ok=True)
         self._client = MlflowClient(tracking_uri(plan.storage))
         self.experiment_id = self._open_experiment()
         self._fields: dict[str, str] = {}
+        self._opened: set[str] = set()
         self._runs = {run.data.tags["cbnerf.key"]: run.info.run_id for run in self._existing_runs()}
 
     def log_field(self, scene: str, folder: Path, metrics: dict[str, float]) -> None:
@@ -45,7 +47,8 @@ class Tracker:
         self._fields[scene] = run
         knobs = flatten(self._plan.base)
         stage_knobs = {k: v for k, v in knobs.items() if k.startswith(("data.", "field.", "seed"))}
-        self._log(run, metrics, params={"scene": scene, **stage_knobs})
+        self._log(run, {}, params={"scene": scene, **stage_knobs})
+        self._log_once(run, metrics, self._plan.base.field.optim.steps)
         for name in (CONFIG_FILE, FIELD_FILE):
             self._client.log_artifact(run, str(folder / name))
         self._client.set_terminated(run)
@@ -54,16 +57,16 @@ class Tracker:
         """Open the runs of a unit's configuration and scene."""
         number = unit.configuration
         plan = self._plan
-        if f"configuration/{number}" not in self._runs:
-            run = self._run(f"configuration/{number}", f"configuration {number:02d}",
-                            {"cbnerf.kind": "configuration"})  # fmt: skip
+        key = f"configuration/{number}"
+        if key not in self._opened:
+            run = self._run(key, f"configuration {number:02d}", {"cbnerf.kind": "configuration"})
             about = {"method": plan.method, "resolution": plan.resolution}
             self._log(run, {}, params=about | dict(plan.spec.fixed) | unit.overrides)
         child = self._run(
             _unit_key(unit), f"{number:02d} {unit.scene}",
             {"cbnerf.kind": "scene", "cbnerf.scene": unit.scene,
              "cbnerf.field_run": self._fields.get(unit.scene, ""),
-             "mlflow.parentRunId": self._runs[f"configuration/{number}"]},
+             "mlflow.parentRunId": self._runs[key]},
         )  # fmt: skip
         self._log(child, {}, params={"scene": unit.scene, **unit.overrides})
 
@@ -78,16 +81,22 @@ class Tracker:
             self._client.set_terminated(run, "FAILED")
             return
         folder = self._plan.trial_folder(unit.configuration, unit.scene)
-        self._log(run, metrics)
+        config = with_overrides(self._plan.base, unit.overrides)
+        self._log_once(run, metrics, config.refiner.optim.steps)
         strip = iio.imread(folder / STRIP_FILE)
         self._client.log_image(run, strip, key=f"{unit.scene}/strip", step=0)
         parent = self._runs[f"configuration/{unit.configuration}"]
         self._client.log_image(parent, strip, key=f"{unit.scene}/strip", step=0)
-        self._log(parent, {f"{unit.scene}/psnr": metrics["val/psnr"],
-                           f"{unit.scene}/gain": metrics["val/gain"]})  # fmt: skip
+        about = {f"{unit.scene}/psnr": metrics["val/psnr"],
+                 f"{unit.scene}/gain": metrics["val/gain"]}  # fmt: skip
+        self._log_once(parent, about, 0)
         for name in (CONFIG_FILE, REFINER_FILE):
             self._client.log_artifact(run, str(folder / name))
         self._client.set_terminated(run)
+
+    def explain_failure(self, unit: Unit, reason: str) -> None:
+        """Why a unit failed, as the description of its run."""
+        self._client.set_tag(self._runs[_unit_key(unit)], "mlflow.note.content", reason)
 
     def end_configuration(self, number: int, results: dict[str, dict[str, float] | None]) -> None:
         """Mean metrics over the scenes; a configuration that failed on one has none."""
@@ -97,13 +106,13 @@ class Tracker:
             self._client.set_terminated(run, "FAILED")
             return
         means = {name: sum(m[name] for m in finished) / len(finished) for name in finished[0]}
-        self._log(run, means)
+        self._log_once(run, means, 0)
         self._client.set_terminated(run)
 
     def log_report(self, files: list[Path], metrics: dict[str, float]) -> None:
         """The study's closing report."""
         run = self._run("report", "report", {"cbnerf.kind": "report"})
-        self._log(run, metrics)
+        self._log_once(run, metrics, 0)
         for file in files:
             self._client.log_artifact(run, str(file))
         self._client.set_terminated(run)
@@ -116,11 +125,13 @@ class Tracker:
 
     def _run(self, key: str, name: str, tags: dict[str, str]) -> str:
         """The run with this key, opened (again)."""
+        self._opened.add(key)
         if key in self._runs:
             self._client.update_run(self._runs[key], status="RUNNING")
             return self._runs[key]
         plan = self._plan
-        about = {"cbnerf.key": key, "cbnerf.study": plan.name, "cbnerf.data": plan.source}
+        about = {"cbnerf.key": key, "cbnerf.study": plan.name, "cbnerf.data": plan.source,
+                 "cbnerf.study_id": self._study_id}  # fmt: skip
         if plan.data is None:
             about["cbnerf.warning"] = NOT_COMPARABLE
         if commit := _git_commit():
@@ -146,6 +157,11 @@ class Tracker:
             tags=[RunTag(name, value) for name, value in (tags or {}).items()],
         )
 
+    def _log_once(self, run: str, metrics: dict[str, float], step: int) -> None:
+        """Closing values, which a killed study may have logged in its first life already."""
+        logged = self._client.get_run(run).data.metrics
+        self._log(run, {k: v for k, v in metrics.items() if logged.get(k) != v}, step=step)
+
     def _open_experiment(self) -> str:
         found = self._client.get_experiment_by_name(self._plan.name)
         if found is not None:
@@ -156,7 +172,13 @@ class Tracker:
         if "MLFLOW_TRACKING_URI" not in os.environ:
             artifacts = (self._plan.storage / "mlartifacts" / self._plan.name).as_uri()
         return self._client.create_experiment(
-            self._plan.name, artifact_location=artifacts, tags={"cbnerf.data": self._plan.source}
+            self._plan.name,
+            artifact_location=artifacts,
+            # The kind opens the UI on runs and charts instead of its pages for language models.
+            tags={
+                "cbnerf.data": self._plan.source,
+                "mlflow.experimentKind": "custom_model_development",
+            },
         )
 
     def _existing_runs(self) -> list[Run]:
@@ -164,7 +186,9 @@ class Tracker:
         token = None
         while True:
             page = self._client.search_runs(
-                [self.experiment_id], "tags.`cbnerf.study` != ''", page_token=token
+                [self.experiment_id],
+                f"tags.`cbnerf.study_id` = '{self._study_id}'",
+                page_token=token,
             )
             runs += page
             token = page.token

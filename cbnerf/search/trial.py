@@ -28,6 +28,7 @@ from cbnerf.search.plan import Plan
 from cbnerf.training.checkpoint import Checkpoint
 from cbnerf.training.evaluation import mean_scores, refine_views
 from cbnerf.training.loop import Report
+from cbnerf.training.processes import choose_device
 from cbnerf.training.refiner import load_refiner
 from cbnerf.training.stages import (
     REFINER_FILE,
@@ -73,7 +74,7 @@ def run_job(plan: Plan, job: Job, *, in_tune: bool = False) -> dict[str, float]:
     if finished is not None:
         return finished
     if plan.spec.resources.workers == 1:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = choose_device()
         report = _tune_report if in_tune and job.stage == "refiner" else ignore
         return _train(plan, job, device, report)
     callbacks: list[Any] = [TuneReportCallback()] if in_tune and job.stage == "refiner" else []
@@ -99,7 +100,7 @@ def score_best(
     """Validation and test metrics of stage 1 and of a trained configuration on one scene."""
     scene = load_scene(plan, scene_name, config.data)
     renders = load_renders(field_folder(plan.storage, config, scene) / RENDERS_FILE)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device()
     refiner = load_refiner(plan.trial_folder(configuration, scene_name) / REFINER_FILE, device)
     split = split_views(scene.num_views, config.data)
     scores: dict[str, dict[str, float]] = {"stage 1": {}, "refined": {}}

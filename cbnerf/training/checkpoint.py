@@ -1,8 +1,8 @@
 """Checkpoints: plain tensors and values, written whole or not at all, never run as code."""
 
 import os
-import pickle
-import tempfile
+import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,17 +28,23 @@ class Checkpoint(NamedTuple):
     """Cameras of the scene as plain values; empty for a refiner."""
 
 
+def knobs_of_stage(config: Config, stage: Stage) -> Config:
+    """The configuration with all knobs at their defaults that this stage knows nothing of."""
+    if stage == "refiner":
+        return config
+    return replace(Config(), data=config.data, field=config.field, seed=config.seed)
+
+
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     """Write beside the target, then rename: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = checkpoint._asdict() | {"config": flatten(checkpoint.config)}
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         torch.save(content, temporary)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -48,9 +54,8 @@ def load_checkpoint(path: Path, stage: Stage, device: torch.device) -> Checkpoin
         content = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: not a checkpoint of cbnerf ({first_line})") from None
+    except Exception:  # a broken pickle can raise anything
+        raise ValueError(f"{path}: not a checkpoint of cbnerf, or a damaged one") from None
     if not isinstance(content, dict) or set(content) != set(Checkpoint._fields):
         raise ValueError(f"{path}: not a checkpoint of cbnerf")
     if content["stage"] != stage:

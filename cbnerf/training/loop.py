@@ -7,22 +7,21 @@ DistributedDataParallel. `report` is its only seam to the world around it.
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cbnerf.config import Config, OptimConfig
 from cbnerf.noise import Noise
-from cbnerf.training.checkpoint import Checkpoint, Stage, load_checkpoint
+from cbnerf.training.checkpoint import Checkpoint, Stage, knobs_of_stage, load_checkpoint
+from cbnerf.training.processes import num_processes, process_rank
 
 
-class Report(Protocol):
-    """Called on every process after every evaluation; metrics are those of rank 0."""
-
-    def __call__(self, step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None: ...
+Report = Callable[[int, dict[str, float], Checkpoint], None]
+"""Called with (step, metrics, checkpoint) on every process after every evaluation; metrics are
+those of rank 0."""
 
 
 class Losses(NamedTuple):
@@ -94,14 +93,6 @@ def is_evaluation_step(done: int, optim: OptimConfig) -> bool:
     return done * optim.evaluations // optim.steps > (done - 1) * optim.evaluations // optim.steps
 
 
-def process_rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def num_processes() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def _evaluate(task: Task) -> dict[str, float]:
     task.model.eval()
     with torch.no_grad():
@@ -116,7 +107,8 @@ def _resume(
     if path is None:
         return 0
     checkpoint = load_checkpoint(path, task.stage, device)
-    if checkpoint.config != task.config or checkpoint.scene != task.scene:
+    before, now = (knobs_of_stage(c, task.stage) for c in (checkpoint.config, task.config))
+    if before != now or checkpoint.scene != task.scene:
         raise ValueError(f"{path}: cannot resume, it was trained with other knobs or another scene")
     task.model.load_state_dict(checkpoint.model)
     optimizer.load_state_dict(checkpoint.optimizer)

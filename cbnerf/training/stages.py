@@ -1,7 +1,7 @@
 """Run a stage in a folder: train, checkpoint as it goes, leave results that the next step reads.
 
-A folder that holds an unfinished checkpoint is gone on with; a finished one is left as it is.
-`metrics.json` is written last, so it marks a finished folder.
+A folder that holds an unfinished checkpoint is gone on with; a finished one is left as it is; one
+of other knobs is refused. `metrics.json` is written last, so it marks a finished folder.
 """
 
 import json
@@ -12,17 +12,19 @@ from pathlib import Path
 import imageio.v3 as iio
 import torch
 
-from cbnerf.config import Config, save_config
+from cbnerf.config import Config, load_config, save_config
 from cbnerf.data.renders import Renders, save_renders
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
-from cbnerf.training.checkpoint import Checkpoint, save_checkpoint
+from cbnerf.training.checkpoint import Checkpoint, Stage, knobs_of_stage, save_checkpoint
 from cbnerf.training.evaluation import image_strip, refine_views, render_views
 from cbnerf.training.field import scene_cameras, train_field
-from cbnerf.training.loop import Report, process_rank
+from cbnerf.training.loop import Report
+from cbnerf.training.processes import process_rank
 from cbnerf.training.refiner import train_refiner
 
 FIELD_FILE, REFINER_FILE, RENDERS_FILE = "field.pt", "refiner.pt", "renders.npz"
+CHECKPOINT_FILES: dict[Stage, str] = {"field": FIELD_FILE, "refiner": REFINER_FILE}
 METRICS_FILE, STRIP_FILE, CONFIG_FILE = "metrics.json", "strip.png", "config.yaml"
 
 
@@ -43,7 +45,7 @@ def run_field(
             renders = render_views(model, cameras, views, scene.scale)
             save_renders(renders, folder / RENDERS_FILE)
 
-    return _run(config, folder, FIELD_FILE, train, report)
+    return _run(config, "field", folder, train, report)
 
 
 def run_refiner(
@@ -67,7 +69,7 @@ def run_refiner(
             strip = image_strip([scene.images[view], renders.rgb[view], refined])
             iio.imwrite(folder / STRIP_FILE, strip.numpy())
 
-    return _run(config, folder, REFINER_FILE, train, report)
+    return _run(config, "refiner", folder, train, report)
 
 
 def read_metrics(folder: Path) -> dict[str, float] | None:
@@ -80,16 +82,17 @@ def read_metrics(folder: Path) -> dict[str, float] | None:
 
 def _run(
     config: Config,
+    stage: Stage,
     folder: Path,
-    checkpoint_name: str,
     train: Callable[[Report, Path | None], None],
     report: Report,
 ) -> dict[str, float]:
     finished = read_metrics(folder)
     if finished is not None:
+        _check_knobs(config, stage, folder)
         return finished
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / checkpoint_name
+    path = folder / CHECKPOINT_FILES[stage]
     started = time.monotonic()
     last: dict[str, float] = {}
 
@@ -100,10 +103,18 @@ def _run(
             save_checkpoint(checkpoint, path)
         report(step, metrics, checkpoint)
 
-    if process_rank() == 0:
+    if process_rank() == 0 and not path.exists():
         save_config(config, folder / CONFIG_FILE)
     train(keep, path if path.exists() else None)
     result = last | {"seconds": time.monotonic() - started}
     if process_rank() == 0:
-        (folder / METRICS_FILE).write_text(json.dumps(result, indent=1))
+        unfinished = folder / f".{METRICS_FILE}"
+        unfinished.write_text(json.dumps(result, indent=1))
+        unfinished.replace(folder / METRICS_FILE)
     return result
+
+
+def _check_knobs(config: Config, stage: Stage, folder: Path) -> None:
+    before = load_config(folder / CONFIG_FILE)
+    if knobs_of_stage(before, stage) != knobs_of_stage(config, stage):
+        raise ValueError(f"{folder}: finished with other knobs; choose another folder or remove it")

@@ -76,6 +76,17 @@ def test_skips_come_from_the_patch_that_the_knob_names(skips):
         torch.testing.assert_close(chosen[row], (from_sr if is_sr else from_high_res)[row])
 
 
+@pytest.mark.parametrize("imitation", ["vq", "feature", "ce"])
+def test_imitation_leaves_the_hr_encoder_alone_if_renders_have_their_own(imitation):
+    config = CodebookConfig(size=16, dim=4, imitation=imitation)
+    for separate in (True, False):
+        own = LightEncoder(4, 8) if separate else None
+        autoencoder = VQAutoencoder(LightEncoder(4, 8), LightDecoder(4, 8), config, "sr", own)
+        autoencoder(torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)).imitation_loss.backward()
+        untouched = [parameter.grad is None for parameter in autoencoder.encoder.parameters()]
+        assert set(untouched) == {separate}
+
+
 def test_only_the_hr_patch_is_reconstructed():
     autoencoder = make_autoencoder("sr")
     sr, high_res = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)

@@ -105,7 +105,7 @@ def build_bookshelf() -> list[Solid]:
     inks = ("f4e3b2", "40302a", "e9d9a0", "f0e6d0", "4a2c1a", "efe2ff", "8a2c2c", "e0c060")
     solids = [
         place(Card(), tile("6e4a2e", "7a5436", width=9, height=0.4, scale=10), (0, 0, -6),
-              (5, 4, 1), (0, 0, 90)),
+              (5, 6, 1), (0, 0, 90)),
         place(Card(), weave("8c3b2e", "d8c090", 0.035), (0, -2.3, -4), (6, 4, 1), (0, -90, 0)),
         place(Ball(), crack("4f86a8", "7fae6a", "4f86a8", "d8c48a", scale=3.2, joint="3f6f90"),
               (-1.1, -1.05, -3.4), (0.42, 0.42, 0.42), (30, 0, 23), 0.4),

@@ -1,0 +1,206 @@
+"""Stage 1 on held-out views: quality and speed of the planes field beside NeRF-SR's MLP, in one run.
+
+    python benchmarks/field.py --data ../shared/llff --scenes fern flower room --resolution x2-252
+
+Prints and writes, per scene, the test PSNR / SSIM at high resolution of
+(a) the planes field, (b) the MLP field given `--mlp-time` times its training time, (c) bicubic
+enlargement of the planes field's own low-res render, (d) the planes field trained on the high-res
+photographs (the ceiling); and the ratio of times at which (a) and (b) reach the PSNR at which (b) ends.
+"""
+
+import json
+import platform
+import subprocess
+import time
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import tyro
+
+from cbnerf.config import Config, preset, with_overrides
+from cbnerf.data.llff import read_capture
+from cbnerf.data.scene import Scene, make_scene
+from cbnerf.data.splits import split_views
+from cbnerf.metrics import to_8bit
+from cbnerf.training.checkpoint import Checkpoint
+from cbnerf.training.evaluation import mean_scores, render_views
+from cbnerf.training.field import scene_cameras, train_field
+from cbnerf.training.processes import choose_device
+
+
+@dataclass(kw_only=True)
+class Options:
+    data: Path
+    """Folder of LLFF scene folders."""
+    scenes: tuple[str, ...] = ("fern", "flower", "room")
+    resolution: str = "x2-252"
+    mlp_time: float = 10.0
+    """Training time of the MLP as a multiple of that of the planes; 0 leaves it out."""
+    points: int = 12
+    """Points of each curve."""
+    threads: int = 2
+    output: Path = Path("benchmarks/results/field")
+    """Receives NAME.json and NAME.md."""
+    overrides: tuple[str, ...] = field(default_factory=tuple)
+    """KNOB=VALUE of the planes field."""
+
+
+class Run(NamedTuple):
+    psnr: float
+    ssim: float
+    bicubic_psnr: float
+    seconds: float
+    """Of training, evaluation left out."""
+    curve: list[tuple[float, float]]
+    """(seconds, test PSNR)."""
+
+
+class _TimeIsUp(Exception):
+    pass
+
+
+def train(config: Config, scene: Scene, budget: float = float("inf")) -> Run:
+    """Train a field and follow its test PSNR; stops at `budget` seconds of training."""
+    device = choose_device()
+    test = split_views(scene.num_views, config.data).test
+    targets = scene.images[test]
+    cameras = scene_cameras(scene, device)
+    curve: list[tuple[float, float]] = []
+    spent, since = 0.0, time.perf_counter()
+    last: dict[str, float] = {}
+
+    def follow(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
+        nonlocal spent, since, last
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        spent += time.perf_counter() - since
+        from cbnerf.nerf.model import build_field
+
+        model = build_field(config, cameras).to(device)
+        model.load_state_dict(checkpoint.model)
+        renders = render_views(model.eval(), cameras, test, scene.scale).rgb
+        enlarged = _enlarge(renders, 2)
+        last = mean_scores(renders, targets, "test") | {
+            "bicubic": mean_scores(enlarged, targets, "test")["test/psnr"]
+        }
+        curve.append((spent, last["test/psnr"]))
+        print(f"    {spent:7.1f} s  {last['test/psnr']:.2f} dB", flush=True)
+        if spent > budget:
+            raise _TimeIsUp
+        since = time.perf_counter()
+
+    try:
+        train_field(config, scene, device=device, report=follow)
+    except _TimeIsUp:
+        pass
+    return Run(last["test/psnr"], last["test/ssim"], last["bicubic"], spent, curve)
+
+
+def _enlarge(renders: torch.Tensor, scale: int) -> torch.Tensor:
+    """The low-res version of each render, enlarged again by bicubic interpolation."""
+    images = renders.movedim(-1, 1).float() / 255
+    low_res = F.avg_pool2d(images, scale)
+    enlarged = F.interpolate(low_res, images.shape[-2:], mode="bicubic", align_corners=False)
+    return to_8bit(enlarged.movedim(1, -1))
+
+
+def seconds_to(curve: list[tuple[float, float]], psnr: float) -> float | None:
+    """When a curve first reaches a PSNR, between its points by linear interpolation."""
+    before = (0.0, 0.0)
+    for point in curve:
+        if point[1] >= psnr:
+            share = (psnr - before[1]) / (point[1] - before[1]) if before[0] else 1.0
+            return before[0] + share * (point[0] - before[0])
+        before = point
+    return None
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(options.threads)
+    knobs = dict(item.split("=", 1) for item in options.overrides)
+    base = preset("cb-nerf", options.resolution)
+    parsed = {name: json.loads(value) for name, value in knobs.items()}
+    follow = {"data.validation": False, "field.optim.evaluations": options.points}
+    config = with_overrides(base, parsed | follow)
+    rows: dict[str, dict[str, Run]] = {}
+    for name in options.scenes:
+        scene = make_scene(read_capture(options.data / name, config.data.width), config.data)
+        print(f"{name}: planes")
+        runs = {"planes": train(config, scene)}
+        print(f"{name}: planes, trained at high resolution")
+        ceiling = with_overrides(config, {"data.scale": 1})
+        runs["ceiling"] = train(ceiling, make_scene(
+            read_capture(options.data / name, config.data.width), ceiling.data))  # fmt: skip
+        if options.mlp_time:
+            print(f"{name}: mlp")
+            runs["mlp"] = _train_mlp(options, scene, options.mlp_time * runs["planes"].seconds)
+        rows[name] = runs
+        _write(options, rows)
+    print((options.output / f"{_name(options)}.md").read_text())
+
+
+def _train_mlp(options: Options, scene: Scene, budget: float) -> Run:
+    """NeRF-SR's field with its own batch and schedule length; the clock ends it."""
+    config = preset("nerf-sr", options.resolution)
+    config = with_overrides(
+        config,
+        {
+            "data.validation": False,
+            "field.optim.steps": 100_000,
+            "field.optim.evaluations": 1000,
+            "field.num_coarse_samples": 64,
+            "field.num_fine_samples": 64,
+        },
+    )
+    return train(config, scene, budget)
+
+
+def _name(options: Options) -> str:
+    return f"{options.resolution}-{'gpu' if torch.cuda.is_available() else 'cpu'}"
+
+
+def _write(options: Options, rows: dict[str, dict[str, Run]]) -> None:
+    options.output.mkdir(parents=True, exist_ok=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    lines = [
+        f"# Stage 1 at {options.resolution}\n",
+        f"{date.today()}, commit {commit}, torch {torch.__version__}, {device}, "
+        f"{options.threads} threads\n",
+        "| scene | (a) planes | s | (b) MLP | s | (c) bicubic of (a) | (d) ceiling | a-b | a-c | d-a "
+        "| time ratio at b's end |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for scene, runs in rows.items():
+        a, d, b = runs["planes"], runs["ceiling"], runs.get("mlp")
+        reached = seconds_to(a.curve, b.psnr) if b else None
+        cells = [
+            scene,
+            f"{a.psnr:.2f} / {a.ssim:.3f}",
+            f"{a.seconds:.0f}",
+            f"{b.psnr:.2f} / {b.ssim:.3f}" if b else "-",
+            f"{b.seconds:.0f}" if b else "-",
+            f"{a.bicubic_psnr:.2f}",
+            f"{d.psnr:.2f} / {d.ssim:.3f}",
+            f"{a.psnr - b.psnr:+.2f}" if b else "-",
+            f"{a.psnr - a.bicubic_psnr:+.2f}",
+            f"{d.psnr - a.psnr:+.2f}",
+            f"{b.seconds / reached:.0f}x" if b and reached else "-",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    file = options.output / _name(options)
+    file.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    plain = {
+        scene: {kind: run._asdict() for kind, run in runs.items()} for scene, runs in rows.items()
+    }
+    file.with_suffix(".json").write_text(json.dumps(plain, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,275 @@
+"""The command line of the core: `cbnerf train-field`, `train-refiner`, `evaluate`, `render`,
+`make-scenes`. Works without ray, optuna and mlflow.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import imageio.v3 as iio
+import torch
+import tyro
+
+from cbnerf.config import DEFAULT_METHOD, DEFAULT_RESOLUTION, Config, KnobError, preset
+from cbnerf.data.llff import read_capture, write_capture
+from cbnerf.data.procedural import BUILT_IN_SCENES, make_capture
+from cbnerf.data.renders import Renders, load_renders
+from cbnerf.data.scene import Scene, make_scene
+from cbnerf.data.splits import split_views
+from cbnerf.nerf.path import spiral_path
+from cbnerf.training.checkpoint import Checkpoint
+from cbnerf.training.evaluation import Score, refine_views, render_views, score_views
+from cbnerf.training.field import load_field
+from cbnerf.training.processes import choose_device, joined_processes, process_rank
+from cbnerf.training.refiner import load_refiner
+from cbnerf.training.stages import FIELD_FILE, REFINER_FILE, RENDERS_FILE, run_field, run_refiner
+
+# Its knobs are flags of their own: --codebook.size, not --config.codebook.size.
+Knobs = Annotated[Config, tyro.conf.arg(name="")]
+
+
+@dataclass(kw_only=True)
+class TrainField:
+    """Train stage 1 on the low-res photographs of a scene."""
+
+    scene: str
+    """LLFF scene folder, or the name of a built-in scene."""
+    output: Path
+    """Folder for field.pt, renders.npz, config.yaml and metrics.json; an unfinished one goes on."""
+    config: Knobs
+    preset: str = DEFAULT_METHOD
+    """Method, whose values the knobs below start from."""
+    resolution: str = DEFAULT_RESOLUTION
+    """Image size and schedule."""
+
+    def run(self) -> None:
+        scene = _load_scene(self.scene, self.config)
+        with joined_processes() as device:
+            metrics = run_field(
+                self.config, scene, self.output, device=device, report=_print_report
+            )
+        _print_metrics(self.output, metrics)
+
+
+@dataclass(kw_only=True)
+class TrainRefiner:
+    """Train stage 2 on the photographs of a scene and the renders of its field."""
+
+    scene: str
+    """LLFF scene folder, or the name of a built-in scene."""
+    field: Path
+    """Folder that `train-field` wrote."""
+    output: Path
+    """Folder for refiner.pt, strip.png, config.yaml and metrics.json; an unfinished one goes on."""
+    config: Knobs
+    preset: str = DEFAULT_METHOD
+    """Method, whose values the knobs below start from."""
+    resolution: str = DEFAULT_RESOLUTION
+    """Image size and schedule; must be that of the field."""
+
+    def run(self) -> None:
+        scene = _load_scene(self.scene, self.config)
+        renders = load_renders(self.field / RENDERS_FILE)
+        _check_same_size(scene, renders, self.field)
+        with joined_processes() as device:
+            metrics = run_refiner(
+                self.config, scene, renders, self.output, device=device, report=_print_report
+            )
+        _print_metrics(self.output, metrics)
+
+
+@dataclass(kw_only=True)
+class Evaluate:
+    """Score the test views of a scene: stage 1 and, if given, a refiner."""
+
+    scene: str
+    """LLFF scene folder, or the name of a built-in scene."""
+    field: Path
+    """Folder that `train-field` wrote."""
+    refiner: Path | None = None
+    """Folder that `train-refiner` wrote."""
+
+    def run(self) -> None:
+        device = choose_device()
+        _, _, config = load_field(self.field / FIELD_FILE, torch.device("cpu"))
+        scene = _load_scene(self.scene, config)
+        renders = load_renders(self.field / RENDERS_FILE)
+        _check_same_size(scene, renders, self.field)
+        test = split_views(scene.num_views, config.data).test
+        rows = {"stage 1": score_views(renders.rgb[test], scene.images[test])}
+        if self.refiner is not None:
+            refiner = load_refiner(self.refiner / REFINER_FILE, device)
+            refined = refine_views(refiner, renders.rgb[test], device)
+            rows["refined"] = score_views(refined, scene.images[test])
+        print(f"{scene.name}, protocol holdout, {scene.width}x{scene.height}")
+        for name, scores in rows.items():
+            for view, score in zip(test, scores, strict=True):
+                _print_score(f"{name:<8} view {view:3d}", score)
+            means = (sum(values) / len(scores) for values in zip(*scores, strict=True))
+            _print_score(f"{name:<8} mean    ", Score(*means))
+
+
+@dataclass(kw_only=True)
+class Render:
+    """Render a spiral of novel views as a video and PNG files."""
+
+    field: Path
+    """Folder that `train-field` wrote."""
+    output: Path
+    """Folder for video.mp4 and frame-000.png, frame-001.png, ..."""
+    refiner: Path | None = None
+    """Folder that `train-refiner` wrote."""
+    frames: int = 60
+    """Frames of one turn."""
+    fps: int = 30
+    """Frames per second of the video."""
+
+    def run(self) -> None:
+        if self.frames < 1 or self.fps < 1:
+            raise ValueError("--frames and --fps must be at least 1")
+        device = choose_device()
+        model, cameras, config = load_field(self.field / FIELD_FILE, device)
+        path = spiral_path(cameras, self.frames)
+        refiner = load_refiner(self.refiner / REFINER_FILE, device) if self.refiner else None
+        self.output.mkdir(parents=True, exist_ok=True)
+        frames = []
+        for number in range(self.frames):
+            frame = render_views(model, path, [number], config.data.scale).rgb
+            if refiner is not None:
+                frame = refine_views(refiner, frame, device)
+            iio.imwrite(self.output / f"frame-{number:03d}.png", frame[0].numpy())
+            frames.append(frame[0])
+        # Video codecs want even sides.
+        video = torch.stack(frames)
+        video = video[:, : video.shape[1] // 2 * 2, : video.shape[2] // 2 * 2]
+        iio.imwrite(
+            self.output / "video.mp4", video.numpy(), plugin="FFMPEG", fps=self.fps,
+            macro_block_size=2,
+        )  # fmt: skip
+        print(f"{self.output / 'video.mp4'}: {self.frames} frames")
+
+
+@dataclass(kw_only=True)
+class MakeScenes:
+    """Write the built-in scenes as LLFF scene folders."""
+
+    output: Path
+    """Folder that receives one folder per scene."""
+    scenes: str = "all"
+    """`all`, or names separated by commas."""
+    width: int = 504
+    """Image width in pixels."""
+    views: int = 13
+    """Photographs per scene."""
+
+    def run(self) -> None:
+        names = BUILT_IN_SCENES if self.scenes == "all" else tuple(self.scenes.split(","))
+        unknown = [name for name in names if name not in BUILT_IN_SCENES]
+        if unknown:
+            raise ValueError(
+                f"--scenes: {unknown[0]!r} is not built in; there are {', '.join(BUILT_IN_SCENES)}"
+            )
+        if self.width < 16 or self.views < 3:
+            raise ValueError("--width must be at least 16, --views at least 3")
+        for name in names:
+            write_capture(
+                self.output / name, make_capture(name, width=self.width, num_views=self.views)
+            )
+            print(self.output / name)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command line; bad input ends in one line and exit status 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        _parse(arguments).run()
+    except KeyboardInterrupt:
+        print("cbnerf: interrupted; the same command goes on from its checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"cbnerf: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parse(
+    arguments: Sequence[str],
+) -> TrainField | TrainRefiner | Evaluate | Render | MakeScenes:
+    """The command; `--preset` and `--resolution` choose what its other flags start from."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default=DEFAULT_METHOD)
+    first.add_argument("--resolution", default=DEFAULT_RESOLUTION)
+    chosen, _ = first.parse_known_args(arguments)
+    config = preset(chosen.preset, chosen.resolution)
+    missing: Any = tyro.MISSING
+    field = TrainField(scene=missing, output=missing, config=config)
+    refiner = TrainRefiner(scene=missing, field=missing, output=missing, config=config)
+    commands = (
+        Annotated[TrainField, tyro.conf.subcommand("train-field", default=field)]
+        | Annotated[TrainRefiner, tyro.conf.subcommand("train-refiner", default=refiner)]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Render, tyro.conf.subcommand("render")]
+        | Annotated[MakeScenes, tyro.conf.subcommand("make-scenes")]
+    )
+    boxed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(boxed):
+            return tyro.cli(
+                commands,
+                prog="cbnerf",
+                description="Train, score and render Codebook-NeRF on one scene.",
+                args=arguments,
+            )
+    except SystemExit as stop:
+        # tyro draws a box around what a check of config.py says in one line.
+        cause: BaseException | None = stop
+        while cause is not None and not isinstance(cause, KnobError):
+            cause = cause.__context__
+        if cause is not None:
+            raise cause from None
+        print(boxed.getvalue(), end="", file=sys.stderr)
+        raise
+
+
+def _load_scene(name: str, config: Config) -> Scene:
+    width = config.data.width
+    if name in BUILT_IN_SCENES:
+        return make_scene(make_capture(name, width=width), config.data)
+    if not Path(name).is_dir():
+        raise ValueError(
+            f"{name}: no such folder, and no built-in scene; those are {', '.join(BUILT_IN_SCENES)}"
+        )
+    return make_scene(read_capture(Path(name), width), config.data)
+
+
+def _check_same_size(scene: Scene, renders: Renders, folder: Path) -> None:
+    if scene.images.shape != renders.rgb.shape:
+        raise ValueError(
+            f"{folder}: its field has {_size(renders.rgb)}, the scene {_size(scene.images)}; "
+            "choose the --resolution and the scene of the field"
+        )
+
+
+def _size(images: torch.Tensor) -> str:
+    views, height, width, _ = images.shape
+    return f"{views} views of {width}x{height}"
+
+
+def _print_score(label: str, score: Score) -> None:
+    print(f"  {label}  PSNR {score.psnr:6.2f} dB  SSIM {score.ssim:.4f}")
+
+
+def _print_report(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
+    if process_rank() == 0:
+        values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        print(f"step {step}  {values}", flush=True)
+
+
+def _print_metrics(folder: Path, metrics: dict[str, float]) -> None:
+    if process_rank() == 0:
+        print(f"{folder}: {json.dumps({name: round(v, 4) for name, v in metrics.items()})}")

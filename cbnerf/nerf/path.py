@@ -1,0 +1,30 @@
+"""Camera paths for videos of novel views."""
+
+import math
+
+import torch
+
+from cbnerf.nerf.rays import Cameras
+
+
+def spiral_path(cameras: Cameras, num_frames: int, *, focus_depth: float = 3.5) -> Cameras:
+    """One turn of a spiral through the photographs' positions, all frames looking at one point.
+
+    Radii are the 90th percentile of the distances of the cameras from the middle, as in NeRF's
+    videos; the focus lies `focus_depth` normalised units ahead of the average camera.
+    """
+    positions = cameras.camera_to_world[:, :, 3]
+    # Video frames must stay where photographs were, or the field shows what nobody has seen.
+    radii = 0.7 * torch.quantile(positions.abs(), 0.9, dim=0)
+    focus = positions.new_tensor([0.0, 0.0, -focus_depth])
+    poses = []
+    for frame in range(num_frames):
+        angle = 2 * math.pi * frame / num_frames
+        turn = positions.new_tensor([math.cos(angle), math.sin(angle), math.sin(2 * angle)])
+        origin = radii * turn
+        backward = torch.nn.functional.normalize(origin - focus, dim=0)
+        right = torch.linalg.cross(positions.new_tensor([0.0, 1.0, 0.0]), backward)
+        right = torch.nn.functional.normalize(right, dim=0)
+        up = torch.linalg.cross(backward, right)
+        poses.append(torch.stack([right, up, backward, origin], dim=1))
+    return cameras._replace(camera_to_world=torch.stack(poses))

@@ -1,0 +1,39 @@
+"""The processes that train together: one, or those of an initialised `torch.distributed`."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+def process_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def choose_device() -> torch.device:
+    """This process's GPU if there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+@contextmanager
+def joined_processes() -> Iterator[torch.device]:
+    """Join the group that `torchrun` started, if it did; gives this process's device."""
+    device = choose_device()
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    if launched:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        if launched:
+            dist.destroy_process_group()

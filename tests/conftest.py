@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from cbnerf.config import Config, preset
+from cbnerf.data.procedural import make_capture
+from cbnerf.data.renders import Renders
+from cbnerf.data.scene import Capture, Scene, make_scene
+from cbnerf.nerf.rays import Cameras
+from cbnerf.training.field import scene_cameras
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Config:
+    return preset("cb-nerf", "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_capture() -> Capture:
+    """Ten photographs of 64x48 pixels."""
+    return make_capture("mosaic", width=64, num_views=10)
+
+
+@pytest.fixture(scope="session")
+def tiny_scene(tiny_capture: Capture, tiny_config: Config) -> Scene:
+    return make_scene(tiny_capture, tiny_config.data)
+
+
+@pytest.fixture(scope="session")
+def tiny_cameras(tiny_scene: Scene) -> Cameras:
+    return scene_cameras(tiny_scene, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def tiny_renders(tiny_scene: Scene) -> Renders:
+    """Stands in for stage 1: the photographs without their finest detail."""
+    images = tiny_scene.images.movedim(-1, 1).float()
+    low_res = torch.nn.functional.avg_pool2d(images, 2)
+    blurred = torch.nn.functional.interpolate(low_res, scale_factor=2, mode="bilinear")
+    depth = torch.full(tiny_scene.images.shape[:3], 0.5, dtype=torch.float16)
+    return Renders(blurred.round().to(torch.uint8).movedim(1, -1).contiguous(), depth)

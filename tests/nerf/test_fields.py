@@ -1,0 +1,125 @@
+import math
+
+import pytest
+import torch
+
+from cbnerf.config import MLPConfig, PlanesConfig
+from cbnerf.nerf.fields import (
+    FeaturePlanes,
+    MLPField,
+    PlanesField,
+    density_activation,
+    encode,
+    interpolate_planes,
+    total_variation,
+)
+
+
+def look_up(plane: torch.Tensor, x: float, y: float) -> torch.Tensor:
+    """Bilinear sample of `[channels height width]`, -1 and 1 being the outermost cell centres."""
+    _, height, width = plane.shape
+    column, row = (x + 1) / 2 * (width - 1), (y + 1) / 2 * (height - 1)
+    column, row = min(max(column, 0), width - 1), min(max(row, 0), height - 1)
+    left, top = min(int(column), width - 2), min(int(row), height - 2)
+    right_share, low_share = column - left, row - top
+    return (
+        (1 - low_share) * (1 - right_share) * plane[:, top, left]
+        + (1 - low_share) * right_share * plane[:, top, left + 1]
+        + low_share * (1 - right_share) * plane[:, top + 1, left]
+        + low_share * right_share * plane[:, top + 1, left + 1]
+    )
+
+
+def test_planes_are_looked_up_as_a_python_loop_does():
+    torch.manual_seed(0)
+    planes = [torch.rand(1, 2, 4, 5), torch.rand(1, 2, 3, 5), torch.rand(1, 2, 3, 4)]
+    points = 2.4 * torch.rand(40, 3) - 1.2  # also outside: the border goes on
+    found = interpolate_planes(planes, points)
+    for point, features in zip(points.tolist(), found, strict=True):
+        expected = torch.ones(2)
+        for plane, (a, b) in zip(planes, [(0, 1), (0, 2), (1, 2)], strict=True):
+            expected = expected * look_up(plane[0], point[a], point[b])
+        torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_planes_have_the_cells_of_their_axes():
+    x, y, z = 9, 7, 5
+    planes = FeaturePlanes((x, y, z), channels=2, levels=3)
+    assert [tuple(plane.shape[2:]) for plane in planes.compose()] == [(y, x), (z, x), (z, y)]
+    # ceil(size / 2^level), never less than two cells
+    sizes = [tuple(grid.shape[2:]) for grid in planes.grids]
+    assert sizes == [(7, 9), (4, 5), (2, 3), (5, 9), (3, 5), (2, 3), (5, 7), (3, 4), (2, 2)]
+
+
+def test_a_plane_is_the_sum_of_its_levels():
+    planes = FeaturePlanes((8, 8, 8), channels=1, levels=3)
+    with torch.no_grad():
+        for grid in planes.grids:
+            grid.zero_()
+        planes.grids[0][0, 0, 3, 5] = 7.0
+        planes.grids[1].fill_(0.5)
+        # A coarse grid that rises linearly rises linearly in the fine one.
+        planes.grids[2].copy_(torch.linspace(-1, 1, 2).expand(1, 1, 2, 2))
+    expected = 0.5 + torch.linspace(-1, 1, 8).expand(8, 8).clone()
+    expected[3, 5] += 7
+    torch.testing.assert_close(planes.compose()[0][0, 0], expected)
+    assert planes.compose()[1].count_nonzero() == 0
+
+
+def test_a_new_field_starts_from_its_coarsest_grids_alone():
+    planes = FeaturePlanes((16, 16, 16), channels=4, levels=3)
+    for number, grid in enumerate(planes.grids):
+        assert (grid.count_nonzero() > 0) == (number % 3 == 2)
+
+
+def test_total_variation_by_hand():
+    plane = torch.tensor([[[[0.0, 1.0, 3.0], [0.0, 0.0, 0.0]]]])
+    # Down: 0, 1, 9 over 3; right: 1, 4, 0, 0 over 4. A flat plane adds nothing.
+    flat = torch.ones(1, 1, 4, 4)
+    assert total_variation([plane, flat, flat]).item() == pytest.approx(10 / 3 + 5 / 4)
+
+
+def test_encoding_in_closed_form():
+    x = torch.tensor([0.3, -0.7, 0.1])
+    expected = x.tolist()
+    for function in (math.sin, math.cos):
+        expected += [function(2**k * value) for k in range(3) for value in x.tolist()]
+    torch.testing.assert_close(encode(x, 3), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("frequencies, features", [(10, 63), (4, 27)])
+def test_encodings_have_the_published_size(frequencies: int, features: int):
+    assert encode(torch.zeros(5, 3), frequencies).shape == (5, features)
+
+
+def test_mlp_has_the_published_number_of_parameters():
+    assert sum(parameter.numel() for parameter in MLPField(MLPConfig()).parameters()) == 595_844
+
+
+def test_mlp_input_enters_again_in_the_fifth_layer():
+    field = MLPField(MLPConfig())
+    assert [layer.weight.shape[1] for layer in field.layers] == [63] + [256] * 3 + [319] + [256] * 3
+
+
+@pytest.mark.parametrize("kind", ["mlp", "planes"])
+def test_density_does_not_depend_on_the_direction_but_colour_does(kind: str):
+    torch.manual_seed(0)
+    points, here, there = 2 * torch.rand(3, 20, 3) - 1
+    if kind == "mlp":
+        field = MLPField(MLPConfig(width=32))
+        (color, density), (other_color, other_density) = field(points, here), field(points, there)
+    else:
+        field = PlanesField(PlanesConfig(scales=(1, 2), levels=2), (16, 12, 8))
+        composed = field.compose()
+        color, density = field(composed, points, here)
+        other_color, other_density = field(composed, points, there)
+        assert (density > 0).all()
+    assert torch.equal(density, other_density)
+    assert not torch.equal(color, other_color)
+    assert 0 <= color.min() and color.max() <= 1
+
+
+def test_density_is_exponential_and_capped():
+    raw = torch.tensor([-3.0, 0.0, 2.0, 12.0, 1000.0])
+    expected = torch.tensor([math.exp(-3), 1, math.exp(2), math.exp(12), math.exp(12)])
+    torch.testing.assert_close(density_activation(raw), expected)

@@ -1,0 +1,74 @@
+import pytest
+import torch
+
+from cbnerf.nerf.sampling import sample_importance, sample_stratified
+
+CPU = torch.device("cpu")
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_stratified_edges_stay_within_half_a_bin():
+    edges = sample_stratified(200, 8, draw(200, 9), CPU)
+    even = torch.arange(9) / 8
+    assert ((edges - even).abs() <= 0.5 / 8 + 1e-6).all()
+    assert (edges.diff() >= 0).all()
+    assert (edges[:, 0] == 0).all() and (edges[:, -1] == 1).all()
+    # They use the whole of their bins.
+    assert (edges[:, 1:-1].std(0) - 1 / 8 / 12**0.5).abs().max() < 0.005
+
+
+def test_without_jitter_bins_are_equal():
+    torch.testing.assert_close(
+        sample_stratified(2, 4, None, CPU), torch.tensor([0, 0.25, 0.5, 0.75, 1]).expand(2, -1)
+    )
+
+
+def invert_cdf(edges: list[float], weights: list[float], quantile: float) -> float:
+    """Walk along the bins until the share of the probability is used up."""
+    density = [weight + 1e-4 for weight in weights]
+    left = quantile * sum(density)
+    for low, high, mass in zip(edges, edges[1:], density, strict=False):
+        if left <= mass:
+            return low + left / mass * (high - low)
+        left -= mass
+    return edges[-1]
+
+
+@pytest.mark.parametrize("jittered", [True, False])
+def test_importance_samples_invert_the_cdf(jittered: bool):
+    rays, bins, samples = 20, 6, 10
+    edges = draw(rays, bins + 1).sort(-1).values
+    weights = draw(rays, bins) * (draw(rays, bins) > 0.5)  # some bins are empty
+    jitter = draw(rays, samples) if jittered else None
+    found = sample_importance(edges, weights, samples, jitter)
+    for ray in range(rays):
+        offsets = jitter[ray].tolist() if jitter is not None else [0.5] * samples
+        expected = [
+            invert_cdf(edges[ray].tolist(), weights[ray].tolist(), (i + offset) / samples)
+            for i, offset in enumerate(offsets)
+        ]
+        torch.testing.assert_close(found[ray], torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+def test_importance_samples_are_sorted_and_inside():
+    edges = sample_stratified(50, 16, draw(50, 17), CPU)
+    found = sample_importance(edges, draw(50, 16) ** 8, 32, draw(50, 32))
+    assert (found.diff() >= 0).all()
+    assert 0 <= found.min() and found.max() <= 1
+
+
+def test_samples_gather_where_the_weight_is():
+    weights = torch.tensor([[0.0, 0.0, 1.0, 0.0]])
+    found = sample_importance(sample_stratified(1, 4, None, CPU), weights, 100, None)
+    assert ((found >= 0.5) & (found <= 0.75)).float().mean() >= 0.99
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+def test_equal_weights_sample_evenly(weight: float):
+    found = sample_importance(
+        sample_stratified(1, 4, None, CPU), torch.full((1, 4), weight), 8, None
+    )
+    torch.testing.assert_close(found[0], (torch.arange(8) + 0.5) / 8)

@@ -1,0 +1,70 @@
+"""Plans on the tiny preset, and folders that a finished unit would have left."""
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+
+from cbnerf.config import save_config, with_overrides
+from cbnerf.search.plan import DATA_VARIABLE, Plan, make_plan
+from cbnerf.search.spec import parse_spec
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # Ray's workers inherit it.
+
+if importlib.util.find_spec("ray") is None:
+    collect_ignore_glob = ["test_*.py"]  # needs cbnerf[search]
+
+SPACE = {
+    "codebook.size": {"choices": [64, 128, 1024]},
+    "codebook.beta": {"low": 0.05, "high": 2.0, "log": True},
+    "loss.lambda_recon": {"low": 0.3, "high": 30.0, "log": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def no_data_at_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither photographs nor settings of the machine reach a test."""
+    monkeypatch.delenv(DATA_VARIABLE, raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def tiny_plan(tmp_path: Path) -> Callable[..., Plan]:
+    """A plan in `tmp_path`: `tiny_plan("arcade,blinds", trials=5, fixed={...})`."""
+
+    def make(scenes: str = "arcade,blinds", *, has_gpu: bool = False, **spec: Any) -> Plan:
+        values = {"resolution": "tiny", "trials": 3, "space": SPACE} | spec
+        return make_plan(
+            parse_spec(values),
+            scenes=scenes,
+            data=None,
+            name="test",
+            storage=tmp_path / "runs",
+            has_gpu=has_gpu,
+        )
+
+    return make
+
+
+@pytest.fixture
+def leave_unit() -> Callable[..., dict[str, float]]:
+    """Write what a finished unit leaves in its folder; returns its metrics."""
+
+    def leave(plan: Plan, number: int, scene: str, overrides: dict[str, Any], psnr: float):
+        folder = plan.trial_folder(number, scene)
+        folder.mkdir(parents=True)
+        metrics = {"val/psnr": psnr, "val/ssim": 0.5, "val/gain": 0.25, "seconds": 1.5}
+        save_config(with_overrides(plan.base, overrides), folder / "config.yaml")
+        (folder / "refiner.pt").write_bytes(b"weights")
+        iio.imwrite(folder / "strip.png", np.full((8, 24, 3), 99, np.uint8))
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+        return metrics
+
+    return leave

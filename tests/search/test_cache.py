@@ -1,0 +1,81 @@
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cbnerf.config import flatten, preset, with_overrides
+from cbnerf.data.procedural import make_capture
+from cbnerf.data.scene import Scene, make_scene
+from cbnerf.search import cache
+from cbnerf.search.cache import field_folder, field_key
+
+pytestmark = pytest.mark.search
+
+CONFIG = preset("cb-nerf", "tiny")
+
+
+@pytest.fixture(scope="module")
+def scene() -> Scene:
+    return make_scene(make_capture("arcade", width=32, num_views=3), CONFIG.data)
+
+
+def other_value(value: Any) -> Any:
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        return {"planes": "mlp", "box": "lanczos"}[value]
+    if isinstance(value, tuple):
+        return (1, 2, 3)
+    return value + 1 if isinstance(value, int) else value / 2
+
+
+KNOBS = flatten(CONFIG)
+STAGE_1 = [name for name in KNOBS if name.startswith(("data.", "field.", "seed"))]
+
+
+@pytest.mark.parametrize("name", STAGE_1)
+def test_each_knob_of_stage_1_changes_the_key(scene: Scene, name: str):
+    changed = with_overrides(CONFIG, {name: other_value(KNOBS[name])})
+    assert field_key(changed, scene) != field_key(CONFIG, scene)
+
+
+def test_knobs_of_stage_2_share_a_field(scene: Scene):
+    changes = {
+        "codebook.size": 64, "codebook.beta": 1.0, "codebook.imitation": "ce", "codebook.dim": 3,
+        "refiner.codes": False, "refiner.optim.steps": 99, "refiner.optim.lr": 1.0,
+        "loss.lambda_recon": 3.0, "loss.lambda_imitation": 0.0,
+    }  # fmt: skip
+    for name, value in changes.items():
+        assert field_key(with_overrides(CONFIG, {name: value}), scene) == field_key(CONFIG, scene)
+
+
+MOVES: dict[str, Callable[[Scene], Scene]] = {
+    "pixel": lambda s: replace(s, images=s.images.index_fill(0, torch.tensor([1]), 7)),
+    "order": lambda s: replace(s, images=s.images.flip(0)),
+    "pose": lambda s: replace(s, camera_to_world=s.camera_to_world + 1e-3),
+    "focal": lambda s: replace(s, focal=s.focal * 1.001),
+    "center": lambda s: replace(s, center=(s.center[0] + 0.5, s.center[1])),
+    "bounds": lambda s: replace(s, depth_range=(s.depth_range[0], s.depth_range[1] * 1.01)),
+    "scale": lambda s: replace(s, scale=4),
+}
+
+
+@pytest.mark.parametrize("what", MOVES)
+def test_photographs_and_cameras_change_the_key(scene: Scene, what: str):
+    assert field_key(CONFIG, MOVES[what](scene)) != field_key(CONFIG, scene)
+
+
+def test_the_code_of_stage_1_changes_the_key(scene: Scene, monkeypatch: pytest.MonkeyPatch):
+    before = field_key(CONFIG, scene)
+    monkeypatch.setattr(cache, "_stage_code", lambda: "another version")
+    assert field_key(CONFIG, scene) != before
+
+
+def test_equal_input_finds_the_same_entry(scene: Scene, tmp_path: Path):
+    again = make_scene(make_capture("arcade", width=32, num_views=3), CONFIG.data)
+    folder = field_folder(tmp_path, CONFIG, scene)
+    assert field_folder(tmp_path, preset("cb-nerf", "tiny"), again) == folder
+    assert folder.parent == tmp_path / "cache" and "arcade" in folder.name

@@ -1,0 +1,100 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cbnerf.data.procedural import BUILT_IN_SCENES
+from cbnerf.search.plan import PAPER_SCENES, Plan, choose_scenes, make_plan
+from cbnerf.search.spec import parse_spec
+
+pytestmark = pytest.mark.search
+
+SPEC = parse_spec({"space": {"codebook.size": {"choices": [64, 1024]}}})
+
+
+def make_folder(root: Path, *scenes: str) -> Path:
+    for scene in scenes:
+        (root / scene).mkdir(parents=True)
+        (root / scene / "poses_bounds.npy").write_bytes(b"")
+    return root
+
+
+def plan_of(data: Path | None = None, **arguments) -> Plan:
+    given = {"scenes": "all", "name": None, "storage": Path("runs"), "has_gpu": False} | arguments
+    return make_plan(SPEC, data=data, **given)
+
+
+def test_all_means_the_scenes_of_the_paper_that_are_there():
+    assert choose_scenes("all", ["trex", "mine", "fern"], Path("data")) == ("fern", "trex")
+    assert choose_scenes("all", sorted(PAPER_SCENES), Path("data")) == PAPER_SCENES
+
+
+def test_all_of_other_data_means_every_scene():
+    assert choose_scenes("all", ["a", "b"], Path("data")) == ("a", "b")
+    assert choose_scenes("all", list(BUILT_IN_SCENES), None) == BUILT_IN_SCENES
+    assert len(BUILT_IN_SCENES) == 8
+
+
+def test_named_scenes_keep_their_order_and_count_once():
+    assert choose_scenes(" b, a,b,", ["a", "b", "c"], None) == ("b", "a")
+
+
+@pytest.mark.parametrize("wanted", ["a,nowhere", "", ","])
+def test_an_unknown_scene_is_named_with_those_that_exist(wanted: str):
+    with pytest.raises(ValueError, match="there are a, b") as caught:
+        choose_scenes(wanted, ["a", "b"], Path("photos"))
+    assert "photos" in str(caught.value)
+    assert ("nowhere" in str(caught.value)) == ("nowhere" in wanted)
+
+
+def test_data_comes_from_the_flag_then_the_variable_then_the_usual_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    flag, variable = make_folder(tmp_path / "flag", "fern"), make_folder(tmp_path / "var", "horns")
+    usual = tmp_path / "data" / "nerf_llff_data"
+    assert plan_of().data is None
+    assert plan_of().scenes == BUILT_IN_SCENES
+    make_folder(usual, "trex")
+    assert (plan_of().data, plan_of().scenes) == (usual, ("trex",))
+    monkeypatch.setenv("CBNERF_DATA", str(variable))
+    assert (plan_of().data, plan_of().scenes) == (variable, ("horns",))
+    assert (plan_of(flag).data, plan_of(flag).scenes) == (flag, ("fern",))
+
+
+def test_data_that_was_asked_for_must_hold_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    make_folder(tmp_path / "data" / "nerf_llff_data", "trex")
+    (tmp_path / "empty").mkdir()
+    for asked in (tmp_path / "empty", tmp_path / "missing"):
+        with pytest.raises(ValueError, match=f"{asked}: no LLFF scenes"):
+            plan_of(asked)
+        monkeypatch.setenv("CBNERF_DATA", str(asked))
+        with pytest.raises(ValueError, match=f"{asked}: no LLFF scenes"):
+            plan_of()
+        monkeypatch.delenv("CBNERF_DATA")
+
+
+def test_auto_follows_the_machine(tiny_plan: Callable[..., Plan]):
+    laptop, cluster = plan_of(), plan_of(has_gpu=True)
+    assert (laptop.resolution, laptop.base.data.width, laptop.gpus_per_worker) == ("x2-128", 128, 0)
+    assert (cluster.resolution, cluster.base.data.width) == ("x2-504", 504)
+    assert cluster.gpus_per_worker == 0.25
+    told = tiny_plan(has_gpu=True, resources={"gpus_per_worker": 1})
+    assert (told.resolution, told.gpus_per_worker) == ("tiny", 1)
+
+
+def test_a_study_is_named_by_what_it_computes():
+    assert plan_of().name == "cb-nerf-x2-128-all"
+    assert plan_of(scenes="arcade, blinds").name == "cb-nerf-x2-128-arcade-blinds"
+    assert plan_of(name="mine").folder == Path("runs").resolve() / "studies" / "mine"
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "../up", "/root", "."])
+def test_a_name_stays_inside_the_folder_of_studies(name: str):
+    with pytest.raises(ValueError, match="not the name of a folder"):
+        plan_of(name=name)
+
+
+def test_fixed_knobs_stand_in_the_base(tiny_plan: Callable[..., Plan]):
+    plan = tiny_plan(fixed={"codebook.dim": 5})
+    assert plan.base.codebook.dim == 5
+    assert plan.num_units == 6

@@ -1,0 +1,78 @@
+from pathlib import Path
+
+import pytest
+
+from cbnerf.config import load_config, with_overrides
+from cbnerf.search.report import configuration_table, scene_table, write_report
+from cbnerf.search.searcher import Ledger
+from cbnerf.search.tracking import NOT_COMPARABLE
+
+pytestmark = pytest.mark.search
+
+
+def scores(psnr: float, gain: float, *, val: bool = True) -> dict[str, dict[str, float]]:
+    def stage(psnr: float, ssim: float) -> dict[str, float]:
+        test = {"test/psnr": psnr + 1, "test/ssim": ssim + 0.1}
+        return test | ({"val/psnr": psnr, "val/ssim": ssim} if val else {})
+
+    return {"stage 1": stage(psnr, 0.5), "refined": stage(psnr + gain, 0.6)}
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def test_the_table_shows_scenes_gains_and_their_means():
+    header, rule, fern, room, mean = cells(
+        scene_table({"fern": scores(20.0, 0.5), "room": scores(30.0, -0.25)})
+    )
+    assert header == [
+        "scene", "val PSNR stage 1", "refined", "gain", "test PSNR stage 1", "refined", "gain",
+        "test SSIM stage 1", "refined", "gain",
+    ]  # fmt: skip
+    assert all(cell.endswith(":") and set(cell[:-1]) == {"-"} for cell in rule)
+    ssim = ["0.6000", "0.7000", "+0.1000"]
+    assert fern == ["fern", "20.00", "20.50", "+0.50", "21.00", "21.50", "+0.50", *ssim]
+    assert room == ["room", "30.00", "29.75", "-0.25", "31.00", "30.75", "-0.25", *ssim]
+    assert mean == ["mean", "25.00", "25.12", "+0.12", "26.00", "26.12", "+0.12", *ssim]
+
+
+def test_without_validation_views_their_columns_stay_empty():
+    *_, mean = rows = cells(scene_table({"fern": scores(20.0, 0.5, val=False)}))
+    assert rows[2][1:4] == mean[1:4] == ["-", "-", "-"]
+    assert mean[4] == "21.00"
+
+
+def test_the_lines_of_a_table_are_equally_long():
+    table = scene_table({"a": scores(9.5, 0.5), "a long name": scores(100.0, -12.0)})
+    assert len({len(line) for line in table.splitlines()}) == 1
+
+
+def finish(ledger: Ledger, values: list[float | None]) -> None:
+    for value in values:
+        unit = ledger.next_unit()
+        assert unit is not None
+        ledger.book(unit, None if value is None else {"val/psnr": value})
+
+
+def test_configurations_are_listed_best_first(tiny_plan):
+    ledger = Ledger(tiny_plan("arcade", trials=4))
+    finish(ledger, [20.0, None, 21.5])
+    header, _, *rows = cells(configuration_table(ledger))
+    assert header == ["#", "mean val/psnr", *ledger.plan.spec.space]
+    assert [row[:2] for row in rows] == [["2", "21.500"], ["0", "20.000"], ["1", "FAIL"]]
+
+
+def test_the_report_names_the_best_and_its_file_can_be_trained_from(tiny_plan):
+    ledger = Ledger(tiny_plan("arcade", trials=2))
+    finish(ledger, [20.0, 21.0])
+    best = ledger.best()
+    assert best is not None
+    config = with_overrides(ledger.plan.base, best.params)
+    files = write_report(ledger, config, best.number, {"arcade": scores(20.0, 1.0)})
+    by_name: dict[str, Path] = {file.name: file for file in files}
+    assert load_config(by_name["best.yaml"]) == config
+    text = by_name["report.md"].read_text()
+    assert "Best configuration: number 1" in text and NOT_COMPARABLE in text
+    assert scene_table({"arcade": scores(20.0, 1.0)}) in text
+    assert configuration_table(ledger) in text

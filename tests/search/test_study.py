@@ -1,0 +1,311 @@
+"""`python tune.py` as its user meets it: a study that is killed, interrupted, finished, extended."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from cbnerf.config import load_config
+from cbnerf.search import command
+
+pytestmark = [
+    pytest.mark.search,
+    pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),  # MLflow's
+]
+
+ROOT = Path(__file__).parents[2]
+SMOKE = ROOT / "tune_configs" / "smoke.yaml"
+COMMAND = ["--config", str(SMOKE), "--scenes", "arcade,blinds"]
+NAME = "cb-nerf-tiny-arcade-blinds"
+
+
+@dataclass
+class Ended:
+    """What one process left behind."""
+
+    status: int
+    output: str
+    errors: str
+    bookings: Counter[str]
+    """How often each unit stands in the journal."""
+    trained: dict[str, int]
+    """When each unit was finished, by its folder."""
+    lingering: list[int] = field(default_factory=list)
+    """Processes that outlived the driver for ten seconds."""
+
+
+class Drivers:
+    """Starts `tune.py` in a folder, and knows all processes that came of it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.study = folder / "runs" / "studies" / NAME
+        self._mark = f"CBNERF_TEST={uuid.uuid4().hex}"
+
+    def run(self, *arguments: str, until: Callable[[], bool] | None = None, by: int = 0) -> Ended:
+        """Run to its end, or send the signal `by` to its process group once `until` is true."""
+        name, value = self._mark.split("=")
+        driver = subprocess.Popen(
+            [sys.executable, ROOT / "tune.py", *arguments],
+            cwd=self.folder, env={**os.environ, name: value}, start_new_session=True, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        if until is not None:
+            while driver.poll() is None and not until():
+                time.sleep(0.05)
+            os.killpg(driver.pid, by)
+        output, errors = driver.communicate(timeout=300)
+        ended = Ended(driver.returncode, output, errors, self.bookings(), self.trained())
+        if by == signal.SIGINT:
+            deadline = time.monotonic() + 10
+            while self.processes() and time.monotonic() < deadline:
+                time.sleep(0.2)
+            ended.lingering = self.processes()
+        return ended
+
+    def bookings(self) -> Counter[str]:
+        try:
+            lines = (self.study / "optuna.journal").read_text().splitlines()
+        except FileNotFoundError:
+            return Counter()
+        booked = [json.loads(line).get("user_attr", {}) for line in lines if '"user_attr"' in line]
+        return Counter(key for entry in booked for key in entry if "/" in key)
+
+    def trained(self) -> dict[str, int]:
+        files = (self.study / "trials").glob("*/*/metrics.json")
+        return {str(file.parent): file.stat().st_mtime_ns for file in files}
+
+    def processes(self) -> list[int]:
+        found = []
+        for entry in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if self._mark.encode() in entry.read_bytes():
+                    found.append(int(entry.parent.name))
+            except OSError:
+                continue
+        return found
+
+    def end_all(self) -> None:
+        for process in self.processes():
+            try:
+                os.kill(process, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+
+@dataclass
+class Story:
+    """The lives of one study."""
+
+    folder: Path
+    killed: Ended
+    interrupted: Ended
+    finished: Ended
+    repeated: Ended
+    extended: Ended
+
+    @property
+    def study(self) -> Path:
+        return self.folder / "runs" / "studies" / NAME
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+    folder = tmp_path_factory.mktemp("story")
+    drivers = Drivers(folder)
+
+    def more_are_booked() -> Callable[[], bool]:
+        before = len(drivers.bookings())
+        return lambda: len(drivers.bookings()) > before
+
+    try:
+        yield Story(
+            folder,
+            killed=drivers.run(*COMMAND, until=more_are_booked(), by=signal.SIGKILL),
+            interrupted=drivers.run(*COMMAND, until=more_are_booked(), by=signal.SIGINT),
+            finished=drivers.run(*COMMAND),
+            repeated=drivers.run(*COMMAND),
+            extended=drivers.run("--resume", "--name", NAME, "--trials", "3"),
+        )
+    finally:
+        drivers.end_all()
+
+
+def test_a_killed_study_has_booked_what_it_finished(story: Story):
+    assert story.killed.status == -signal.SIGKILL
+    assert 1 <= len(story.killed.bookings) < 4
+    assert len(story.killed.trained) >= len(story.killed.bookings)
+
+
+def test_ctrl_c_ends_in_one_line(story: Story):
+    assert story.interrupted.status == 130
+    last = story.interrupted.errors.strip().splitlines()[-1]
+    assert last == "tune.py: interrupted; the same command goes on where it stopped"
+    assert "Traceback" not in story.interrupted.errors
+    assert not story.interrupted.lingering
+
+
+def test_the_same_command_goes_on_and_repeats_no_unit(story: Story):
+    ended = story.finished
+    assert ended.status == 0, ended.errors
+    assert set(ended.bookings) == {f"{n}/{scene}" for n in (0, 1) for scene in ("arcade", "blinds")}
+    assert set(ended.bookings.values()) == {1}
+    for before in (story.killed, story.interrupted):
+        assert before.trained.items() <= ended.trained.items()
+
+
+def test_the_end_tells_all_that_a_user_wants_to_know(story: Story):
+    lines = story.finished.output.splitlines()
+    assert lines[0] == f"study      {NAME}"
+    assert any("not comparable with the paper" in line for line in lines[1:3])
+    table = [line for line in lines if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["arcade", "blinds", "mean"]
+    storage = story.folder / "runs"
+    assert f"report: {story.study / 'report.md'}" in lines
+    assert any(line.endswith(str(story.study / "best.yaml")) for line in lines)
+    assert lines[-1] == (
+        f"compare the runs: mlflow ui --backend-store-uri sqlite:///{storage / 'mlflow.db'}"
+    )
+
+
+@pytest.mark.parametrize("noise", ["[I 20", "INFO", "Warning", "WARNING", "Traceback", "pid="])
+def test_libraries_are_silent(story: Story, noise: str):
+    for ended in (story.finished, story.repeated, story.extended):
+        assert noise not in ended.output + ended.errors
+
+
+def test_the_best_configuration_can_be_loaded_and_lies_in_the_space(story: Story):
+    best = load_config(story.study / "best.yaml")
+    assert best.data.width == 64
+    assert best.codebook.size in (64, 1024) and 0.1 <= best.loss.lambda_imitation <= 10
+
+
+def test_a_finished_study_trains_nothing_again(story: Story):
+    again = story.repeated
+    assert again.status == 0, again.errors
+    assert "nothing is trained again" in again.output
+    assert (again.trained, again.bookings) == (story.finished.trained, story.finished.bookings)
+
+    def table(ended: Ended) -> list[str]:
+        return [line for line in ended.output.splitlines() if line.startswith("|")]
+
+    assert table(again) == table(story.finished)
+
+
+def test_more_trials_extend_a_finished_study(story: Story):
+    ended = story.extended
+    assert ended.status == 0, ended.errors
+    assert story.repeated.trained.items() <= ended.trained.items()
+    new = ended.bookings - story.repeated.bookings
+    assert new == {"2/arcade": 1, "2/blinds": 1}
+
+
+def test_mlflow_holds_each_run_of_the_study_once(story: Story):
+    client = MlflowClient(f"sqlite:///{story.folder / 'runs' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name(NAME)
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    kinds = Counter(run.data.tags["cbnerf.kind"] for run in runs)
+    assert kinds == {"configuration": 3, "scene": 6, "field": 2, "report": 1}
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    for run in runs:
+        if run.data.tags["cbnerf.kind"] == "scene":
+            curve = client.get_metric_history(run.info.run_id, "val/psnr")
+            steps = [point.step for point in curve]
+            assert steps == sorted(set(steps)) and steps[-1] == 10
+    assert all("val/psnr" in run.data.metrics for run in runs)
+
+
+def test_stage_1_was_trained_once_for_all_lives(story: Story):
+    cache = sorted((story.folder / "runs" / "cache").iterdir())
+    assert [entry.name.split("-")[1] for entry in cache] == ["arcade", "blinds"]
+    first_unit = min(story.killed.trained.values())
+    assert all((entry / "metrics.json").stat().st_mtime_ns < first_unit for entry in cache)
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit status of a command line, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["tune.py", *arguments])
+    try:
+        command.main(ROOT / "tune_configs" / "default.yaml")
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+BAD_LINES = {
+    "scene": (["--scenes", "nowhere"], "no scene 'nowhere' in the built-in scenes"),
+    "data": (["--data", "nowhere"], "nowhere: no LLFF scenes"),
+    "no file": (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
+    "broken file": (["--config", "broken.yaml"], "broken.yaml: not readable as YAML"),
+    "method": (["--method", "nerf2"], "method 'nerf2' is not one of cb-nerf"),
+    "resolution": (["--resolution", "x9"], "resolution 'x9' is not one of auto"),
+    "trials": (["--trials", "0"], "trials must be at least 1"),
+    "name": (["--name", "a/b"], "'a/b' is not the name of a folder"),
+    "resume": (["--resume"], "--resume: no study None"),
+    "resume unknown": (["--resume", "--name", "x"], "it holds none"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_LINES)
+def test_bad_input_ends_in_one_line_and_leaves_nothing(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    (tmp_path / "broken.yaml").write_text("space: [")
+    arguments, problem = BAD_LINES[what]
+    assert call(monkeypatch, *arguments) == 2
+    output, errors = capfd.readouterr()
+    assert output == ""
+    (line,) = errors.splitlines()
+    assert line.startswith("tune.py: ") and problem in line
+    assert [entry.name for entry in tmp_path.iterdir()] == ["broken.yaml"]
+
+
+def test_a_broken_scene_folder_is_named_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    (tmp_path / "photos" / "fern").mkdir(parents=True)
+    (tmp_path / "photos" / "fern" / "poses_bounds.npy").write_bytes(b"nonsense")
+    assert call(monkeypatch, "--data", "photos") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "fern/poses_bounds.npy" in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_another_search_under_the_same_name_is_refused(
+    story: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    (tmp_path / "other.yaml").write_text(SMOKE.read_text() + "seed: 7\n")
+    before = (story.study / "request.yaml").read_text()
+    there = ["--storage", str(story.folder / "runs"), "--name", NAME]
+    lines = [
+        ["--config", "other.yaml", "--scenes", "arcade,blinds"],
+        ["--config", str(SMOKE), "--scenes", "arcade"],
+    ]
+    for arguments, changed in zip(lines, ("seed", "scenes"), strict=True):
+        assert call(monkeypatch, *arguments, *there) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert f"was started with other {changed} (" in line and "--resume" in line
+    assert (story.study / "request.yaml").read_text() == before
+
+
+def test_a_dry_run_prices_the_study_and_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    assert call(monkeypatch, *COMMAND, "--dry-run") == 0
+    output, errors = capfd.readouterr()
+    assert errors == ""
+    assert f"study      {NAME}" in output and "2 configurations x 2 scenes = 4 units" in output
+    assert "s for a field" in output and "runs at a time  <- this machine" in output
+    assert not (tmp_path / "runs" / "studies").exists()
+    assert not (tmp_path / "runs" / "mlflow.db").exists()

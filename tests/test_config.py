@@ -1,0 +1,157 @@
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cbnerf.config import (
+    METHODS,
+    RESOLUTIONS,
+    Config,
+    DataConfig,
+    cast,
+    flatten,
+    knob_type,
+    load_config,
+    preset,
+    save_config,
+    with_overrides,
+)
+
+every_preset = pytest.mark.parametrize(
+    "config", [preset(method, resolution) for method in METHODS for resolution in RESOLUTIONS]
+)
+
+
+@every_preset
+def test_presets_survive_flattening_and_yaml(config: Config, tmp_path: Path):
+    flat = flatten(config)
+    assert with_overrides(Config(), flat) == config
+    assert {name: cast(name, value) for name, value in flat.items()} == flat
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@every_preset
+def test_a_patch_fits_into_the_images_of_every_preset(config: Config):
+    assert config.data.width % config.data.scale == 0
+    assert config.refiner.patch_size <= config.data.width * 3 / 4
+
+
+def test_a_preset_changes_only_what_its_resolution_names():
+    for method, config in METHODS.items():
+        for name, overrides in RESOLUTIONS.items():
+            before, after = flatten(config), flatten(preset(method, name))
+            assert {k for k in after if after[k] != before[k]} <= set(overrides)
+
+
+def test_order_of_overrides_does_not_matter():
+    # Half-way, 1008 pixels at scale 2 become 504 at scale 64, or the other way round.
+    wanted = replace(Config(), data=DataConfig(width=640, scale=80, test_every=2))
+    overrides = [(k, v) for k, v in flatten(wanted).items() if k.startswith("data.")]
+    for seed in range(10):
+        random.Random(seed).shuffle(overrides)
+        assert with_overrides(Config(), dict(overrides)) == wanted
+
+
+def test_each_knob_changes_alone():
+    before = flatten(Config())
+    for name, value in (("codebook.size", 7), ("loss.lambda_vq", 0.5), ("seed", 3)):
+        assert flatten(with_overrides(Config(), {name: value})) == before | {name: value}
+    assert flatten(Config()) == before
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("field.optim.lr", "1e-3", 0.001),  # as PyYAML reads it
+        ("field.optim.lr", 1, 1.0),
+        ("codebook.size", 512.0, 512),
+        ("codebook.size", "512", 512),
+        ("codebook.ema", True, True),
+        ("field.planes.scales", [1, 2.0], (1, 2)),
+        ("codebook.vq_loss", "released", "released"),
+    ],
+)
+def test_values_become_the_type_of_their_knob(name: str, value, expected):
+    result = cast(name, value)
+    assert result == expected
+    assert type(result) is type(expected)
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("codebook.sise", 4, "unknown knob 'codebook.sise'; did you mean codebook.size"),
+        ("lambda_vq", 1, "unknown knob 'lambda_vq'; did you mean loss.lambda_vq"),
+        ("seed.x", 1, "unknown knob 'seed.x'"),
+        ("", 1, "unknown knob ''"),
+        ("codebook", {"size": 4}, "'codebook' is a group of knobs"),
+        ("codebook.size", 4.5, "codebook.size = 4.5 is not an integer"),
+        ("codebook.size", "many", "codebook.size = 'many' is not an integer"),
+        ("codebook.size", float("inf"), "codebook.size = inf is not an integer"),
+        ("codebook.size", True, "codebook.size = True is not an integer"),
+        ("codebook.size", None, "codebook.size = None is not an integer"),
+        ("codebook.size", [4], r"codebook.size = \[4\] is not an integer"),
+        ("codebook.beta", "much", "codebook.beta = 'much' is not a number"),
+        ("codebook.beta", True, "codebook.beta = True is not a number"),
+        ("codebook.ema", 1, "codebook.ema = 1 is not true or false"),
+        ("codebook.ema", "yes", "codebook.ema = 'yes' is not true or false"),
+        ("codebook.vq_loss", "mine", "codebook.vq_loss = 'mine' is not one of paper, released"),
+        ("codebook.vq_loss", ["paper"], "is not one of paper, released"),
+        ("field.planes.scales", 4, "field.planes.scales = 4 is not a list of integers"),
+        ("codebook.size", 1, "codebook.size = 1 must be at least 2"),
+        ("codebook.beta", -0.1, "codebook.beta = -0.1 must be at least 0"),
+        ("codebook.beta", float("nan"), "codebook.beta = nan must be at least 0"),
+        ("field.planes.scales", [], "field.planes.scales"),
+        ("refiner.patch_size", 30, "refiner.patch_size = 30 must be a multiple of 4"),
+        ("data.width", 4, "data.width = 4 must be at least 8"),
+        ("field.optim.steps", 0, "steps = 0 must be at least 1"),
+    ],
+)
+def test_a_wrong_override_is_told_in_one_line(name, value, message: str):
+    with pytest.raises(ValueError, match=message) as error:
+        with_overrides(Config(), {name: value})
+    assert "\n" not in str(error.value)
+
+
+def test_a_knob_knows_its_type():
+    assert knob_type("codebook.size") is int
+    assert {type(name) for name in flatten(Config())} == {str}
+    for name in flatten(Config()):
+        knob_type(name)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("codebook.size: 1\n", "codebook.size = 1 must be"),
+        ("codebook:\n  size: 4\n", "is a group of knobs"),
+        ("1: 2\n", "1 is not a name"),
+        ("- codebook.size\n", "found list"),
+        ("", "found NoneType"),
+        ("a: [1\nb: }", "not readable as YAML"),
+        ("!!python/object/apply:os.getcwd []", "not readable as YAML"),
+    ],
+)
+def test_a_malformed_file_is_named_in_one_line(text: str, message: str, tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        load_config(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match="none.yaml: no such file"):
+        load_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [(("nerv",), "unknown method 'nerv'"), (("nerf", "x3"), "unknown resolution 'x3'")],
+)
+def test_an_unknown_preset_lists_the_choices(arguments, message: str):
+    with pytest.raises(ValueError, match=message):
+        preset(*arguments)

@@ -1,0 +1,58 @@
+import pytest
+import torch
+
+from cbnerf.codebook.refiner import build_refiner
+from cbnerf.config import Config
+from cbnerf.data.renders import Renders
+from cbnerf.data.scene import Scene
+from cbnerf.metrics import psnr, ssim, to_8bit
+from cbnerf.nerf.model import build_field, render_image
+from cbnerf.nerf.rays import Cameras
+from cbnerf.training.evaluation import image_strip, mean_scores, refine_views, render_views
+
+CPU = torch.device("cpu")
+
+
+def test_a_strip_shows_images_from_left_to_right():
+    images = [torch.full((3, 5, 3), value, dtype=torch.uint8) for value in (10, 20, 30)]
+    strip = image_strip(images, gap=2)
+    assert strip.shape == (3, 3 * 5 + 2 * 2, 3)
+    assert strip[1, :, 2].tolist() == [10] * 5 + [255] * 2 + [20] * 5 + [255] * 2 + [30] * 5
+
+
+def test_mean_scores_are_means_of_views(tiny_scene: Scene, tiny_renders: Renders):
+    images, targets = tiny_renders.rgb[:3], tiny_scene.images[:3]
+    pairs = list(zip(images, targets, strict=True))
+    assert mean_scores(images, targets, "test") == pytest.approx({
+        "test/psnr": sum(psnr(*pair) for pair in pairs) / 3,
+        "test/ssim": sum(ssim(*pair) for pair in pairs) / 3,
+    })  # fmt: skip
+    assert mean_scores(images[:0], targets[:0], "test") == {}
+
+
+def test_views_are_refined_one_by_one_and_stay_8_bit(tiny_config: Config, tiny_renders: Renders):
+    torch.manual_seed(0)
+    refiner = build_refiner(tiny_config).eval()
+    with torch.no_grad():
+        refiner.get_parameter("tail.0.weight").normal_(std=0.1)
+    odd = tiny_renders.rgb[:2, :47, :63].contiguous()
+    refined = refine_views(refiner, odd, CPU)
+    assert refined.dtype == torch.uint8 and refined.shape == odd.shape
+    assert not torch.equal(refined, odd)
+    alone = refiner.refine(odd[1].movedim(-1, 0)[None].float() / 255)[0].movedim(0, -1)
+    assert torch.equal(refined[1], to_8bit(alone))
+
+
+def test_an_untrained_refiner_gives_the_render_back_bit_by_bit(tiny_config, tiny_renders: Renders):
+    refiner = build_refiner(tiny_config).eval()
+    assert torch.equal(refine_views(refiner, tiny_renders.rgb[:1], CPU), tiny_renders.rgb[:1])
+
+
+def test_rendered_views_stand_in_the_order_asked_for(tiny_config: Config, tiny_cameras: Cameras):
+    torch.manual_seed(0)
+    model = build_field(tiny_config, tiny_cameras).eval()
+    renders = render_views(model, tiny_cameras, [5, 2], 2)
+    for index, view in enumerate([5, 2]):
+        rgb, depth = render_image(model, tiny_cameras, view, 2)
+        assert torch.equal(renders.rgb[index], to_8bit(rgb))
+        assert torch.equal(renders.depth[index], depth.half())

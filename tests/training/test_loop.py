@@ -1,0 +1,133 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from cbnerf.config import Config, OptimConfig, with_overrides
+from cbnerf.noise import Noise
+from cbnerf.training import loop
+from cbnerf.training.checkpoint import save_checkpoint
+from cbnerf.training.loop import Losses, Task, fit, is_evaluation_step, learning_rate_factor
+
+CPU = torch.device("cpu")
+
+
+def make_task(optim: OptimConfig, **changes) -> Task:
+    """Fits a constant to noise around 3."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+
+    def losses(wrapped: nn.Module, batch_size: int, noise: Noise) -> Losses:
+        error = wrapped(torch.ones(batch_size, 1)) - 3 - 0.1 * noise.normal(batch_size, 1)
+        total = error.square().mean()
+        return Losses(total, {"train/loss": total})
+
+    task = Task(
+        stage="field", scene="line", config=Config(), optim=optim, model=model, losses=losses,
+        param_groups=[{"params": list(model.parameters()), "lr": optim.lr}],
+        evaluate=lambda: {"val/weight": model.weight.item(), "val/training": model.training},
+        cameras={},
+    )  # fmt: skip
+    return task._replace(**changes)
+
+
+def run(task: Task, resume_from: Path | None = None) -> list[tuple[int, dict[str, float]]]:
+    reports = []
+    fit(
+        task,
+        device=CPU,
+        report=lambda step, metrics, _: reports.append((step, metrics)),
+        resume_from=resume_from,
+    )
+    return reports
+
+
+def test_learning_rate_in_closed_form():
+    optim = OptimConfig(steps=100, batch_size=1, lr=1.0, lr_end=0.1, warmup_steps=10)
+    for step in range(100):
+        cosine = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 100))
+        assert learning_rate_factor(step, optim) == pytest.approx(min((step + 1) / 10, 1) * cosine)
+    constant = OptimConfig(steps=100, batch_size=1, lr=1.0, lr_end=1.0, warmup_steps=0)
+    assert {learning_rate_factor(step, constant) for step in range(100)} == {1.0}
+
+
+def test_the_optimiser_follows_the_learning_rate():
+    # The first steps of Adam have the size of the learning rate, whatever the gradient.
+    optim = OptimConfig(steps=3, batch_size=4, lr=1e-3, warmup_steps=3, lr_end=1.0, evaluations=3)
+    weights = [metrics["val/weight"] for _, metrics in run(make_task(optim))]
+    moves = [after - before for before, after in zip([0.0, *weights], weights, strict=False)]
+    assert moves == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3], rel=0.01)
+
+
+@pytest.mark.parametrize("steps, evaluations", [(100, 4), (10, 3), (7, 7), (3, 8), (1, 1)])
+def test_evaluations_are_even_and_the_last_is_at_the_end(steps: int, evaluations: int):
+    optim = OptimConfig(steps=steps, batch_size=1, lr=1.0, evaluations=evaluations)
+    done = [step for step in range(1, steps + 1) if is_evaluation_step(step, optim)]
+    assert len(done) == min(evaluations, steps)
+    assert done[-1] == steps
+    gaps = [after - before for before, after in zip([0, *done], done, strict=False)]
+    assert max(gaps) - min(gaps) <= 1
+
+
+def test_reports_average_the_losses_since_the_last_one():
+    optim = OptimConfig(steps=6, batch_size=4, lr=0.1, evaluations=6)
+    each = [metrics["train/loss"] for _, metrics in run(make_task(optim))]
+    halves = run(make_task(OptimConfig(steps=6, batch_size=4, lr=0.1, evaluations=2)))
+    assert [step for step, _ in halves] == [3, 6]
+    for (_, metrics), part in zip(halves, (each[:3], each[3:]), strict=True):
+        assert metrics["train/loss"] == pytest.approx(sum(part) / 3)
+
+
+def test_models_are_scored_in_evaluation_mode_and_left_in_it():
+    task = make_task(OptimConfig(steps=2, batch_size=4, lr=0.1, evaluations=2))
+    assert [metrics["val/training"] for _, metrics in run(task)] == [False, False]
+    assert not task.model.training
+
+
+def test_nan_ends_training_with_its_name():
+    task = make_task(OptimConfig(steps=4, batch_size=4, lr=0.1, evaluations=2))
+
+    def diverge(wrapped: nn.Module, batch_size: int, noise: Noise) -> Losses:
+        total = wrapped(torch.full((batch_size, 1), torch.nan)).sum()
+        return Losses(total, {"train/loss": total, "train/fine": torch.zeros(())})
+
+    with pytest.raises(FloatingPointError, match="field: train/loss not finite within 2 steps"):
+        run(task._replace(losses=diverge))
+
+
+def test_a_batch_must_divide_among_the_processes(monkeypatch):
+    monkeypatch.setattr(loop, "num_processes", lambda: 3)
+    with pytest.raises(ValueError, match="field batch size 4 is not divisible by 3 processes"):
+        run(make_task(OptimConfig(steps=4, batch_size=4, lr=0.1)))
+
+
+def save_half_way(path: Path, config: Config) -> OptimConfig:
+    optim = OptimConfig(steps=4, batch_size=4, lr=0.1, evaluations=2)
+
+    def keep(step, metrics, checkpoint) -> None:
+        if step == 2:
+            save_checkpoint(checkpoint, path)
+
+    fit(make_task(optim, config=config), device=CPU, report=keep, resume_from=None)
+    return optim
+
+
+@pytest.mark.parametrize(
+    "changes, scene",
+    [({"field.sub_rays": 1}, "line"), ({"data.width": 64}, "line"), ({"seed": 1}, "line"),
+     ({}, "plane")],
+)  # fmt: skip
+def test_other_knobs_or_another_scene_are_not_resumed(changes, scene: str, tmp_path: Path):
+    optim = save_half_way(tmp_path / "half.pt", Config())
+    other = make_task(optim, config=with_overrides(Config(), changes), scene=scene)
+    with pytest.raises(ValueError, match="half.pt: cannot resume, it was trained with other"):
+        run(other, tmp_path / "half.pt")
+
+
+def test_a_field_does_not_care_for_the_knobs_of_stage_two(tmp_path: Path):
+    optim = save_half_way(tmp_path / "half.pt", Config())
+    other = with_overrides(Config(), {"codebook.size": 7, "loss.lambda_vq": 2, "refiner.blocks": 1})
+    reports = run(make_task(optim, config=other), tmp_path / "half.pt")
+    assert [step for step, _ in reports] == [4]

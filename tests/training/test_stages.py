@@ -1,0 +1,102 @@
+import json
+from pathlib import Path
+
+import imageio.v3 as iio
+import pytest
+import torch
+
+from cbnerf.config import Config, load_config, with_overrides
+from cbnerf.data.renders import Renders, load_renders
+from cbnerf.data.scene import Scene
+from cbnerf.training.stages import read_metrics, run_field, run_refiner
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["field", "refiner"])
+def stage(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def config(tiny_config: Config) -> Config:
+    steps = {f"{stage}.optim.steps": 4 for stage in ("field", "refiner")}
+    return with_overrides(tiny_config, steps)
+
+
+@pytest.fixture
+def run(stage: str, config: Config, tiny_scene: Scene, tiny_renders: Renders, tmp_path: Path):
+    """Runs a stage in a folder; gives its metrics and the steps it reported."""
+
+    def run(folder: Path = tmp_path, config: Config = config, stop_at: int = 0):
+        steps = []
+
+        def report(step, metrics, checkpoint) -> None:
+            steps.append(step)
+            if step == stop_at:
+                raise InterruptedError
+
+        if stage == "field":
+            return run_field(config, tiny_scene, folder, device=CPU, report=report), steps
+        metrics = run_refiner(config, tiny_scene, tiny_renders, folder, device=CPU, report=report)
+        return metrics, steps
+
+    return run
+
+
+def test_a_finished_folder_holds_its_files(stage: str, run, config: Config, tmp_path: Path):
+    metrics, _ = run(tmp_path / "new")
+    files = {"field": "renders.npz", "refiner": "strip.png"}
+    names = {file.name for file in (tmp_path / "new").iterdir()}
+    assert names == {f"{stage}.pt", files[stage], "config.yaml", "metrics.json"}
+    assert load_config(tmp_path / "new" / "config.yaml") == config
+    assert json.loads((tmp_path / "new" / "metrics.json").read_text()) == metrics
+    assert {"train/loss", "val/psnr", "seconds"} < set(metrics)
+    if stage == "field":
+        assert load_renders(tmp_path / "new" / "renders.npz").rgb.shape == (10, 48, 64, 3)
+    else:
+        assert iio.imread(tmp_path / "new" / "strip.png").shape == (48, 3 * 64 + 2 * 4, 3)
+
+
+def test_a_finished_folder_is_not_trained_again(run, tmp_path: Path):
+    metrics, steps = run()
+    assert steps == [1, 2, 3, 4]
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    assert run() == (metrics, [])
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == before
+
+
+def test_an_unfinished_folder_goes_on_and_ends_alike(stage: str, run, tmp_path: Path):
+    with pytest.raises(InterruptedError):
+        run(tmp_path / "stopped", stop_at=2)
+    assert read_metrics(tmp_path / "stopped") is None
+    metrics, steps = run(tmp_path / "stopped")
+    assert steps == [3, 4]
+    whole, _ = run(tmp_path / "whole")
+    assert metrics | {"seconds": 0} == whole | {"seconds": 0}
+    weights = [
+        torch.load(tmp_path / folder / f"{stage}.pt", weights_only=True)["model"]
+        for folder in ("stopped", "whole")
+    ]
+    for name, value in weights[1].items():
+        assert torch.equal(weights[0][name], value), name
+
+
+@pytest.mark.parametrize("stop_at", [0, 2])
+def test_other_knobs_are_refused_and_change_nothing(stage, run, config, stop_at, tmp_path: Path):
+    if stop_at:
+        with pytest.raises(InterruptedError):
+            run(stop_at=stop_at)
+    else:
+        run()
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    other = with_overrides(config, {f"{stage}.optim.lr": 0.5})
+    with pytest.raises(ValueError, match="with other knobs"):
+        run(config=other)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("stage", ["field"], indirect=True)
+def test_a_finished_field_serves_any_stage_two(run, config: Config):
+    metrics, _ = run()
+    assert run(config=with_overrides(config, {"codebook.size": 7})) == (metrics, [])
