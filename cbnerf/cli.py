@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import imageio.v3 as iio
 import torch
@@ -206,9 +206,11 @@ def _parse(
     first.add_argument("--resolution", default=DEFAULT_RESOLUTION)
     chosen, _ = first.parse_known_args(arguments)
     config = preset(chosen.preset, chosen.resolution)
-    missing: Any = tyro.MISSING
-    field = TrainField(scene=missing, output=missing, config=config)
-    refiner = TrainRefiner(scene=missing, field=missing, output=missing, config=config)
+    field = TrainField(scene="", output=Path(), config=config)
+    refiner = TrainRefiner(scene="", field=Path(), output=Path(), config=config)
+    for command, flag in ((field, "scene"), (field, "output"),
+                          (refiner, "scene"), (refiner, "field"), (refiner, "output")):  # fmt: skip
+        setattr(command, flag, tyro.MISSING)  # it must be given
     commands = (
         Annotated[TrainField, tyro.conf.subcommand("train-field", default=field)]
         | Annotated[TrainRefiner, tyro.conf.subcommand("train-refiner", default=refiner)]

@@ -272,9 +272,8 @@ METHODS: dict[str, Config] = {
 """Complete configurations by the name of their method (DESIGN.md, section 4)."""
 
 _CPU_SIZE = {
-    "field.planes.depth_cells": 48,
     "field.num_coarse_samples": 32,
-    "field.num_fine_samples": 16,
+    "field.num_fine_samples": 24,
     "field.optim.batch_size": 512,
     "refiner.channels": 24,
     "refiner.blocks": 3,
@@ -289,10 +288,12 @@ RESOLUTIONS: dict[str, dict[str, Any]] = {
         "data.width": 252, "field.optim.steps": 1500, "refiner.optim.steps": 1000,
     },
     "x2-128": _CPU_SIZE | {
-        "data.width": 128, "field.optim.steps": 300, "refiner.optim.steps": 150,
+        "data.width": 128, "field.num_fine_samples": 16, "field.optim.steps": 300,
+        "refiner.optim.steps": 150,
     },
     "tiny": _CPU_SIZE | {
-        "data.width": 64, "field.optim.steps": 20, "field.optim.batch_size": 64,
+        "data.width": 64, "field.num_fine_samples": 16, "field.optim.steps": 20,
+        "field.optim.batch_size": 64,
         "field.planes.hidden": 16, "field.mlp.width": 32,
         "refiner.optim.steps": 10, "refiner.optim.batch_size": 2, "refiner.channels": 8,
     },

@@ -27,13 +27,17 @@ def imports() -> Iterator[tuple[str, str]]:
                 names = [alias.name for alias in node.names]
                 # `from cbnerf import config` imports cbnerf.config
                 of_package = node.module == "cbnerf"
-                yield from ((part, f"cbnerf.{name}" if of_package else node.module) for name in names)
+                yield from (
+                    (part, f"cbnerf.{name}" if of_package else node.module) for name in names
+                )
             elif isinstance(node, ast.Import):
                 yield from ((part, alias.name) for alias in node.names)
 
 
 def test_every_part_has_its_place():
-    parts = {path.stem for path in PACKAGE.iterdir() if path.stem not in ("__init__", "__pycache__")}
+    parts = {
+        path.stem for path in PACKAGE.iterdir() if path.stem not in ("__init__", "__pycache__")
+    }
     assert parts == set(PLACE)
 
 

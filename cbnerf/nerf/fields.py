@@ -67,8 +67,8 @@ def total_variation(planes: list[Float[Tensor, "1 channels _ _"]]) -> Float[Tens
 
 
 def density_activation(raw: Tensor) -> Tensor:
-    """Exponential, with the argument capped where the result is opaque at any length."""
-    return torch.exp(raw.clamp(max=12.0))
+    """Softplus, shifted and scaled so that rays of length 1 start about opaque towards their end."""
+    return 10 * F.softplus(raw - 1)
 
 
 class PlanesField(nn.Module):

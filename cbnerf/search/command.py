@@ -14,6 +14,7 @@ import tyro
 import yaml
 from mlflow.exceptions import MlflowException
 from ray.exceptions import RayError
+from ray.tune import TuneError
 
 from cbnerf.config import load_yaml
 from cbnerf.data.llff import count_views
@@ -68,7 +69,7 @@ def main(default_config: Path) -> None:
         _run(options, default_config)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on where it stopped", _INTERRUPTED)
-    except RayError as error:
+    except (RayError, TuneError) as error:
         # A task's error also is an instance of its cause's class; only the cause is for people.
         _fail(" ".join(str(getattr(error, "cause", None) or error).split())[-600:], 1)
     except MlflowException as error:
@@ -81,12 +82,10 @@ def _run(options: Options, default_config: Path) -> None:
     request = _load_request(options) if options.resume else _make_request(options, default_config)
     if options.trials is not None:
         request["spec"]["trials"] = options.trials
-    _make_plan(request, options, has_gpu=False)  # Mistakes come out before Ray starts.
+    _settle(request, options, has_gpu=False)  # Mistakes come out before Ray starts.
     with _ray(options.address):
-        plan = _make_plan(request, options, has_gpu=ray.cluster_resources().get("GPU", 0) > 0)
-        request["data"] = str(plan.data) if plan.data else None
-        _check_same_request(plan, request)
-        views = _count_views(plan)
+        has_gpu = ray.cluster_resources().get("GPU", 0) > 0
+        plan, views = _settle(request, options, has_gpu=has_gpu)
         _describe(plan, views)
         if options.dry_run:
             _price(plan)
@@ -131,8 +130,11 @@ def _load_request(options: Options) -> dict[str, Any]:
     return load_yaml(studies / str(options.name) / _REQUEST_FILE)
 
 
-def _make_plan(request: dict[str, Any], options: Options, *, has_gpu: bool) -> Plan:
-    return make_plan(
+def _settle(
+    request: dict[str, Any], options: Options, *, has_gpu: bool
+) -> tuple[Plan, dict[str, int | None]]:
+    """The plan and the number of views of its scenes, everything checked but the pixels."""
+    plan = make_plan(
         parse_spec(request["spec"]),
         scenes=request["scenes"],
         data=Path(request["data"]) if request["data"] else None,
@@ -140,6 +142,9 @@ def _make_plan(request: dict[str, Any], options: Options, *, has_gpu: bool) -> P
         storage=options.storage,
         has_gpu=has_gpu,
     )
+    request["data"] = str(plan.data) if plan.data else None
+    _check_same_request(plan, request)
+    return plan, _count_views(plan)
 
 
 def _check_same_request(plan: Plan, request: dict[str, Any]) -> None:

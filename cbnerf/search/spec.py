@@ -117,6 +117,11 @@ def parse_spec(content: Mapping[str, Any]) -> SearchSpec:
     values["fixed"] = {name: _value(name, value) for name, value in fixed.items()}
     space = _mapping(values.get("space", {}), "space")
     values["space"] = {name: _parse_domain(name, domain) for name, domain in space.items()}
+    for name in values["space"]:
+        if name.startswith("data."):
+            raise ValueError(f"space: {name} decides what is scored, so scores would not compare")
+    if values["fixed"].get("data.validation") is False:
+        raise ValueError("fixed: data.validation must be true; a search selects on these views")
     initial = values.get("initial", [])
     if not isinstance(initial, list):
         raise ValueError("initial must be a list of `knob: value` mappings")

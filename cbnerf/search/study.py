@@ -123,7 +123,7 @@ def _score_once(plan: Plan, config: Config, number: int) -> SceneScores:
     """Scores of the best configuration; the test views of a configuration are scored once."""
     file = plan.folder / f"scores-{number:04d}.json"
     if not file.exists():
-        score = ray.remote(score_best)
+        score = _remote(plan, score_best)
         answers = [score.remote(plan, config, number, scene) for scene in plan.scenes]
         scores = dict(zip(plan.scenes, ray.get(answers), strict=True))
         file.write_text(json.dumps(scores, indent=1))

@@ -4,6 +4,7 @@ One worker trains in the calling process; several train through Ray Train's `Tor
 stand in folders of the shared storage, so a killed job goes on where its last checkpoint was.
 """
 
+import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,6 +78,8 @@ def run_job(plan: Plan, job: Job, *, in_tune: bool = False) -> dict[str, float]:
         device = choose_device()
         report = _tune_report if in_tune and job.stage == "refiner" else ignore
         return _train(plan, job, device, report)
+    # Reports wait for the controller's next look at its workers, every 2 s unless told.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     callbacks: list[Any] = [TuneReportCallback()] if in_tune and job.stage == "refiner" else []
     TorchTrainer(
         _train_in_worker,
@@ -98,6 +101,7 @@ def score_best(
     plan: Plan, config: Config, configuration: int, scene_name: str
 ) -> dict[str, dict[str, float]]:
     """Validation and test metrics of stage 1 and of a trained configuration on one scene."""
+    run_job(plan, Job("field", scene_name, config))  # The cache may have been emptied since.
     scene = load_scene(plan, scene_name, config.data)
     renders = load_renders(field_folder(plan.storage, config, scene) / RENDERS_FILE)
     device = choose_device()

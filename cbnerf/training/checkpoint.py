@@ -26,6 +26,8 @@ class Checkpoint(NamedTuple):
     """State dict of Adam."""
     cameras: dict[str, Any]
     """Cameras of the scene as plain values; empty for a refiner."""
+    metrics: dict[str, float] = {}
+    """Those of the evaluation at this step."""
 
 
 def knobs_of_stage(config: Config, stage: Stage) -> Config:

@@ -18,7 +18,6 @@ from cbnerf.noise import Noise
 from cbnerf.training.checkpoint import Checkpoint, Stage, knobs_of_stage, load_checkpoint
 from cbnerf.training.processes import num_processes, process_rank
 
-
 Report = Callable[[int, dict[str, float], Checkpoint], None]
 """Called with (step, metrics, checkpoint) on every process after every evaluation; metrics are
 those of rank 0."""
@@ -77,7 +76,7 @@ def fit(task: Task, *, device: torch.device, report: Report, resume_from: Path |
             _check_finite(averages, task.stage, step + 1)
             sums, since = {}, step + 1
             metrics = averages | _evaluate(task) if rank == 0 else {}
-            report(step + 1, metrics, _checkpoint(task, step + 1, optimizer))
+            report(step + 1, metrics, _checkpoint(task, step + 1, optimizer, metrics))
     task.model.eval()
 
 
@@ -115,7 +114,9 @@ def _resume(
     return checkpoint.step
 
 
-def _checkpoint(task: Task, step: int, optimizer: torch.optim.Optimizer) -> Checkpoint:
+def _checkpoint(
+    task: Task, step: int, optimizer: torch.optim.Optimizer, metrics: dict[str, float]
+) -> Checkpoint:
     return Checkpoint(
         stage=task.stage,
         scene=task.scene,
@@ -124,6 +125,7 @@ def _checkpoint(task: Task, step: int, optimizer: torch.optim.Optimizer) -> Chec
         model=task.model.state_dict(),
         optimizer=optimizer.state_dict(),
         cameras=task.cameras,
+        metrics=metrics,
     )
 
 

@@ -16,7 +16,13 @@ from cbnerf.config import Config, load_config, save_config
 from cbnerf.data.renders import Renders, save_renders
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
-from cbnerf.training.checkpoint import Checkpoint, Stage, knobs_of_stage, save_checkpoint
+from cbnerf.training.checkpoint import (
+    Checkpoint,
+    Stage,
+    knobs_of_stage,
+    load_checkpoint,
+    save_checkpoint,
+)
 from cbnerf.training.evaluation import image_strip, refine_views, render_views
 from cbnerf.training.field import scene_cameras, train_field
 from cbnerf.training.loop import Report
@@ -45,7 +51,7 @@ def run_field(
             renders = render_views(model, cameras, views, scene.scale)
             save_renders(renders, folder / RENDERS_FILE)
 
-    return _run(config, "field", folder, train, report)
+    return _run(config, "field", folder, train, report, device)
 
 
 def run_refiner(
@@ -69,7 +75,7 @@ def run_refiner(
             strip = image_strip([scene.images[view], renders.rgb[view], refined])
             iio.imwrite(folder / STRIP_FILE, strip.numpy())
 
-    return _run(config, "refiner", folder, train, report)
+    return _run(config, "refiner", folder, train, report, device)
 
 
 def read_metrics(folder: Path) -> dict[str, float] | None:
@@ -86,6 +92,7 @@ def _run(
     folder: Path,
     train: Callable[[Report, Path | None], None],
     report: Report,
+    device: torch.device,
 ) -> dict[str, float]:
     finished = read_metrics(folder)
     if finished is not None:
@@ -94,7 +101,8 @@ def _run(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CHECKPOINT_FILES[stage]
     started = time.monotonic()
-    last: dict[str, float] = {}
+    # A folder may have been left between its last checkpoint and its results.
+    last = load_checkpoint(path, stage, device).metrics if path.exists() else {}
 
     def keep(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
         nonlocal last

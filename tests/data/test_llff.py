@@ -129,7 +129,7 @@ MALFORMED = {
         change_rows(lambda rows: np.array([{"a": 1}], dtype=object)),
         "poses_bounds.npy: not a NumPy array file",
     ),
-    "16 columns": (change_rows(lambda rows: rows[:, 1:]), r"expected N x 17 floats, found .* \(4, 16\)"),
+    "16 columns": (change_rows(lambda rows: rows[:, 1:]), r"expected N x 17 .* \(4, 16\)"),
     "integers": (change_rows(lambda rows: rows.astype(int)), "expected N x 17 floats, found int64"),
     "two cameras": (change_rows(lambda rows: rows[:2]), "2 cameras; a scene needs at least 3"),
     "NaN": (set_to(1, 3, np.nan), "poses_bounds.npy: holds values that are not finite"),

@@ -37,7 +37,9 @@ def test_patches_are_squares_of_one_view_in_all_eight_symmetries(photographs):
         for values, (d, r) in zip((rows, columns), zip(down, right, strict=True), strict=True):
             assert (values.diff(dim=0) == d).all() and (values.diff(dim=1) == r).all()
     ones = (-1, 1)
-    expected = {(a, 0, 0, b) for a in ones for b in ones} | {(0, a, b, 0) for a in ones for b in ones}
+    expected = {(a, 0, 0, b) for a in ones for b in ones} | {
+        (0, a, b, 0) for a in ones for b in ones
+    }
     assert seen == expected
 
 

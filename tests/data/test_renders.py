@@ -29,7 +29,9 @@ MALFORMED = {
     "cut off": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "bits flipped": lambda path: path.write_bytes(path.read_bytes().replace(b"\x80", b"\x7f")),
     "other arrays": lambda path: np.savez(path, a=np.zeros(3)),
-    "wrong type": lambda path: np.savez(path, rgb=np.zeros((1, 2, 2, 3)), depth=np.zeros((1, 2, 2))),
+    "wrong type": lambda path: np.savez(
+        path, rgb=np.zeros((1, 2, 2, 3)), depth=np.zeros((1, 2, 2))
+    ),
     "wrong shape": lambda path: np.savez(
         path, rgb=np.zeros((1, 2, 3), np.uint8), depth=np.zeros((1, 2), np.float16)
     ),

@@ -19,7 +19,9 @@ def test_the_average_camera_becomes_the_identity(tiny_capture: Capture):
     torch.testing.assert_close(origin, torch.zeros(3), atol=1e-6, rtol=0)
     torch.testing.assert_close(backward / backward.norm(), torch.tensor([0.0, 0.0, 1.0]))
     assert up[0].abs() < 1e-6 and up[1] > 0.9 and right[0] > 0.9
-    torch.testing.assert_close(poses[:, :, :3].mT @ poses[:, :, :3], torch.eye(3).expand(10, -1, -1))
+    torch.testing.assert_close(
+        poses[:, :, :3].mT @ poses[:, :, :3], torch.eye(3).expand(10, -1, -1)
+    )
 
 
 def test_recentred_poses_do_not_depend_on_the_frame_they_came_in(tiny_capture: Capture):

@@ -101,6 +101,20 @@ def test_mlp_input_enters_again_in_the_fifth_layer():
     assert [layer.weight.shape[1] for layer in field.layers] == [63] + [256] * 3 + [319] + [256] * 3
 
 
+def test_negative_features_reach_the_colour_but_negative_units_do_not():
+    """The feature layer alone has no ReLU."""
+    torch.manual_seed(0)
+    for name, reaches in (("feature", True), ("layers.7", False), ("direction_layer", False)):
+        field = MLPField(MLPConfig(width=32))
+        with torch.no_grad():
+            field.get_submodule(name).bias.fill_(-30)
+            field.rgb_head.weight.mul_(0.01)
+        color, _ = field(torch.rand(5, 3), torch.rand(5, 3))
+        color.sum().backward()
+        gradient = field.get_submodule(name).weight.grad
+        assert (gradient is not None and gradient.count_nonzero() > 0) == reaches, name
+
+
 @pytest.mark.parametrize("kind", ["mlp", "planes"])
 def test_density_does_not_depend_on_the_direction_but_colour_does(kind: str):
     torch.manual_seed(0)
@@ -119,7 +133,12 @@ def test_density_does_not_depend_on_the_direction_but_colour_does(kind: str):
     assert 0 <= color.min() and color.max() <= 1
 
 
-def test_density_is_exponential_and_capped():
-    raw = torch.tensor([-3.0, 0.0, 2.0, 12.0, 1000.0])
-    expected = torch.tensor([math.exp(-3), 1, math.exp(2), math.exp(12), math.exp(12)])
+def test_density_is_linear_when_dense_and_never_negative():
+    raw = torch.tensor([-100.0, 1.0, 101.0])
+    expected = torch.tensor([0.0, 10 * math.log(2), 1000.0])
     torch.testing.assert_close(density_activation(raw), expected)
+
+
+def test_an_untrained_ray_is_mostly_opaque_at_its_end():
+    alpha = 1 - torch.exp(-density_activation(torch.zeros(1)))
+    assert 0.9 < float(alpha) < 0.99

@@ -79,6 +79,10 @@ BAD = {
     "choice beyond the knob": ("space: {codebook.size: {choices: [1]}}", "codebook.size = 1"),
     "range beyond the knob": ("space: {codebook.beta: {low: -1, high: 1}}", "codebook.beta = -1.0"),
     "fixed beyond the knob": ("fixed: {codebook.dim: 0}\n" + SPACE, "codebook.dim = 0"),
+    "searched data": ("space: {data.scale: {choices: [2, 4]}}", "data.scale decides what is"),
+    "nothing to select on": (
+        "fixed: {data.validation: false}\n" + SPACE, "data.validation must be true",
+    ),
     "fixed and searched": ("fixed: {codebook.size: 64}\n" + SPACE, "both fixed and space"),
     "initial outside choices": ("initial: [{codebook.size: 65}]\n" + SPACE, "outside the space"),
     "initial not searched": ("initial: [{codebook.dim: 4}]\n" + SPACE, "not in the space"),

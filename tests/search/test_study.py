@@ -1,4 +1,4 @@
-"""`python tune.py` as its user meets it: a study that is killed, interrupted, finished, extended."""
+"""`python tune.py` as a user meets it: a study is killed, interrupted, finished and extended."""
 
 import json
 import os

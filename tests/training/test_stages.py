@@ -66,12 +66,13 @@ def test_a_finished_folder_is_not_trained_again(run, tmp_path: Path):
     assert {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == before
 
 
-def test_an_unfinished_folder_goes_on_and_ends_alike(stage: str, run, tmp_path: Path):
+@pytest.mark.parametrize("stop_at, left", [(2, [3, 4]), (4, [])])
+def test_an_unfinished_folder_goes_on_and_ends_alike(stage, run, stop_at, left, tmp_path: Path):
     with pytest.raises(InterruptedError):
-        run(tmp_path / "stopped", stop_at=2)
+        run(tmp_path / "stopped", stop_at=stop_at)
     assert read_metrics(tmp_path / "stopped") is None
     metrics, steps = run(tmp_path / "stopped")
-    assert steps == [3, 4]
+    assert steps == left
     whole, _ = run(tmp_path / "whole")
     assert metrics | {"seconds": 0} == whole | {"seconds": 0}
     weights = [

@@ -1,0 +1,176 @@
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+
+from cbnerf.cli import main
+from cbnerf.config import load_config, preset, with_overrides
+from cbnerf.data.llff import read_capture, write_capture
+from cbnerf.data.scene import Capture
+
+SHORT = [
+    "--resolution=tiny", "--field.optim.steps=3", "--field.num-coarse-samples=8",
+    "--field.num-fine-samples=4", "--refiner.optim.steps=3", "--codebook.size=16",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_capture: Capture, tmp_path_factory) -> Path:
+    """A folder with a scene of 64x47 pixels, a field and a refiner; names as the flags'."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_capture(folder / "scene", tiny_capture._replace(images=tiny_capture.images[:, :47]))
+    main(["train-field", f"--scene={folder}/scene", f"--output={folder}/field", *SHORT])
+    main(["train-refiner", f"--scene={folder}/scene", f"--field={folder}/field",
+          f"--output={folder}/refiner", *SHORT])  # fmt: skip
+    return folder
+
+
+def test_training_leaves_its_files_and_knobs(runs: Path):
+    files = {"field": {"field.pt", "renders.npz"}, "refiner": {"refiner.pt", "strip.png"}}
+    expected = with_overrides(
+        preset("cb-nerf", "tiny"),
+        {"field.optim.steps": 3, "field.num_coarse_samples": 8, "field.num_fine_samples": 4,
+         "refiner.optim.steps": 3, "codebook.size": 16},
+    )  # fmt: skip
+    for stage, own in files.items():
+        found = {file.name for file in (runs / stage).iterdir()}
+        assert found == own | {"config.yaml", "metrics.json"}
+        assert load_config(runs / stage / "config.yaml") == expected
+
+
+def test_a_finished_command_can_be_given_again(runs: Path, capsys):
+    main(["train-field", f"--scene={runs}/scene", f"--output={runs}/field", *SHORT])
+    out = capsys.readouterr().out
+    assert "val/psnr" in out and "step" not in out
+
+
+def test_evaluation_names_every_test_view_and_the_mean(runs: Path, capsys):
+    main(["evaluate", f"--scene={runs}/scene", f"--field={runs}/field",
+          f"--refiner={runs}/refiner"])  # fmt: skip
+    title, *rows = capsys.readouterr().out.splitlines()
+    assert title == "scene, protocol holdout, 64x46"
+    labels = [row.split("PSNR")[0].split() for row in rows]
+    assert labels == [
+        [*name.split(), *place]
+        for name in ("stage 1", "refined")
+        for place in (["view", "0"], ["view", "8"], ["mean"])
+    ]
+    for group in (rows[:3], rows[3:]):
+        views_and_mean = [float(row.split("PSNR")[1].split()[0]) for row in group]
+        assert np.mean(views_and_mean[:2]) == pytest.approx(views_and_mean[2], abs=0.011)
+
+
+@pytest.mark.parametrize("with_refiner", [False, True])
+def test_a_video_has_the_frames_asked_for(runs: Path, with_refiner: bool, tmp_path: Path):
+    refiner = [f"--refiner={runs}/refiner"] if with_refiner else []
+    main(["render", f"--field={runs}/field", f"--output={tmp_path}", "--frames=3", *refiner])
+    video = iio.imread(tmp_path / "video.mp4", plugin="FFMPEG")
+    assert video.shape == (3, 46, 64, 3)
+    for number, frame in enumerate(video):
+        still = iio.imread(tmp_path / f"frame-{number:03d}.png")
+        assert still.shape == (46, 64, 3)
+        assert np.abs(frame.astype(int) - still).mean() < 25  # it is compressed
+
+
+def test_videos_of_odd_sizes_are_cut_even(tiny_capture: Capture, tmp_path: Path):
+    odd = tiny_capture._replace(images=tiny_capture.images[:, :47, :63])
+    write_capture(tmp_path / "scene", odd)
+    odd_knobs = ["--data.width=63", "--data.scale=1", "--refiner.patch-size=32"]
+    main(["train-field", f"--scene={tmp_path}/scene", f"--output={tmp_path}/field", *SHORT,
+          *odd_knobs])  # fmt: skip
+    main(["render", f"--field={tmp_path}/field", f"--output={tmp_path}/video", "--frames=2"])
+    assert iio.imread(tmp_path / "video" / "frame-000.png").shape == (47, 63, 3)
+    assert iio.imread(tmp_path / "video" / "video.mp4", plugin="FFMPEG").shape == (2, 46, 62, 3)
+
+
+def test_made_scenes_can_be_read(tmp_path: Path, capsys):
+    main(["make-scenes", f"--output={tmp_path}", "--scenes=mosaic,blinds", "--width=32",
+          "--views=4"])  # fmt: skip
+    assert {folder.name for folder in tmp_path.iterdir()} == {"mosaic", "blinds"}
+    assert read_capture(tmp_path / "mosaic", 32).images.shape == (4, 24, 32, 3)
+
+
+def spoil(runs: Path, folder: Path) -> Path:
+    """A copy of the scene with malformed cameras."""
+    write_capture(folder / "scene", read_capture(runs / "scene", 64))
+    (folder / "scene" / "poses_bounds.npy").write_bytes(b"no")
+    return folder / "scene"
+
+
+TRAIN = ["train-field", "--output={new}", *SHORT]
+REFINE = ["train-refiner", "--scene={runs}/scene", "--output={new}", *SHORT]
+MISTAKES = {
+    "no such scene": ([*TRAIN, "--scene=nowhere"], "nowhere: no such folder"),
+    "malformed cameras": ([*TRAIN, "--scene={spoilt}"], "poses_bounds.npy: not a NumPy"),
+    "too few pixels": (
+        [*TRAIN, "--scene={runs}/scene", "--data.width=128"],
+        "asked for images 128 pixels wide, the largest are 64",
+    ),
+    "unknown preset": ([*TRAIN, "--scene=mosaic", "--preset=nerv"], "unknown method 'nerv'"),
+    "unknown resolution": (
+        [*TRAIN, "--scene=mosaic", "--resolution=x9"], "unknown resolution 'x9'"
+    ),
+    "knob out of range": (
+        [*TRAIN, "--scene=mosaic", "--codebook.size", "1"], "codebook.size = 1 must be at least 2"
+    ),
+    "patch too large": (
+        [*REFINE, "--field={runs}/field", "--refiner.patch-size=64"],
+        "refiner.patch_size = 64 does not fit into 64x46 images",
+    ),
+    "other knobs": (
+        ["train-field", "--scene={runs}/scene", "--output={runs}/field", *SHORT, "--seed=5"],
+        "field: finished with other knobs",
+    ),
+    "field of another resolution": (
+        [*REFINE, "--field={runs}/field", "--data.width=32"],
+        "its field has 10 views of 64x46, the scene 10 views of 32x24",
+    ),
+    "no field": ([*REFINE, "--field={new}"], "renders.npz: no such file of stage-1 renders"),
+    "no checkpoint": (["evaluate", "--scene=mosaic", "--field={new}"], "no such checkpoint"),
+    "a refiner as field": (
+        ["render", "--field={swapped}", "--output={new}"], "holds a refiner, expected a field"
+    ),
+    "no frames": (
+        ["render", "--field={runs}/field", "--output={new}", "--frames=0"], "must be at least 1"
+    ),
+    "unknown scene": (["make-scenes", "--output={new}", "--scenes=fern"], "'fern' is not built in"),
+    "no pixels": (["make-scenes", "--output={new}", "--width=0"], "--width must be at least 16"),
+    "no views": (["make-scenes", "--output={new}", "--views=0"], "--views at least 3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_ends_in_one_line_and_nothing_half_done(
+    case: str, runs: Path, tmp_path: Path, capsys
+):
+    arguments, message = MISTAKES[case]
+    swapped = tmp_path / "swapped"
+    swapped.mkdir()
+    (swapped / "field.pt").write_bytes((runs / "refiner" / "refiner.pt").read_bytes())
+    folders = {"runs": runs, "new": tmp_path / "new", "swapped": swapped,
+               "spoilt": spoil(runs, tmp_path)}  # fmt: skip
+    with pytest.raises(SystemExit) as stop:
+        main([argument.format(**folders) for argument in arguments])
+    assert stop.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith("cbnerf: ") and message in line
+    assert line.count("\n") == 1
+    assert {file.name for file in folders["new"].glob("*")} <= {"config.yaml"}
+
+
+def test_unknown_flags_are_named(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train-field", "--scene=mosaic", "--output=new", "--codebook.sise=4"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "--codebook.sise" in error and "--codebook.size" in error
+
+
+def test_help_shows_knobs_with_their_docstrings_and_preset(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train-refiner", "--preset=cb-nerf", "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--codebook.size" in text and "Number of codes" in text
+    assert "(default: 16)" in text  # codebook.dim of this preset
