@@ -1,11 +1,11 @@
-"""Stage 1 on held-out views: quality and speed of the planes field beside NeRF-SR's MLP, in one run.
+"""Stage 1 on held-out views: quality and speed of the planes beside NeRF-SR's MLP, in one run.
 
     python benchmarks/field.py --data ../shared/llff --scenes fern flower room --resolution x2-252
 
 Prints and writes, per scene, the test PSNR / SSIM at high resolution of
 (a) the planes field, (b) the MLP field given `--mlp-time` times its training time, (c) bicubic
 enlargement of the planes field's own low-res render, (d) the planes field trained on the high-res
-photographs (the ceiling); and the ratio of times at which (a) and (b) reach the PSNR at which (b) ends.
+photographs (the ceiling); and the ratio of the times at which (b) and (a) reach (b)'s last PSNR.
 """
 
 import json
@@ -26,6 +26,7 @@ from cbnerf.data.llff import read_capture
 from cbnerf.data.scene import Scene, make_scene
 from cbnerf.data.splits import split_views
 from cbnerf.metrics import to_8bit
+from cbnerf.nerf.model import build_field
 from cbnerf.training.checkpoint import Checkpoint
 from cbnerf.training.evaluation import mean_scores, render_views
 from cbnerf.training.field import scene_cameras, train_field
@@ -78,8 +79,6 @@ def train(config: Config, scene: Scene, budget: float = float("inf")) -> Run:
         if device.type == "cuda":
             torch.cuda.synchronize()
         spent += time.perf_counter() - since
-        from cbnerf.nerf.model import build_field
-
         model = build_field(config, cameras).to(device)
         model.load_state_dict(checkpoint.model)
         renders = render_views(model.eval(), cameras, test, scene.scale).rgb
@@ -173,8 +172,8 @@ def _write(options: Options, rows: dict[str, dict[str, Run]]) -> None:
         f"# Stage 1 at {options.resolution}\n",
         f"{date.today()}, commit {commit}, torch {torch.__version__}, {device}, "
         f"{options.threads} threads\n",
-        "| scene | (a) planes | s | (b) MLP | s | (c) bicubic of (a) | (d) ceiling | a-b | a-c | d-a "
-        "| time ratio at b's end |",
+        "| scene | (a) planes | s | (b) MLP | s | (c) bicubic of (a) | (d) ceiling "
+        "| a-b | a-c | d-a | time ratio at b's end |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for scene, runs in rows.items():

@@ -67,7 +67,7 @@ def total_variation(planes: list[Float[Tensor, "1 channels _ _"]]) -> Float[Tens
 
 
 def density_activation(raw: Tensor) -> Tensor:
-    """Softplus, shifted and scaled so that rays of length 1 start about opaque towards their end."""
+    """Softplus, shifted and scaled so that an untrained ray is nearly opaque at its end."""
     return 10 * F.softplus(raw - 1)
 
 

@@ -96,13 +96,19 @@ def _run(options: Options, default_config: Path) -> None:
         outcome = run_study(plan, print)
     if outcome is None:
         raise ValueError(f"study {plan.name}: every configuration failed; see its runs in MLflow")
-    number, scores = outcome
-    print(f"\n{scene_table(scores)}\n")
+    print(f"\n{scene_table(outcome.scores)}\n")
     if plan.data is None:
         print(f"{NOT_COMPARABLE}.")
-    print(f"best configuration: number {number}, {plan.folder / 'best.yaml'}")
-    print(f"report: {plan.folder / 'report.md'}")
-    print(f"compare the runs: {_ui_command(plan)}")
+    phases = ", ".join(f"{phase} {spent:.0f} s" for phase, spent in outcome.seconds.items())
+    print(f"time       {phases}")
+    print(f"best       configuration {outcome.best}, {plan.folder / 'best.yaml'}")
+    print(f"report     {plan.folder / 'report.md'}")
+    uri, page = tracking_uri(plan.storage), f"#/experiments/{outcome.experiment_id}/runs"
+    if uri.startswith("http"):
+        print(f"compare    {uri}/{page}")
+    else:
+        print(f"compare    mlflow ui --backend-store-uri {uri}")
+        print(f"           and open http://127.0.0.1:5000/{page}?compareRunsMode=CHART")
 
 
 def _make_request(options: Options, default_config: Path) -> dict[str, Any]:
@@ -240,13 +246,6 @@ def _ray(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def _ui_command(plan: Plan) -> str:
-    uri = tracking_uri(plan.storage)
-    if uri.startswith("http"):
-        return f"open {uri}"
-    return f"mlflow ui --backend-store-uri {uri}"
 
 
 def _fail(message: str, status: int) -> None:

@@ -4,9 +4,11 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 import ray
@@ -21,30 +23,52 @@ from cbnerf.search.tracking import Tracker
 from cbnerf.search.trial import Job, job_folder, run_job, run_unit, score_best
 
 
-def run_study(plan: Plan, say: Callable[[str], None]) -> tuple[int, SceneScores] | None:
-    """Run what is left of a study on the Ray that is initialised.
+class Outcome(NamedTuple):
+    """How a study ended."""
 
-    Returns the number of the best configuration and its scores, or None if every one failed.
-    """
-    ledger = Ledger(plan)
-    tracker = Tracker(plan, ledger.id)
+    best: int
+    """Number of the best configuration."""
+    scores: SceneScores
+    """Of the best configuration."""
+    seconds: dict[str, float]
+    """Wall-clock of each phase of this run."""
+    experiment_id: str
+    """Of MLflow."""
+
+
+def run_study(plan: Plan, say: Callable[[str], None]) -> Outcome | None:
+    """Run what is left of a study on the Ray that is initialised; None if all of it failed."""
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "storage"):
+        ledger = Ledger(plan)
+        tracker = Tracker(plan, ledger.id)
     try:
         if ledger.num_booked < plan.num_units:
-            _train_fields(plan, tracker)
-            _search(plan, ledger, tracker)
+            with _timed(seconds, "stage 1"):
+                _train_fields(plan, tracker)
+            with _timed(seconds, "search"):
+                _search(plan, ledger, tracker)
         else:
             say("all configurations of this study are done; nothing is trained again")
         best = ledger.best()
         if best is None:
             return None
-        config = with_overrides(plan.base, best.params)
-        scores = _score_once(plan, config, best.number)
-        files = write_report(ledger, config, best.number, scores)
-        tracker.log_report(files, {plan.spec.metric: best.value or 0.0})
-        return best.number, scores
+        with _timed(seconds, "scoring and report"):
+            config = with_overrides(plan.base, best.params)
+            scores = _score_once(plan, config, best.number)
+            files = write_report(ledger, config, best.number, scores)
+            tracker.log_report(files, {plan.spec.metric: best.value or 0.0})
+        return Outcome(best.number, scores, seconds, tracker.experiment_id)
     except BaseException:
         tracker.interrupt()
         raise
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    seconds[phase] = time.monotonic() - started
 
 
 def num_slots(plan: Plan) -> int:

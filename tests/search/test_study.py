@@ -174,7 +174,7 @@ def test_the_end_tells_all_that_a_user_wants_to_know(story: Story):
     assert f"report: {story.study / 'report.md'}" in lines
     assert any(line.endswith(str(story.study / "best.yaml")) for line in lines)
     assert lines[-1] == (
-        f"compare the runs: mlflow ui --backend-store-uri sqlite:///{storage / 'mlflow.db'}"
+        f"compare    mlflow ui --backend-store-uri sqlite:///{storage / 'mlflow.db'}"
     )
 
 
