@@ -1,3 +1,5 @@
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -9,6 +11,9 @@ from cbnerf.nerf.rays import Cameras
 from cbnerf.training.field import scene_cameras
 
 torch.set_num_threads(1)
+
+if find_spec("ray") is None:  # the core is tested without the search extra, too
+    collect_ignore = ["search", "test_tune_configs.py"]
 
 
 @pytest.fixture(scope="session")

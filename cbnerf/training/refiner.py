@@ -17,6 +17,7 @@ from cbnerf.noise import Noise
 from cbnerf.training.checkpoint import load_checkpoint
 from cbnerf.training.evaluation import mean_scores, refine_views
 from cbnerf.training.loop import Losses, Report, Task, fit
+from cbnerf.training.processes import num_processes
 
 
 def train_refiner(
@@ -34,6 +35,12 @@ def train_refiner(
     `val/ssim`, and `val/gain` (dB), the change of PSNR against the stage-1 render.
     """
     split = split_views(scene.num_views, config.data)
+    if num_processes() > 1 and config.refiner.optim.batch_size // num_processes() % 2:
+        # `refiner.skips=mixed` alternates over rows, which must not depend on the processes.
+        raise ValueError(
+            f"refiner.optim.batch_size = {config.refiner.optim.batch_size} gives each of "
+            f"{num_processes()} processes an odd number of patches; make it even"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         refiner = build_refiner(config).to(device)

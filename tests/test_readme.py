@@ -1,0 +1,58 @@
+"""The commands of README.md run, or at least parse, as they stand there."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import tyro
+
+from cbnerf.config import load_yaml
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+TUNE_COMMANDS = re.findall(r"python tune\.py ([^#\n`]*)", README)
+
+
+def block_after(mark: str) -> str:
+    found = re.search(rf"<!-- {mark} -->\n```bash\n(.*?)```", README, re.DOTALL)
+    assert found, mark
+    return found[1]
+
+
+def test_the_commands_for_one_scene_run_in_their_order(tmp_path):
+    subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block_after("test")], cwd=tmp_path, check=True
+    )
+    assert (tmp_path / "mosaic/video/video.mp4").stat().st_size > 0
+
+
+@pytest.mark.search
+@pytest.mark.parametrize("arguments", TUNE_COMMANDS)
+def test_the_commands_of_the_search_parse(arguments: str):
+    from cbnerf.search.command import Options
+
+    options = tyro.cli(Options, args=shlex.split(arguments))
+    assert options.config is None or (ROOT / options.config).exists()
+
+
+@pytest.mark.search
+def test_the_example_of_a_search_space_is_valid(tmp_path):
+    from cbnerf.search.spec import parse_spec
+
+    found = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert found
+    (tmp_path / "spec.yaml").write_text(found[1])
+    assert parse_spec(load_yaml(tmp_path / "spec.yaml")).trials == 64
+
+
+def test_set_up_lines_use_the_constraints_that_were_tested():
+    lines = [line for line in README.splitlines() if line.startswith("python3 -m venv")]
+    assert len(lines) == 2
+    assert all("-c constraints.txt" in line for line in lines)
+
+
+def test_files_that_readme_shows_exist():
+    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
+        assert (ROOT / path).exists(), path
