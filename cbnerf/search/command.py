@@ -1,7 +1,6 @@
 """`python tune.py`: from a command line to a finished study."""
 
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -237,7 +236,6 @@ def _bytes_needed(plan: Plan, views: dict[str, int | None]) -> int:
 @contextmanager
 def _ray(address: str | None) -> Iterator[None]:
     """A local Ray for the length of the study, or the cluster at `address`."""
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:

@@ -71,6 +71,7 @@ def make_plan(
     if gpus == "auto":
         gpus = 0.25 if has_gpu else 0
     base = with_overrides(preset(spec.method, resolution), spec.fixed)
+    _check_batches(base, spec.resources.workers)
     folder, available = _locate_data(data)
     chosen = choose_scenes(scenes, available, folder)
     some = "all" if scenes == "all" else "-".join(chosen)
@@ -101,6 +102,17 @@ def choose_scenes(wanted: str, available: list[str], folder: Path | None) -> tup
             f"there are {', '.join(available)}"
         )
     return tuple(dict.fromkeys(chosen))
+
+
+def _check_batches(base: Config, workers: int) -> None:
+    """Whole shares of a batch for each worker, even ones in stage 2."""
+    shares = {"field": (base.field.optim, workers), "refiner": (base.refiner.optim, 2 * workers)}
+    for stage, (optim, multiple) in shares.items():
+        if workers > 1 and optim.batch_size % multiple:
+            raise ValueError(
+                f"{stage}.optim.batch_size = {optim.batch_size} must be a multiple of {multiple} "
+                f"with resources.workers = {workers}"
+            )
 
 
 def _check_name(name: str) -> str:

@@ -44,6 +44,7 @@ class Ledger:
             self._results[trial.number] = {s: booked[k] for s, k in keys.items() if k in booked}
             if trial.state == TrialState.RUNNING:
                 # A search killed while it asked has stored some of the knobs; the rest comes now.
+                # Optuna has no public way to go on with a trial it has handed out.
                 self._enqueue(optuna.Trial(self.study, trial._trial_id))
                 self._tell_if_complete(trial.number)
 
@@ -107,7 +108,7 @@ class TuneSearcher(Searcher):
     """Tune's view of a ledger."""
 
     def __init__(self, ledger: Ledger, ended: Ended):
-        super().__init__(metric=ledger.plan.spec.metric, mode="max")
+        super().__init__()  # Given a metric, Tune would end the study at a unit without it.
         self._ledger = ledger
         self._ended = ended
         self._live: dict[str, Unit] = {}

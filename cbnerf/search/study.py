@@ -180,9 +180,9 @@ class _Diary(tune.Callback):
             self._explain(Unit(**trial.config), trial.last_result["failure"])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        error = trial.get_pickled_error()
-        cause = getattr(error, "cause", None) or error
-        self._explain(Unit(**trial.config), f"{type(cause).__name__}: {cause}")
+        # `trial.get_error` reads a copy in the storage, which Tune makes later.
+        *_, last_line = Path(trial.error_file).read_text().strip().splitlines()
+        self._explain(Unit(**trial.config), last_line)
 
     def end_unit(self, unit: Unit, metrics: dict[str, float] | None) -> None:
         """Book a unit, in MLflow first: what the ledger has booked is never done again."""
@@ -234,5 +234,8 @@ def quieten_libraries() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    # Tracebacks of failed units: the study tells their last line, error.txt holds the whole.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from ray import train, tune
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer, get_device
 from ray.tune.integration.ray_train import TuneReportCallback
 
@@ -41,6 +41,8 @@ from cbnerf.training.stages import (
 )
 
 NUM_BUILT_IN_VIEWS = 13
+_LASTING = (FloatingPointError, ValueError)
+"""What divergence and knobs that do not fit each other raise; no accidents."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ def run_unit(unit: Mapping[str, Any], plan: Plan) -> None:
     try:
         run_job(plan, Job("field", unit["scene"], config), in_tune=True)
         metrics = run_job(plan, Job("refiner", unit["scene"], config, folder), in_tune=True)
-    except FloatingPointError as error:
-        # A diverged run is a result, not an accident: trying again would diverge again.
+    except _LASTING as error:
+        # Trying again would fail again.
         tune.report({"failure": str(error)})
         return
     tune.report({**metrics, "folder": str(folder)})
@@ -81,7 +83,7 @@ def run_job(plan: Plan, job: Job, *, in_tune: bool = False) -> dict[str, float]:
     # Reports wait for the controller's next look at its workers, every 2 s unless told.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     callbacks: list[Any] = [TuneReportCallback()] if in_tune and job.stage == "refiner" else []
-    TorchTrainer(
+    trainer = TorchTrainer(
         _train_in_worker,
         train_loop_config={"plan": plan, "job": job},
         scaling_config=worker_group(plan),
@@ -91,7 +93,14 @@ def run_job(plan: Plan, job: Job, *, in_tune: bool = False) -> dict[str, float]:
             failure_config=FailureConfig(max_failures=2),
             callbacks=callbacks,
         ),
-    ).fit()
+    )
+    try:
+        trainer.fit()
+    except WorkerGroupError as error:
+        for cause in error.worker_failures.values():
+            if isinstance(cause, _LASTING):
+                raise cause from None
+        raise
     finished = read_metrics(folder)
     assert finished is not None, folder
     return finished

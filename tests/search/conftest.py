@@ -53,6 +53,16 @@ def tiny_plan(tmp_path: Path) -> Callable[..., Plan]:
     return make
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow takes seconds to make a database, so tests copy this one."""
+    from mlflow import MlflowClient
+
+    file = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
 @pytest.fixture
 def leave_unit() -> Callable[..., dict[str, float]]:
     """Write what a finished unit leaves in its folder; returns its metrics."""

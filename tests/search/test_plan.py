@@ -94,6 +94,15 @@ def test_a_name_stays_inside_the_folder_of_studies(name: str):
         plan_of(name=name)
 
 
+def test_a_batch_must_split_over_the_workers(tiny_plan: Callable[..., Plan]):
+    tiny_plan(resources={"workers": 1}, fixed={"refiner.optim.batch_size": 3})
+    tiny_plan(resources={"workers": 2}, fixed={"refiner.optim.batch_size": 4})
+    with pytest.raises(ValueError, match=r"refiner\.optim\.batch_size = 2 must be a multiple of 4"):
+        tiny_plan(resources={"workers": 2})
+    with pytest.raises(ValueError, match=r"field\.optim\.batch_size = 64 must be a multiple of 3"):
+        tiny_plan(resources={"workers": 3})
+
+
 def test_fixed_knobs_stand_in_the_base(tiny_plan: Callable[..., Plan]):
     plan = tiny_plan(fixed={"codebook.dim": 5})
     assert plan.base.codebook.dim == 5

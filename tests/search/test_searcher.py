@@ -1,6 +1,7 @@
 """The ledger against a fake objective; no training. A *life* is one process of a search."""
 
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +9,14 @@ from typing import Any
 
 import pytest
 import ray
+from mlflow import MlflowClient
 from optuna.trial import TrialState
 from ray import tune
 
+from cbnerf.search import study
+from cbnerf.search.plan import Plan
 from cbnerf.search.searcher import Ledger, TuneSearcher, Unit, initial_points, open_study
-from cbnerf.search.study import quieten_libraries
+from cbnerf.search.tracking import Tracker, tracking_uri
 
 pytestmark = pytest.mark.search
 
@@ -21,7 +25,7 @@ Metrics = dict[str, float] | None
 
 @pytest.fixture(autouse=True, scope="module")
 def quiet() -> None:
-    quieten_libraries()
+    study.quieten_libraries()
 
 
 def score(unit: Unit) -> Metrics:
@@ -227,9 +231,12 @@ def test_a_study_made_anew_is_another_study(tiny_plan):
     assert open_study(plan).study_name == "test"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
+        logging_level="ERROR",
+    )  # fmt: skip
     yield
     ray.shutdown()
 
@@ -263,3 +270,41 @@ def test_tune_runs_every_unit_and_books_its_last_report(tiny_plan, local_ray):
         else:
             expected = -((math.log(trial.params["codebook.beta"]) - 0.3) ** 2)
             assert trial.value == pytest.approx(expected)
+
+
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's
+def test_a_failed_unit_tells_why_and_the_search_goes_on(
+    tiny_plan, leave_unit, empty_store: Path, local_ray, monkeypatch, capfd
+):
+    plan = tiny_plan("arcade,blinds", trials=2)
+    plan.storage.mkdir()
+    shutil.copy(empty_store, plan.storage / "mlflow.db")
+
+    def run_unit(unit: dict[str, Any], plan: Plan) -> None:
+        if unit["configuration"] == 0 and unit["scene"] == "arcade":
+            tune.report({"failure": "train/loss not finite"})
+        elif unit["configuration"] == 0:
+            raise RuntimeError("out of luck")
+        else:
+            number, scene, overrides = unit["configuration"], unit["scene"], unit["overrides"]
+            tune.report(leave_unit(plan, number, scene, overrides, 20.0))
+
+    monkeypatch.setattr(study, "run_unit", run_unit)
+    ledger = Ledger(plan)
+    study._search(plan, ledger, Tracker(plan, ledger.id))
+    output, errors = capfd.readouterr()
+    assert "#00  arcade failed: train/loss not finite\n" in output
+    assert "#00  blinds failed: RuntimeError: out of luck\n" in output
+    assert "#01  20.000 *" in output and "Traceback" not in output + errors
+    assert states(ledger) == [TrialState.FAIL, TrialState.COMPLETE]
+    client = MlflowClient(tracking_uri(plan.storage))
+    experiment = client.get_experiment_by_name(plan.name)
+    assert experiment is not None
+    notes = {
+        run.data.tags["cbnerf.key"]: run.data.tags.get("mlflow.note.content")
+        for run in client.search_runs([experiment.experiment_id], "attributes.status = 'FAILED'")
+    }
+    assert notes == {
+        "configuration/0": None, "unit/0/arcade": "train/loss not finite",
+        "unit/0/blinds": "RuntimeError: out of luck",
+    }  # fmt: skip

@@ -1,4 +1,4 @@
-"""`python tune.py` as a user meets it: a study is killed, interrupted, finished and extended."""
+"""`python tune.py` as a user meets it: one study is finished and extended, one is disturbed."""
 
 import json
 import os
@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "tune_configs" / "smoke.yaml"
 COMMAND = ["--config", str(SMOKE), "--scenes", "arcade,blinds"]
 NAME = "cb-nerf-tiny-arcade-blinds"
+UNITS = ("0/arcade", "0/blinds", "1/arcade", "1/blinds")
 
 
 @dataclass
@@ -105,11 +106,9 @@ class Drivers:
 
 @dataclass
 class Story:
-    """The lives of one study."""
+    """The lives of a study that nobody disturbs."""
 
     folder: Path
-    killed: Ended
-    interrupted: Ended
     finished: Ended
     repeated: Ended
     extended: Ended
@@ -123,16 +122,9 @@ class Story:
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     folder = tmp_path_factory.mktemp("story")
     drivers = Drivers(folder)
-
-    def more_are_booked() -> Callable[[], bool]:
-        before = len(drivers.bookings())
-        return lambda: len(drivers.bookings()) > before
-
     try:
         yield Story(
             folder,
-            killed=drivers.run(*COMMAND, until=more_are_booked(), by=signal.SIGKILL),
-            interrupted=drivers.run(*COMMAND, until=more_are_booked(), by=signal.SIGINT),
             finished=drivers.run(*COMMAND),
             repeated=drivers.run(*COMMAND),
             extended=drivers.run("--resume", "--name", NAME, "--trials", "3"),
@@ -141,27 +133,10 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         drivers.end_all()
 
 
-def test_a_killed_study_has_booked_what_it_finished(story: Story):
-    assert story.killed.status == -signal.SIGKILL
-    assert 1 <= len(story.killed.bookings) < 4
-    assert len(story.killed.trained) >= len(story.killed.bookings)
-
-
-def test_ctrl_c_ends_in_one_line(story: Story):
-    assert story.interrupted.status == 130
-    last = story.interrupted.errors.strip().splitlines()[-1]
-    assert last == "tune.py: interrupted; the same command goes on where it stopped"
-    assert "Traceback" not in story.interrupted.errors
-    assert not story.interrupted.lingering
-
-
-def test_the_same_command_goes_on_and_repeats_no_unit(story: Story):
-    ended = story.finished
-    assert ended.status == 0, ended.errors
-    assert set(ended.bookings) == {f"{n}/{scene}" for n in (0, 1) for scene in ("arcade", "blinds")}
-    assert set(ended.bookings.values()) == {1}
-    for before in (story.killed, story.interrupted):
-        assert before.trained.items() <= ended.trained.items()
+def test_a_study_runs_each_unit_once(story: Story):
+    assert story.finished.status == 0, story.finished.errors
+    assert story.finished.bookings == dict.fromkeys(UNITS, 1)
+    assert len(story.finished.trained) == 4
 
 
 def test_the_end_tells_all_that_a_user_wants_to_know(story: Story):
@@ -170,12 +145,14 @@ def test_the_end_tells_all_that_a_user_wants_to_know(story: Story):
     assert any("not comparable with the paper" in line for line in lines[1:3])
     table = [line for line in lines if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in table[2:]] == ["arcade", "blinds", "mean"]
-    storage = story.folder / "runs"
-    assert f"report: {story.study / 'report.md'}" in lines
-    assert any(line.endswith(str(story.study / "best.yaml")) for line in lines)
-    assert lines[-1] == (
-        f"compare    mlflow ui --backend-store-uri sqlite:///{storage / 'mlflow.db'}"
-    )
+    assert any(line.startswith("time       ") and "stage 1" in line for line in lines)
+    assert f"report     {story.study / 'report.md'}" in lines
+    best = [line for line in lines if line.startswith("best       configuration ")]
+    assert len(best) == 1 and best[0].endswith(str(story.study / "best.yaml"))
+    store, experiment = experiment_of(story.folder)
+    assert lines[-2] == f"compare    mlflow ui --backend-store-uri {store}"
+    page = f"http://127.0.0.1:5000/#/experiments/{experiment}/runs?compareRunsMode=CHART"
+    assert lines[-1] == f"           and open {page}"
 
 
 @pytest.mark.parametrize("noise", ["[I 20", "INFO", "Warning", "WARNING", "Traceback", "pid="])
@@ -210,13 +187,23 @@ def test_more_trials_extend_a_finished_study(story: Story):
     assert new == {"2/arcade": 1, "2/blinds": 1}
 
 
-def test_mlflow_holds_each_run_of_the_study_once(story: Story):
-    client = MlflowClient(f"sqlite:///{story.folder / 'runs' / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name(NAME)
+def experiment_of(folder: Path) -> tuple[str, str]:
+    """The store in a folder, and the study's experiment in it."""
+    store = f"sqlite:///{folder / 'runs' / 'mlflow.db'}"
+    experiment = MlflowClient(store).get_experiment_by_name(NAME)
     assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id])
+    return store, experiment.experiment_id
+
+
+def check_runs(folder: Path, configurations: int) -> None:
+    """MLflow holds each run of the study once, finished and with its whole curve."""
+    store, experiment = experiment_of(folder)
+    client = MlflowClient(store)
+    runs = client.search_runs([experiment])
     kinds = Counter(run.data.tags["cbnerf.kind"] for run in runs)
-    assert kinds == {"configuration": 3, "scene": 6, "field": 2, "report": 1}
+    assert kinds == {
+        "configuration": configurations, "scene": 2 * configurations, "field": 2, "report": 1,
+    }  # fmt: skip
     assert {run.info.status for run in runs} == {"FINISHED"}
     for run in runs:
         if run.data.tags["cbnerf.kind"] == "scene":
@@ -226,11 +213,42 @@ def test_mlflow_holds_each_run_of_the_study_once(story: Story):
     assert all("val/psnr" in run.data.metrics for run in runs)
 
 
-def test_stage_1_was_trained_once_for_all_lives(story: Story):
+def test_mlflow_holds_each_run_of_the_study_once(story: Story):
+    check_runs(story.folder, configurations=3)
+
+
+def test_stage_1_is_trained_once(story: Story):
     cache = sorted((story.folder / "runs" / "cache").iterdir())
     assert [entry.name.split("-")[1] for entry in cache] == ["arcade", "blinds"]
-    first_unit = min(story.killed.trained.values())
+    first_unit = min(story.finished.trained.values())
     assert all((entry / "metrics.json").stat().st_mtime_ns < first_unit for entry in cache)
+
+
+@pytest.mark.slow
+def test_a_study_survives_kill_and_ctrl_c_and_repeats_no_unit(tmp_path: Path):
+    drivers = Drivers(tmp_path)
+
+    def more_are_booked() -> Callable[[], bool]:
+        before = len(drivers.bookings())
+        return lambda: len(drivers.bookings()) > before
+
+    try:
+        killed = drivers.run(*COMMAND, until=more_are_booked(), by=signal.SIGKILL)
+        interrupted = drivers.run(*COMMAND, until=more_are_booked(), by=signal.SIGINT)
+        finished = drivers.run(*COMMAND)
+    finally:
+        drivers.end_all()
+    assert killed.status == -signal.SIGKILL and 1 <= len(killed.bookings) < 4
+    assert interrupted.status == 130
+    last = interrupted.errors.strip().splitlines()[-1]
+    assert last == "tune.py: interrupted; the same command goes on where it stopped"
+    assert "Traceback" not in interrupted.errors
+    assert not interrupted.lingering
+    assert finished.status == 0, finished.errors
+    assert finished.bookings == dict.fromkeys(UNITS, 1)
+    for before in (killed, interrupted):
+        assert before.trained.items() <= finished.trained.items()
+    check_runs(tmp_path, configurations=2)
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

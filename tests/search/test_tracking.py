@@ -11,7 +11,6 @@ from mlflow.entities import Run
 
 from cbnerf.search.plan import Plan
 from cbnerf.search.searcher import Unit
-from cbnerf.search.study import quieten_libraries
 from cbnerf.search.tracking import NOT_COMPARABLE, Tracker, tracking_uri
 
 pytestmark = [
@@ -20,15 +19,6 @@ pytestmark = [
 ]
 
 KNOBS = {"codebook.size": 64, "codebook.beta": 0.5}
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow takes seconds to make a database, so the tests copy this one."""
-    quieten_libraries()
-    folder = tmp_path_factory.mktemp("empty")
-    MlflowClient(tracking_uri(folder)).search_experiments()
-    return folder / "mlflow.db"
 
 
 @pytest.fixture
