@@ -28,6 +28,8 @@ from cbnerf.training.processes import choose_device
 
 _REQUEST_FILE = "request.yaml"
 _INTERRUPTED = 130
+_CHARTS = "compareRunsMode=CHART&workflowType=machine_learning"
+"""MLflow's UI opens on its pages for language models unless told otherwise."""
 
 
 @dataclass(kw_only=True)
@@ -102,12 +104,13 @@ def _run(options: Options, default_config: Path) -> None:
     print(f"time       {phases}")
     print(f"best       configuration {outcome.best}, {plan.folder / 'best.yaml'}")
     print(f"report     {plan.folder / 'report.md'}")
-    uri, page = tracking_uri(plan.storage), f"#/experiments/{outcome.experiment_id}/runs"
+    uri = tracking_uri(plan.storage)
+    page = f"#/experiments/{outcome.experiment_id}/runs?{_CHARTS}"
     if uri.startswith("http"):
         print(f"compare    {uri}/{page}")
     else:
         print(f"compare    mlflow ui --backend-store-uri {uri}")
-        print(f"           and open http://127.0.0.1:5000/{page}?compareRunsMode=CHART")
+        print(f"           and open http://127.0.0.1:5000/{page}")
 
 
 def _make_request(options: Options, default_config: Path) -> dict[str, Any]:

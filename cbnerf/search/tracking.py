@@ -172,13 +172,7 @@ class Tracker:
         if "MLFLOW_TRACKING_URI" not in os.environ:
             artifacts = (self._plan.storage / "mlartifacts" / self._plan.name).as_uri()
         return self._client.create_experiment(
-            self._plan.name,
-            artifact_location=artifacts,
-            # The kind opens the UI on runs and charts instead of its pages for language models.
-            tags={
-                "cbnerf.data": self._plan.source,
-                "mlflow.experimentKind": "custom_model_development",
-            },
+            self._plan.name, artifact_location=artifacts, tags={"cbnerf.data": self._plan.source}
         )
 
     def _existing_runs(self) -> list[Run]:
