@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import ray
 import tyro
@@ -107,7 +108,7 @@ def _run(options: Options, default_config: Path) -> None:
     uri = tracking_uri(plan.storage)
     page = f"#/experiments/{outcome.experiment_id}/runs?{_CHARTS}"
     if uri.startswith("http"):
-        print(f"compare    {uri}/{page}")
+        print(f"compare    {_without_password(uri)}/{page}")
     else:
         print(f"compare    mlflow ui --backend-store-uri {uri}")
         print(f"           and open http://127.0.0.1:5000/{page}")
@@ -247,6 +248,11 @@ def _ray(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _without_password(uri: str) -> str:
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def _fail(message: str, status: int) -> None:
