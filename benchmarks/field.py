@@ -82,7 +82,7 @@ def train(config: Config, scene: Scene, budget: float = float("inf")) -> Run:
         model = build_field(config, cameras).to(device)
         model.load_state_dict(checkpoint.model)
         renders = render_views(model.eval(), cameras, test, scene.scale).rgb
-        enlarged = _enlarge(renders, 2)
+        enlarged = _enlarge(renders, scene.scale)
         last = mean_scores(renders, targets, "test") | {
             "bicubic": mean_scores(enlarged, targets, "test")["test/psnr"]
         }
@@ -127,13 +127,13 @@ def main(options: Options) -> None:
     config = with_overrides(base, parsed | follow)
     rows: dict[str, dict[str, Run]] = {}
     for name in options.scenes:
-        scene = make_scene(read_capture(options.data / name, config.data.width), config.data)
+        capture = read_capture(options.data / name, config.data.width)
+        scene = make_scene(capture, config.data)
         print(f"{name}: planes")
         runs = {"planes": train(config, scene)}
         print(f"{name}: planes, trained at high resolution")
         ceiling = with_overrides(config, {"data.scale": 1})
-        runs["ceiling"] = train(ceiling, make_scene(
-            read_capture(options.data / name, config.data.width), ceiling.data))  # fmt: skip
+        runs["ceiling"] = train(ceiling, make_scene(capture, ceiling.data))
         if options.mlp_time:
             print(f"{name}: mlp")
             runs["mlp"] = _train_mlp(options, scene, options.mlp_time * runs["planes"].seconds)

@@ -5,6 +5,7 @@ in [-1, 1] as in the paper: an L1 there is twice, an MSE four times that of [0, 
 """
 
 import copy
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -67,19 +68,20 @@ def _to_unit(images: Tensor) -> Tensor:
     return (images + 1) / 2
 
 
-class Refiner(nn.Module):
+class Refiner(nn.Module, ABC):
     """What the refiners share: codes for both patches in training, for the SR image alone later."""
 
     def __init__(self, autoencoder: VQAutoencoder):
         super().__init__()
         self.autoencoder = autoencoder
 
+    @abstractmethod
     def _select_coded(self, images: Tensor) -> Tensor:
         """The part of an image that the codes describe."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _sharpen(self, sr: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
-        raise NotImplementedError
+        """The refined image, from the render and the decoded features of its codes."""
 
     def forward(
         self,

@@ -37,7 +37,11 @@ def train_field(
         torch.manual_seed(config.seed)
         model = build_field(config, cameras).to(device)
     pixels = PixelSampler(scene, split.train, config.data.low_res_kernel, device)
-    num_sub_pixels = scene.scale**2 if config.field.super_sampling else 1
+    if config.field.super_sampling:
+        ray_cameras, ray_scale = cameras, scene.scale
+    else:
+        ray_cameras, ray_scale = low_res_cameras(cameras, scene.scale), 1
+    num_sub_pixels = ray_scale**2
     num_chosen = min(config.field.sub_rays or num_sub_pixels, num_sub_pixels)
 
     def losses(wrapped: nn.Module, batch_size: int, noise: Noise) -> Losses:
@@ -45,9 +49,7 @@ def train_field(
         scores = noise.uniform(batch_size, num_sub_pixels)
         chosen = scores.argsort(dim=1)[:, :num_chosen]
         rays = make_sub_pixel_rays(
-            low_res_cameras(cameras, scene.scale) if num_sub_pixels == 1 else cameras,
-            batch.views, batch.rows, batch.columns,
-            1 if num_sub_pixels == 1 else scene.scale, chosen,
+            ray_cameras, batch.views, batch.rows, batch.columns, ray_scale, chosen
         )  # fmt: skip
         output = wrapped(rays, noise)
         errors = [super_sampling_loss(rendering.rgb, batch.rgb) for rendering in output.passes]
