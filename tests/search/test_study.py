@@ -151,7 +151,7 @@ def test_the_end_tells_all_that_a_user_wants_to_know(story: Story):
     assert len(best) == 1 and best[0].endswith(str(story.study / "best.yaml"))
     store, experiment = experiment_of(story.folder)
     assert lines[-2] == f"compare    mlflow ui --backend-store-uri {store}"
-    page = f"http://127.0.0.1:5000/#/experiments/{experiment}/runs?compareRunsMode=CHART"
+    page = f"http://127.0.0.1:5000/#/experiments/{experiment}/runs?compareRunsMode=CHART&workflowType=machine_learning"
     assert lines[-1] == f"           and open {page}"
 
 
