@@ -75,7 +75,7 @@ class DataConfig:
 class PlanesConfig:
     """Factorised feature planes in NDC (TensoRF, K-Planes)."""
 
-    channels: int = 8
+    channels: int = 16
     """Features of each plane."""
     cells_per_pixel: float = 1.0
     """Cells across the finest xy plane per high-res pixel of the image width."""
@@ -83,7 +83,7 @@ class PlanesConfig:
     """Cells of the finest planes along NDC depth."""
     scales: tuple[int, ...] = (1, 4)
     """Each entry n adds a set of planes whose cells are n times larger."""
-    levels: int = 4
+    levels: int = 3
     """A plane is the sum of this many grids, each half as fine as the one before."""
     hidden: int = 64
     """Width of the two small MLPs behind the planes."""
@@ -140,9 +140,11 @@ class FieldConfig:
     """Samples per ray of the first pass: coarse network or proposal."""
     num_fine_samples: int = 32
     """Samples per ray that the second pass adds."""
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the matrix products in the networks; positions, densities and sums stay float32."""
     planes: PlanesConfig = PlanesConfig()
     mlp: MLPConfig = MLPConfig()
-    optim: OptimConfig = OptimConfig(steps=10_000, batch_size=4096, lr=2e-2)
+    optim: OptimConfig = OptimConfig(steps=10_000, batch_size=4096, lr=4e-2)
 
     def __post_init__(self):
         _check(self.sub_rays >= 0, "field.sub_rays", self.sub_rays, "at least 0")
@@ -245,6 +247,7 @@ class Config:
 
 _MLP_FIELD = FieldConfig(
     kind="mlp",
+    precision="float32",
     sub_rays=0,
     num_fine_samples=64,
     # NeRF-SR: 512 pixels a step; about 30 epochs of fern at 504x378.

@@ -3,8 +3,6 @@
 Points lie in [-1, 1]^3 after `PlanesField` has divided x and y by the extent of the scene.
 """
 
-import itertools
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -16,58 +14,117 @@ _AXES = ((0, 1), (0, 2), (1, 2))
 
 
 class FeaturePlanes(nn.Module):
-    """Three axis-aligned feature planes; a point's features are the product of its projections.
+    """Axis-aligned feature planes, three for each cell size; features are products over the three.
 
-    A plane is the sum of `levels` grids, each half as fine as the one before: coarse structure is
-    learned first, and fine cells that few rays touch stay smooth.
+    A plane is a pyramid: the sum of `levels` grids, each half as fine as the one before, so that
+    coarse structure is learned first and fine cells that few rays touch stay smooth.
     """
 
-    def __init__(self, cells: tuple[int, int, int], channels: int, levels: int):
+    def __init__(
+        self, cells: tuple[int, int, int], channels: int, levels: int, scales: tuple[int, ...]
+    ):
         super().__init__()
-        self._sizes = [(cells[b], cells[a]) for a, b in _AXES]
-        grids = []
-        for (height, width), level in itertools.product(self._sizes, range(levels)):
-            shape = (1, channels, -(-height // 2**level), -(-width // 2**level))
-            shape = (*shape[:2], max(shape[2], 2), max(shape[3], 2))
-            coarsest = level == levels - 1
-            grids.append(torch.empty(shape).uniform_(0.1, 0.9) if coarsest else torch.zeros(shape))
+        coarser = [[max(count // scale, 2) for count in cells] for scale in scales]
+        self._sizes = [(count[b], count[a]) for count in coarser for a, b in _AXES]
         self._levels = levels
-        self.grids = nn.ParameterList(grids)
+        self.grids = nn.ParameterList(
+            torch.empty(*_level_size(size, level), channels).uniform_(0.1, 0.9)
+            if level == levels - 1
+            else torch.zeros(*_level_size(size, level), channels)
+            for size in self._sizes
+            for level in range(levels)
+        )
 
-    def compose(self) -> list[Float[Tensor, "1 channels height width"]]:
-        """The three planes at their finest size."""
+    def compose(self) -> list[Float[Tensor, "height width channels"]]:
+        """The planes at their finest size: (x, y), (x, z), (y, z) of each cell size."""
         planes = []
-        for axis, size in enumerate(self._sizes):
-            fine, *coarser = self.grids[axis * self._levels : (axis + 1) * self._levels]
-            for grid in coarser:
-                fine = fine + F.interpolate(grid, size, mode="bilinear", align_corners=True)
-            planes.append(fine)
+        for first in range(0, len(self.grids), self._levels):
+            pyramid = list(self.grids[first : first + self._levels])
+            plane = pyramid.pop()
+            for grid in reversed(pyramid):
+                plane = grid + _enlarge(plane, grid.shape[:2])
+            planes.append(plane)
         return planes
 
 
+def _level_size(size: tuple[int, int], level: int) -> tuple[int, int]:
+    return max(-(-size[0] // 2**level), 2), max(-(-size[1] // 2**level), 2)
+
+
+def _enlarge(
+    grid: Float[Tensor, "_ _ channels"], size: tuple[int, ...]
+) -> Float[Tensor, "height width channels"]:
+    image = grid.permute(2, 0, 1)[None]
+    enlarged = F.interpolate(image, size, mode="bilinear", align_corners=True)
+    return enlarged[0].permute(1, 2, 0)
+
+
 def interpolate_planes(
-    planes: list[Float[Tensor, "1 channels _ _"]], points: Float[Tensor, "points 3"]
-) -> Float[Tensor, "points channels"]:
-    """Product of the bilinear samples of three planes at the projections of each point."""
-    product = None
-    for plane, (a, b) in zip(planes, _AXES, strict=True):
-        at = torch.stack([points[:, a], points[:, b]], dim=-1)[None, None]
-        sampled = F.grid_sample(plane, at, align_corners=True, padding_mode="border")[0, :, 0]
-        product = sampled if product is None else product * sampled
-    assert product is not None
-    return product.T
+    planes: list[Float[Tensor, "_ _ channels"]], points: Float[Tensor, "points 3"]
+) -> Float[Tensor, "points features"]:
+    """Bilinear samples at the projections of points in [-1, 1]^3, multiplied three by three.
+
+    One lookup serves all planes, laid end to end as one table of cells.
+    """
+    device, channels = points.device, planes[0].shape[-1]
+    table = torch.cat([plane.reshape(-1, channels) for plane in planes])
+    sizes = torch.tensor([plane.shape[:2] for plane in planes], device=device)
+    height, width = sizes.T[..., None].unbind(0)
+    first = (height * width).cumsum(0) - height * width
+    axes = torch.tensor(_AXES * (len(planes) // 3), device=device)
+
+    x, y = ((points.T[axis] + 1) / 2 for axis in axes.unbind(1))
+    x, y = x * (width - 1), y * (height - 1)
+    column = x.floor().clamp(min=0).minimum(width - 2)
+    row = y.floor().clamp(min=0).minimum(height - 2)
+    right, down = (x - column).clamp(0, 1), (y - row).clamp(0, 1)
+    left, up = 1 - right, 1 - down
+    corner = (first + row * width + column).int()
+    cells = torch.stack([corner, corner + 1, corner + width, corner + width + 1], dim=-1)
+    shares = torch.stack([up * left, up * right, down * left, down * right], dim=-1)
+    sampled = _WeightedSum.apply(table, cells.flatten(0, 1), shares.flatten(0, 1))
+    xy, xz, yz = sampled.view(-1, 3, len(points), channels).unbind(1)
+    return torch.cat((xy * xz * yz).unbind(0), dim=-1)
 
 
-def total_variation(planes: list[Float[Tensor, "1 channels _ _"]]) -> Float[Tensor, ""]:
+class _WeightedSum(torch.autograd.Function):
+    """Weighted sums of rows of a table: `embedding_bag` with a backward that has a fixed order.
+
+    On CPUs `index_add_` is several times faster along the second axis (benchmarks/profile.py).
+    """
+
+    @staticmethod
+    def forward(ctx, table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights)
+        ctx.num_rows = len(table)
+        return F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        rows, weights = ctx.saved_tensors
+        if gradient.device.type == "cpu":
+            total = gradient.new_zeros(gradient.shape[1], ctx.num_rows)
+            gradient = gradient.T.contiguous()
+            for row, weight in zip(rows.T.contiguous(), weights.T.contiguous(), strict=True):
+                total.index_add_(1, row, gradient * weight)
+            return total.T, None, None
+        total = gradient.new_zeros(ctx.num_rows, gradient.shape[1])
+        for row, weight in zip(rows.unbind(1), weights.unbind(1), strict=True):
+            total.index_add_(0, row, gradient * weight[:, None])
+        return total, None, None
+
+
+def total_variation(planes: list[Float[Tensor, "_ _ channels"]]) -> Float[Tensor, ""]:
     """Mean squared difference of neighbouring cells, summed over planes."""
     terms = [
-        plane.diff(dim=2).square().mean() + plane.diff(dim=3).square().mean() for plane in planes
+        F.mse_loss(plane[1:], plane[:-1]) + F.mse_loss(plane[:, 1:], plane[:, :-1])
+        for plane in planes
     ]
     return torch.stack(terms).sum()
 
 
 def density_activation(raw: Tensor) -> Tensor:
-    """Softplus, shifted and scaled so that an untrained ray is nearly opaque at its end."""
+    """Softplus, shifted and scaled to the unit length of a ray."""
     return 10 * F.softplus(raw - 1)
 
 
@@ -76,13 +133,7 @@ class PlanesField(nn.Module):
 
     def __init__(self, config: PlanesConfig, cells: tuple[int, int, int]):
         super().__init__()
-        self.planes = nn.ModuleList(
-            FeaturePlanes(
-                (max(cells[0] // n, 2), max(cells[1] // n, 2), max(cells[2] // n, 2)),
-                config.channels, config.levels,
-            )
-            for n in config.scales
-        )  # fmt: skip
+        self.planes = FeaturePlanes(cells, config.channels, config.levels, config.scales)
         features = config.channels * len(config.scales)
         self.density_net = nn.Sequential(
             nn.Linear(features, config.hidden), nn.ReLU(), nn.Linear(config.hidden, 16)
@@ -91,20 +142,17 @@ class PlanesField(nn.Module):
             nn.Linear(15 + 9, config.hidden), nn.ReLU(), nn.Linear(config.hidden, 3)
         )
 
-    def compose(self) -> list[list[Tensor]]:
-        return [planes.compose() for planes in self.planes]  # type: ignore[operator]
-
     def forward(
         self,
-        composed: list[list[Tensor]],
+        planes: list[Float[Tensor, "_ _ channels"]],
         points: Float[Tensor, "points 3"],
         directions: Float[Tensor, "points 3"],
     ) -> tuple[Float[Tensor, "points 3"], Float[Tensor, " points"]]:
-        """Colour in [0, 1] and density."""
-        features = torch.cat([interpolate_planes(p, points) for p in composed], dim=-1)
-        hidden = self.density_net(features)
+        """Colour in [0, 1] and density, from the composed planes."""
+        hidden = self.density_net(interpolate_planes(planes, points))
         encoded = torch.cat([hidden[:, 1:], encode(directions, 1)], dim=-1)
-        return torch.sigmoid(self.color_net(encoded)), density_activation(hidden[:, 0])
+        color = self.color_net(encoded)
+        return torch.sigmoid(color.float()), density_activation(hidden[:, 0].float())
 
 
 class ProposalField(nn.Module):
@@ -112,12 +160,12 @@ class ProposalField(nn.Module):
 
     def __init__(self, cells: tuple[int, int, int]):
         super().__init__()
-        self.planes = FeaturePlanes(cells, channels=8, levels=2)
+        self.planes = FeaturePlanes(cells, channels=8, levels=2, scales=(1,))
         self.density_net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
 
     def forward(self, points: Float[Tensor, "points 3"]) -> Float[Tensor, " points"]:
-        features = interpolate_planes(self.planes.compose(), points)
-        return density_activation(self.density_net(features)[:, 0])
+        raw = self.density_net(interpolate_planes(self.planes.compose(), points))
+        return density_activation(raw[:, 0].float())
 
 
 def encode(x: Float[Tensor, "*points 3"], frequencies: int) -> Float[Tensor, "*points features"]:
@@ -161,4 +209,5 @@ class MLPField(nn.Module):
         direction = encode(directions, self._config.direction_frequencies)
         color = torch.cat([self.feature(hidden), direction], dim=-1)
         color = F.relu(self.direction_layer(color))
-        return torch.sigmoid(self.rgb_head(color)), self.density_head(hidden)[:, 0]
+        color = torch.sigmoid(self.rgb_head(color).float())
+        return color, self.density_head(hidden)[:, 0].float()

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cbnerf.config import Config, MLPConfig
+from cbnerf.config import Config, FieldConfig
 from cbnerf.nerf.fields import MLPField, PlanesField, ProposalField, total_variation
 from cbnerf.nerf.rays import Cameras, Rays, make_rays, make_sub_pixel_rays, ndc_extent
-from cbnerf.nerf.rendering import Rendering, composite, render_weights
+from cbnerf.nerf.rendering import Rendering, composite, reaching_to_infinity, render_weights
 from cbnerf.nerf.sampling import sample_importance, sample_stratified
 from cbnerf.noise import Noise
 
@@ -52,8 +52,10 @@ class PlanesModel(nn.Module):
         jitter = noise.uniform(pixels, num_bins + 1) if noise else None
         bins = sample_stratified(pixels, num_bins, jitter, device)
         middle = Rays(rays.origins.mean(1), rays.directions.mean(1))
-        density = self.proposal(self._points(middle, midpoints(bins)).flatten(0, 1))
-        proposed = render_weights(density.view(pixels, num_bins), bins.diff())
+        with autocast(config, device):
+            density = self.proposal(self._points(middle, midpoints(bins)).flatten(0, 1))
+        lengths = reaching_to_infinity(bins.diff())
+        proposed = render_weights(density.view(pixels, num_bins), lengths)
 
         # field: every sub-ray draws its own samples
         bins = bins.repeat_interleave(sub_rays, 0)
@@ -64,17 +66,19 @@ class PlanesModel(nn.Module):
         t = midpoints(edges)
         points = self._points(flat, t).flatten(0, 1)
         directions = flat.directions.repeat_interleave(num_samples, 0)
-        composed = self.field.compose()
-        rgb, density = self.field(composed, points, directions)
-        weights = render_weights(density.view(t.shape), edges.diff())
+        planes = self.field.planes.compose()
+        with autocast(config, device):
+            rgb, density = self.field(planes, points, directions)
+        lengths = reaching_to_infinity(edges.diff())
+        weights = render_weights(density.view(t.shape), lengths)
         rendering = composite(rgb.view(*t.shape, 3), weights, t)
 
-        variation = torch.stack([total_variation(planes) for planes in composed]).sum()
         outside = proposal_loss(bins, proposed, edges, weights.detach())
-        planes = config.planes
+        knobs = config.planes
         return FieldOutput(
             passes=[rendering],
-            regularization=planes.tv_weight * variation + planes.proposal_weight * outside,
+            regularization=knobs.tv_weight * total_variation(planes)
+            + knobs.proposal_weight * outside,
         )
 
     def _points(self, rays: Rays, t: Float[Tensor, "rays samples"]) -> Tensor:
@@ -105,10 +109,10 @@ class MLPModel(nn.Module):
         num_coarse, num_fine = config.num_coarse_samples, config.num_fine_samples
         device = flat.origins.device
         t = sample_stratified(pixels * sub_rays, num_coarse - 1, draw(num_coarse), device)
-        coarse, weights = _render_mlp(self.coarse, flat, t, noise_for(num_coarse), config.mlp)
+        coarse, weights = _render_mlp(self.coarse, flat, t, noise_for(num_coarse), config)
         added = sample_importance(midpoints(t), weights[:, 1:-1].detach(), num_fine, draw(num_fine))
         t = torch.cat([t, added], dim=-1).sort(dim=-1).values
-        fine, _ = _render_mlp(self.fine, flat, t, noise_for(num_coarse + num_fine), config.mlp)
+        fine, _ = _render_mlp(self.fine, flat, t, noise_for(num_coarse + num_fine), config)
         return FieldOutput(passes=[coarse, fine], regularization=coarse.rgb.new_zeros(()))
 
 
@@ -118,6 +122,11 @@ FieldModel = PlanesModel | MLPModel
 def build_field(config: Config, cameras: Cameras) -> FieldModel:
     """The untrained field of a configuration."""
     return PlanesModel(config, cameras) if config.field.kind == "planes" else MLPModel(config)
+
+
+def autocast(config: FieldConfig, device: torch.device) -> torch.autocast:
+    """The precision of the networks' matrix products."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
 def midpoints(edges: Float[Tensor, "*rays edges"]) -> Float[Tensor, "*rays bins"]:
@@ -147,16 +156,16 @@ def _render_mlp(
     rays: Rays,
     t: Float[Tensor, "rays samples"],
     density_noise: Float[Tensor, "rays samples"] | None,
-    config: MLPConfig,
+    config: FieldConfig,
 ) -> tuple[Rendering, Float[Tensor, "rays samples"]]:
     points = rays.origins[:, None] + t[..., None] * rays.directions[:, None]
     directions = rays.directions[:, None].expand_as(points)
-    rgb, raw = field(points.flatten(0, 1), directions.flatten(0, 1))
+    with autocast(config, points.device):
+        rgb, raw = field(points.flatten(0, 1), directions.flatten(0, 1))
     raw = raw.view(t.shape)
     if density_noise is not None:
-        raw = raw + config.density_noise * density_noise
-    # The last sample reaches to infinity (NeRF).
-    lengths = torch.nn.functional.pad(t.diff(), (0, 1), value=1e10)
+        raw = raw + config.mlp.density_noise * density_noise
+    lengths = reaching_to_infinity(torch.nn.functional.pad(t.diff(), (0, 1)))
     weights = render_weights(torch.relu(raw), lengths)
     return composite(rgb.view(*t.shape, 3), weights, t), weights
 

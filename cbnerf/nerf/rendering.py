@@ -20,8 +20,16 @@ def render_weights(
     """Share of a ray's light that each sample sends: transmittance times alpha."""
     optical_depth = density * lengths
     alpha = 1 - torch.exp(-optical_depth)
-    before = torch.cumsum(optical_depth, dim=-1) - optical_depth
+    # Not cumsum minus its last term: that loses everything before an infinitely long sample.
+    before = torch.nn.functional.pad(torch.cumsum(optical_depth[..., :-1], dim=-1), (1, 0))
     return alpha * torch.exp(-before)
+
+
+def reaching_to_infinity(
+    lengths: Float[Tensor, "*rays samples"],
+) -> Float[Tensor, "*rays samples"]:
+    """The last sample takes all the light that is left (NeRF); no ray ends on black."""
+    return torch.cat([lengths[..., :-1], torch.full_like(lengths[..., -1:], 1e10)], dim=-1)
 
 
 def composite(

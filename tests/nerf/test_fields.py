@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cbnerf.config import MLPConfig, PlanesConfig
 from cbnerf.nerf.fields import (
@@ -16,66 +17,107 @@ from cbnerf.nerf.fields import (
 
 
 def look_up(plane: torch.Tensor, x: float, y: float) -> torch.Tensor:
-    """Bilinear sample of `[channels height width]`, -1 and 1 being the outermost cell centres."""
-    _, height, width = plane.shape
+    """Bilinear sample of `[height width channels]`, -1 and 1 being the outermost cell centres."""
+    height, width, _ = plane.shape
     column, row = (x + 1) / 2 * (width - 1), (y + 1) / 2 * (height - 1)
     column, row = min(max(column, 0), width - 1), min(max(row, 0), height - 1)
     left, top = min(int(column), width - 2), min(int(row), height - 2)
     right_share, low_share = column - left, row - top
     return (
-        (1 - low_share) * (1 - right_share) * plane[:, top, left]
-        + (1 - low_share) * right_share * plane[:, top, left + 1]
-        + low_share * (1 - right_share) * plane[:, top + 1, left]
-        + low_share * right_share * plane[:, top + 1, left + 1]
+        (1 - low_share) * (1 - right_share) * plane[top, left]
+        + (1 - low_share) * right_share * plane[top, left + 1]
+        + low_share * (1 - right_share) * plane[top + 1, left]
+        + low_share * right_share * plane[top + 1, left + 1]
     )
+
+
+SIZES = [(4, 5), (3, 5), (3, 4), (2, 3), (2, 3), (2, 2)]
+"""Of the (x, y), (x, z) and (y, z) planes of two cell sizes."""
+
+
+def make_planes() -> list[torch.Tensor]:
+    return [torch.rand(*size, 2, dtype=torch.float64, requires_grad=True) for size in SIZES]
 
 
 def test_planes_are_looked_up_as_a_python_loop_does():
     torch.manual_seed(0)
-    planes = [torch.rand(1, 2, 4, 5), torch.rand(1, 2, 3, 5), torch.rand(1, 2, 3, 4)]
-    points = 2.4 * torch.rand(40, 3) - 1.2  # also outside: the border goes on
+    planes = make_planes()
+    points = 2.4 * torch.rand(40, 3, dtype=torch.float64) - 1.2  # also outside: the border goes on
     found = interpolate_planes(planes, points)
     for point, features in zip(points.tolist(), found, strict=True):
-        expected = torch.ones(2)
-        for plane, (a, b) in zip(planes, [(0, 1), (0, 2), (1, 2)], strict=True):
-            expected = expected * look_up(plane[0], point[a], point[b])
-        torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
+        expected = torch.ones(2, 2, dtype=torch.float64)
+        for number, plane in enumerate(planes):
+            a, b = [(0, 1), (0, 2), (1, 2)][number % 3]
+            expected[number // 3] *= look_up(plane.detach(), point[a], point[b])
+        torch.testing.assert_close(features, expected.flatten())
+
+
+def test_planes_learn_as_finite_differences_say():
+    torch.manual_seed(0)
+    points = 2.4 * torch.rand(10, 3, dtype=torch.float64) - 1.2
+    torch.autograd.gradcheck(
+        lambda *planes: interpolate_planes(list(planes), points), make_planes()
+    )
+
+
+def test_lookups_agree_with_grid_sample():
+    torch.manual_seed(0)
+    planes = [torch.rand(*size, 4, requires_grad=True) for size in [(30, 40), (20, 40), (20, 30)]]
+    points = 2.4 * torch.rand(500, 3) - 1.2
+    sampled = [
+        F.grid_sample(
+            plane.permute(2, 0, 1)[None], points[None, None][..., [a, b]],
+            align_corners=True, padding_mode="border",
+        )[0, :, 0].T
+        for plane, (a, b) in zip(planes, [(0, 1), (0, 2), (1, 2)], strict=True)
+    ]  # fmt: skip
+    expected = sampled[0] * sampled[1] * sampled[2]
+    found = interpolate_planes(planes, points)
+    torch.testing.assert_close(found, expected)
+    weights = torch.rand_like(found)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, planes, weights),
+        torch.autograd.grad(expected, planes, weights),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_planes_have_the_cells_of_their_axes():
     x, y, z = 9, 7, 5
-    planes = FeaturePlanes((x, y, z), channels=2, levels=3)
-    assert [tuple(plane.shape[2:]) for plane in planes.compose()] == [(y, x), (z, x), (z, y)]
+    planes = FeaturePlanes((x, y, z), channels=2, levels=3, scales=(1, 3))
+    shapes = [tuple(plane.shape) for plane in planes.compose()]
+    assert shapes == [(y, x, 2), (z, x, 2), (z, y, 2), (2, 3, 2), (2, 3, 2), (2, 2, 2)]
     # ceil(size / 2^level), never less than two cells
-    sizes = [tuple(grid.shape[2:]) for grid in planes.grids]
+    sizes = [tuple(grid.shape[:2]) for grid in planes.grids][:9]
     assert sizes == [(7, 9), (4, 5), (2, 3), (5, 9), (3, 5), (2, 3), (5, 7), (3, 4), (2, 2)]
 
 
 def test_a_plane_is_the_sum_of_its_levels():
-    planes = FeaturePlanes((8, 8, 8), channels=1, levels=3)
+    planes = FeaturePlanes((8, 8, 8), channels=1, levels=3, scales=(1,))
     with torch.no_grad():
         for grid in planes.grids:
             grid.zero_()
-        planes.grids[0][0, 0, 3, 5] = 7.0
+        planes.grids[0][3, 5, 0] = 7.0
         planes.grids[1].fill_(0.5)
         # A coarse grid that rises linearly rises linearly in the fine one.
-        planes.grids[2].copy_(torch.linspace(-1, 1, 2).expand(1, 1, 2, 2))
+        planes.grids[2].copy_(torch.linspace(-1, 1, 2).expand(2, 2)[..., None])
     expected = 0.5 + torch.linspace(-1, 1, 8).expand(8, 8).clone()
     expected[3, 5] += 7
-    torch.testing.assert_close(planes.compose()[0][0, 0], expected)
+    torch.testing.assert_close(planes.compose()[0][..., 0], expected)
     assert planes.compose()[1].count_nonzero() == 0
 
 
 def test_a_new_field_starts_from_its_coarsest_grids_alone():
-    planes = FeaturePlanes((16, 16, 16), channels=4, levels=3)
+    planes = FeaturePlanes((16, 16, 16), channels=4, levels=3, scales=(1, 2))
     for number, grid in enumerate(planes.grids):
         assert (grid.count_nonzero() > 0) == (number % 3 == 2)
 
 
 def test_total_variation_by_hand():
-    plane = torch.tensor([[[[0.0, 1.0, 3.0], [0.0, 0.0, 0.0]]]])
+    plane = torch.tensor([[0.0, 1.0, 3.0], [0.0, 0.0, 0.0]])[..., None]
     # Down: 0, 1, 9 over 3; right: 1, 4, 0, 0 over 4. A flat plane adds nothing.
-    flat = torch.ones(1, 1, 4, 4)
+    flat = torch.ones(4, 4, 1)
     assert total_variation([plane, flat, flat]).item() == pytest.approx(10 / 3 + 5 / 4)
 
 
@@ -124,7 +166,7 @@ def test_density_does_not_depend_on_the_direction_but_colour_does(kind: str):
         (color, density), (other_color, other_density) = field(points, here), field(points, there)
     else:
         field = PlanesField(PlanesConfig(scales=(1, 2), levels=2), (16, 12, 8))
-        composed = field.compose()
+        composed = field.planes.compose()
         color, density = field(composed, points, here)
         other_color, other_density = field(composed, points, there)
         assert (density > 0).all()

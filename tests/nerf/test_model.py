@@ -9,7 +9,7 @@ from cbnerf.training.field import low_res_cameras
 
 SMALL = {
     "field.num_coarse_samples": 8, "field.num_fine_samples": 6, "field.mlp.width": 16,
-    "field.planes.hidden": 8, "field.planes.depth_cells": 12,
+    "field.precision": "float32", "field.planes.hidden": 8, "field.planes.depth_cells": 12,
 }  # fmt: skip
 CONFIGS = {
     kind: with_overrides(METHODS[method], SMALL)
@@ -30,7 +30,7 @@ def make_field(config: Config, cameras: Cameras) -> FieldModel:
     model = build_field(config, cameras)
     if isinstance(model, PlanesModel):
         with torch.no_grad():
-            for grid in model.field.get_submodule("planes.0.grids").parameters():
+            for grid in model.field.get_submodule("planes.grids").parameters():
                 grid.uniform_(-2, 2)
     return model
 

@@ -3,7 +3,12 @@ import math
 import pytest
 import torch
 
-from cbnerf.nerf.rendering import composite, render_weights, super_sampling_loss
+from cbnerf.nerf.rendering import (
+    composite,
+    reaching_to_infinity,
+    render_weights,
+    super_sampling_loss,
+)
 
 
 @pytest.mark.parametrize("samples", [1, 7, 64])
@@ -30,6 +35,15 @@ def test_weights_share_at_most_all_light():
     weights = render_weights(density, torch.full((100, 32), 1 / 32))
     assert (weights >= 0).all()
     assert (weights.sum(-1) <= 1 + 1e-5).all()
+
+
+def test_a_ray_to_infinity_ends_on_content():
+    density = 0.3 * torch.rand(20, 8, generator=torch.Generator().manual_seed(0)) + 0.01
+    lengths = torch.full((20, 8), 1 / 8)
+    short, far = render_weights(density, lengths), reaching_to_infinity(lengths)
+    weights = render_weights(density, far)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(20))
+    assert torch.equal(weights[:, :-1], short[:, :-1])
 
 
 def test_gradients_stay_finite_from_empty_to_opaque():

@@ -40,8 +40,9 @@ def train_on_rank(rank: int, folder: str, *job) -> None:
 def test_two_processes_train_as_one(
     tiny_config: Config, tiny_scene: Scene, tiny_renders: Renders, tmp_path: Path
 ):
-    schedule = {"field.optim.steps": 6, "refiner.optim.steps": 6, "refiner.optim.batch_size": 4,
-                "field.optim.evaluations": 2, "refiner.optim.evaluations": 2}  # fmt: skip
+    schedule = {"field.precision": "float32", "field.optim.steps": 6,
+                "field.optim.evaluations": 2, "refiner.optim.steps": 6,
+                "refiner.optim.batch_size": 4, "refiner.optim.evaluations": 2}  # fmt: skip
     config = with_overrides(tiny_config, schedule)
     assert config.codebook.ema and config.codebook.data_init and config.refiner.skips == "mixed"
     job = config, tiny_scene, tiny_renders
