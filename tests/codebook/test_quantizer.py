@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.multiprocessing.spawn import spawn
+from vector_quantize_pytorch import VectorQuantize
 
 from cbnerf.codebook.quantizer import (
     VectorQuantizer,
@@ -34,6 +35,44 @@ def test_search_finds_the_explicit_minimum(max_distances: int):
     latents, codes = draw(53, 5), draw(31, 5, seed=2)
     obvious = [min(range(31), key=lambda i: ((z - codes[i]) ** 2).sum().item()) for z in latents]
     assert find_nearest(latents, codes, max_distances).tolist() == obvious
+
+
+def test_search_in_chunks_is_exact():
+    latents, codes = draw(3000, 64), draw(700, 64, seed=2)
+    distances = torch.cdist(latents.double(), codes.double())
+    indices = find_nearest(latents, codes, 10_000)
+    chosen = distances.gather(1, indices[:, None])[:, 0]
+    # Where two codes lie equally far in float32, either will do.
+    torch.testing.assert_close(chosen, distances.min(1).values, rtol=1e-6, atol=0)
+    assert torch.equal(indices, find_nearest(latents, codes, 10**9))
+
+
+def test_codes_and_gradients_match_vector_quantize_pytorch():
+    ours = make_quantizer(CodebookConfig(size=96, dim=8))
+    theirs = VectorQuantize(
+        dim=8, codebook_size=96, learnable_codebook=True, ema_update=False, rotation_trick=False
+    )
+    theirs._codebook.embed.data = ours.codebook.detach().clone()[None]
+    own, other = (draw(2, 50, 8).requires_grad_() for _ in range(2))
+    found, (codes, indices, loss) = ours(own), theirs(other)
+    assert torch.equal(found.indices, indices)
+    torch.testing.assert_close(found.latents, codes)
+    # Their one loss moves both sides alike.
+    upstream = draw(2, 50, 8, seed=3)
+    both = found.codebook_loss + found.commitment_loss
+    torch.autograd.backward([found.latents, both], [upstream, torch.ones(())])
+    torch.autograd.backward([codes, loss.sum()], [upstream, torch.ones(())])
+    torch.testing.assert_close(own.grad, other.grad)
+    torch.testing.assert_close(ours.codebook.grad, theirs._codebook.embed.grad[0])
+
+
+def test_cosine_search_matches_vector_quantize_pytorch():
+    ours = make_quantizer(CodebookConfig(size=96, dim=8, normalize=True)).eval()
+    theirs = VectorQuantize(dim=8, codebook_size=96, use_cosine_sim=True).eval()
+    theirs.codebook = ours.codes().detach()
+    found, (codes, indices, _) = ours(draw(2, 50, 8)), theirs(draw(2, 50, 8))
+    assert torch.equal(found.indices, indices)
+    torch.testing.assert_close(found.latents, codes)
 
 
 def test_latents_are_codes_and_keep_their_shape():
