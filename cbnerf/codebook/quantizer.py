@@ -89,6 +89,9 @@ class VectorQuantizer(nn.Module):
     def __init__(self, config: CodebookConfig):
         super().__init__()
         self.config = config
+        self.num_codes = config.size
+        # Cosines on the unit sphere lie too close for a softmax at temperature 1.
+        self.temperature = 0.1 if config.normalize else 1.0
         codes = self.place(torch.randn(config.size, config.dim))
         # With 2x the threshold a new code has log(2) / (1 - decay) steps to find its users.
         self._first_usage = 2 * config.revive_below if config.revive_below > 0 else 1.0

@@ -118,7 +118,7 @@ class PaperRefiner(Refiner):
     """The published refiner: the whole image goes through a quarter of its resolution."""
 
     def __init__(self, config: Config):
-        dim = config.codebook.dim
+        dim = config.codebook.latent_dim
         codes = VQAutoencoder(Encoder(dim), Decoder(dim), config.codebook, config.refiner.skips)
         super().__init__(codes)
         self.encoder = Encoder(dim)
@@ -150,7 +150,7 @@ class ResidualRefiner(Refiner):
 
     def __init__(self, config: Config):
         channels, blocks = config.refiner.channels, config.refiner.blocks
-        code_channels, dim = 4 * channels // 3, config.codebook.dim
+        code_channels, dim = 4 * channels // 3, config.codebook.latent_dim
         encoder, decoder = LightEncoder(dim, code_channels), LightDecoder(dim, code_channels)
         skips = config.refiner.skips
         # Differs from reference: renders have an encoder of their own, which starts as that of the

@@ -44,6 +44,7 @@ def train_refiner(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         refiner = build_refiner(config).to(device)
+    num_codes = refiner.autoencoder.quantizer.num_codes
     patches = PatchSampler(
         renders.rgb[split.train], scene.images[split.train], config.refiner.patch_size, device
     )
@@ -58,7 +59,7 @@ def train_refiner(
             "train/recon": terms.recon,
             "train/vq": terms.vq,
             "train/imitation": terms.imitation,
-            "codebook/perplexity": perplexity(refinement.high_res_indices, config.codebook.size),
+            "codebook/perplexity": perplexity(refinement.high_res_indices, num_codes),
             "codebook/agreement": code_agreement(
                 refinement.sr_indices, refinement.high_res_indices
             ),
