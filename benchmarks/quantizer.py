@@ -179,13 +179,14 @@ def main(options: Options) -> None:
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         print(json.dumps(asdict(measure(method, int(num_latents), int(size), options))))
         return
+    provenance = _provenance(options)
     cells: list[Cell] = []
     for num_latents in options.latents:
         for size in options.codes:
             for method in METHODS:
                 cells.append(measure_apart(method, num_latents, size, options))
                 print(cells[-1], flush=True)
-            _write(options, cells)
+            _write(options.output, provenance, cells)
     print((options.output / f"{_name()}.md").read_text())
 
 
@@ -193,12 +194,12 @@ def _name() -> str:
     return "gpu" if torch.cuda.is_available() else "cpu"
 
 
-def _write(options: Options, cells: list[Cell]) -> None:
-    options.output.mkdir(parents=True, exist_ok=True)
+def _write(output: Path, provenance: str, cells: list[Cell]) -> None:
+    output.mkdir(parents=True, exist_ok=True)
     ours = {(cell.latents, cell.codes): cell for cell in cells if cell.method == "cbnerf"}
     lines = [
         "# Nearest codes: time and peak memory of one training pass\n",
-        f"`python {' '.join(sys.argv)}`: {_provenance(options)}\n",
+        provenance + "\n",
         "| N | k | method | ms | MiB | time / cbnerf's | memory / cbnerf's |",
         "|---:|---:|---|---:|---:|---:|---:|",
     ]
@@ -210,9 +211,9 @@ def _write(options: Options, cells: list[Cell]) -> None:
             _ratio(cell.seconds, base.seconds), _ratio(cell.mebibytes, base.mebibytes),
         ]  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells_of_row)) + " |")
-    file = options.output / _name()
+    file = output / _name()
     file.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    plain = {"provenance": _provenance(options), "cells": [asdict(cell) for cell in cells]}
+    plain = {"provenance": provenance, "cells": [asdict(cell) for cell in cells]}
     file.with_suffix(".json").write_text(json.dumps(plain, indent=1))
 
 
@@ -222,8 +223,9 @@ def _provenance(options: Options) -> str:
     ).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return (
-        f"{date.today()}, commit {commit}, torch {torch.__version__}, {device}, "
-        f"{options.threads} thread(s), D = {options.dim}, median of {options.repeats}"
+        f"`python {' '.join(sys.argv)}`: {date.today()}, commit {commit}, "
+        f"torch {torch.__version__}, {device}, {options.threads} thread(s), D = {options.dim}, "
+        f"median of {options.repeats}"
     )
 
 

@@ -44,10 +44,3 @@ def index_loss(
 ) -> Float[Tensor, ""]:
     """Cross-entropy of softmax(-squared distance / temperature) against the right index."""
     return F.cross_entropy(-rank_codes(latents, codes) / temperature, indices)
-
-
-def code_agreement(
-    sr_indices: Int[Tensor, "*batch"], high_res_indices: Int[Tensor, "*batch"]
-) -> Float[Tensor, ""]:
-    """Share of places where the SR patch finds the code of the HR patch."""
-    return (sr_indices == high_res_indices).float().mean()

@@ -199,14 +199,3 @@ def _spread(latents: Tensor, size: int) -> Tensor:
         noise = torch.randn(codes.shape, generator=torch.Generator().manual_seed(0))
         codes = codes + 0.01 * codes.std() * noise.to(codes)
     return codes
-
-
-def perplexity(indices: Int[Tensor, "*batch"], size: int) -> Float[Tensor, ""]:
-    """exp(entropy) of how often each code is used: the number of codes if all are used alike."""
-    shares = torch.bincount(indices.flatten(), minlength=size) / indices.numel()
-    return torch.special.entr(shares).sum().exp()
-
-
-def used_share(indices: Int[Tensor, "*batch"], size: int) -> Float[Tensor, ""]:
-    """Share of the codes that occur at all."""
-    return (torch.bincount(indices.flatten(), minlength=size) > 0).float().mean()
