@@ -1,5 +1,5 @@
-"""The command line of the core: `cbnerf train-field`, `train-refiner`, `evaluate`, `render`,
-`make-scenes`. Works without ray, optuna and mlflow.
+"""The command line of the core: `cbnerf train-field`, `train-refiner`, `evaluate`, `inspect`,
+`render`, `make-scenes`. Works without ray, optuna and mlflow.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from cbnerf.nerf.path import spiral_path
 from cbnerf.training.checkpoint import Checkpoint
 from cbnerf.training.evaluation import Score, refine_views, render_views, score_views
 from cbnerf.training.field import load_field
+from cbnerf.training.inspection import inspect_codebook
 from cbnerf.training.processes import choose_device, joined_processes, process_rank
 from cbnerf.training.refiner import load_refiner
 from cbnerf.training.stages import FIELD_FILE, REFINER_FILE, RENDERS_FILE, run_field, run_refiner
@@ -97,11 +98,7 @@ class Evaluate:
 
     def run(self) -> None:
         device = choose_device()
-        _, _, config = load_field(self.field / FIELD_FILE, torch.device("cpu"))
-        scene = _load_scene(self.scene, config)
-        renders = load_renders(self.field / RENDERS_FILE)
-        _check_same_size(scene, renders, self.field)
-        test = split_views(scene.num_views, config.data).test
+        scene, renders, test = _load_test_views(self.scene, self.field)
         rows = {"stage 1": score_views(renders.rgb[test], scene.images[test])}
         if self.refiner is not None:
             refiner = load_refiner(self.refiner / REFINER_FILE, device)
@@ -113,6 +110,30 @@ class Evaluate:
                 _print_score(f"{name:<8} view {view:3d}", score)
             means = (sum(values) / len(scores) for values in zip(*scores, strict=True))
             _print_score(f"{name:<8} mean    ", Score(*means))
+
+
+@dataclass(kw_only=True)
+class Inspect:
+    """Picture a refiner's codebook: its codes, how often each is used, where they stand."""
+
+    scene: str
+    """LLFF scene folder, or the name of a built-in scene."""
+    field: Path
+    """Folder that `train-field` wrote."""
+    refiner: Path
+    """Folder that `train-refiner` wrote."""
+    output: Path
+    """Folder for codes.png, usage.png and map.png."""
+
+    def run(self) -> None:
+        device = choose_device()
+        refiner = load_refiner(self.refiner / REFINER_FILE, device)
+        scene, renders, test = _load_test_views(self.scene, self.field)
+        health = inspect_codebook(
+            refiner, renders.rgb[test], scene.images[test], self.output, device
+        )
+        values = "  ".join(f"{name} {value:.4g}" for name, value in health.items())
+        print(f"{self.output}: {len(test)} test views of {scene.name}  {values}")
 
 
 @dataclass(kw_only=True)
@@ -199,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parse(
     arguments: Sequence[str],
-) -> TrainField | TrainRefiner | Evaluate | Render | MakeScenes:
+) -> TrainField | TrainRefiner | Evaluate | Inspect | Render | MakeScenes:
     """The command; `--preset` and `--resolution` choose what its other flags start from."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default=DEFAULT_METHOD)
@@ -215,6 +236,7 @@ def _parse(
         Annotated[TrainField, tyro.conf.subcommand("train-field", default=field)]
         | Annotated[TrainRefiner, tyro.conf.subcommand("train-refiner", default=refiner)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Inspect, tyro.conf.subcommand("inspect")]
         | Annotated[Render, tyro.conf.subcommand("render")]
         | Annotated[MakeScenes, tyro.conf.subcommand("make-scenes")]
     )
@@ -247,6 +269,15 @@ def _load_scene(name: str, config: Config) -> Scene:
             f"{name}: no such folder, and no built-in scene; those are {', '.join(BUILT_IN_SCENES)}"
         )
     return make_scene(read_capture(Path(name), width), config.data)
+
+
+def _load_test_views(name: str, field: Path) -> tuple[Scene, Renders, list[int]]:
+    """A scene, the renders of its field, and which views are test views."""
+    _, _, config = load_field(field / FIELD_FILE, torch.device("cpu"))
+    scene = _load_scene(name, config)
+    renders = load_renders(field / RENDERS_FILE)
+    _check_same_size(scene, renders, field)
+    return scene, renders, split_views(scene.num_views, config.data).test
 
 
 def _check_same_size(scene: Scene, renders: Renders, folder: Path) -> None:

@@ -61,6 +61,17 @@ def test_evaluation_names_every_test_view_and_the_mean(runs: Path, capsys):
         assert np.mean(views_and_mean[:2]) == pytest.approx(views_and_mean[2], abs=0.011)
 
 
+def test_inspection_pictures_the_codebook(runs: Path, tmp_path: Path, capsys):
+    main(["inspect", f"--scene={runs}/scene", f"--field={runs}/field",
+          f"--refiner={runs}/refiner", f"--output={tmp_path}/pictures"])  # fmt: skip
+    out = capsys.readouterr().out
+    assert "2 test views of scene  codebook/perplexity" in out
+    assert iio.imread(tmp_path / "pictures" / "codes.png").shape == (4 * 26, 4 * 26, 3)
+    # Photograph, codes, render, codes and agreement, cut to 44 rows.
+    assert iio.imread(tmp_path / "pictures" / "map.png").shape == (44, 5 * 64 + 4 * 4, 3)
+    assert iio.imread(tmp_path / "pictures" / "usage.png").ndim == 3
+
+
 @pytest.mark.parametrize("with_refiner", [False, True])
 def test_a_video_has_the_frames_asked_for(runs: Path, with_refiner: bool, tmp_path: Path):
     refiner = [f"--refiner={runs}/refiner"] if with_refiner else []
