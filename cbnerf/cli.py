@@ -16,6 +16,7 @@ import imageio.v3 as iio
 import torch
 import tyro
 
+from cbnerf.codebook.refiner import DEFAULT_TILE
 from cbnerf.config import DEFAULT_METHOD, DEFAULT_RESOLUTION, Config, KnobError, preset
 from cbnerf.data.llff import read_capture, write_capture
 from cbnerf.data.procedural import BUILT_IN_SCENES, make_capture
@@ -95,6 +96,8 @@ class Evaluate:
     """Folder that `train-field` wrote."""
     refiner: Path | None = None
     """Folder that `train-refiner` wrote."""
+    tile: int = DEFAULT_TILE
+    """Side in pixels of what is refined at once: smaller takes less memory, to the same result."""
 
     def run(self) -> None:
         device = choose_device()
@@ -102,7 +105,7 @@ class Evaluate:
         rows = {"stage 1": score_views(renders.rgb[test], scene.images[test])}
         if self.refiner is not None:
             refiner = load_refiner(self.refiner / REFINER_FILE, device)
-            refined = refine_views(refiner, renders.rgb[test], device)
+            refined = refine_views(refiner, renders.rgb[test], device, self.tile)
             rows["refined"] = score_views(refined, scene.images[test])
         print(f"{scene.name}, protocol holdout, {scene.width}x{scene.height}")
         for name, scores in rows.items():
@@ -150,6 +153,8 @@ class Render:
     """Frames of one turn."""
     fps: int = 30
     """Frames per second of the video."""
+    tile: int = DEFAULT_TILE
+    """Side in pixels of what is refined at once: smaller takes less memory, to the same result."""
 
     def run(self) -> None:
         if self.frames < 1 or self.fps < 1:
@@ -163,7 +168,7 @@ class Render:
         for number in range(self.frames):
             frame = render_views(model, path, [number], config.data.scale).rgb
             if refiner is not None:
-                frame = refine_views(refiner, frame, device)
+                frame = refine_views(refiner, frame, device, self.tile)
             iio.imwrite(self.output / f"frame-{number:03d}.png", frame[0].numpy())
             frames.append(frame[0])
         # Video codecs want even sides.
