@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import imageio.v3 as iio
 import torch
 import tyro
 
@@ -25,12 +24,13 @@ from cbnerf.data.scene import Scene, make_scene
 from cbnerf.data.splits import split_views
 from cbnerf.nerf.path import spiral_path
 from cbnerf.training.checkpoint import Checkpoint
-from cbnerf.training.evaluation import Score, refine_views, render_views, score_views
+from cbnerf.training.evaluation import Score, refine_views, score_views
 from cbnerf.training.field import load_field
 from cbnerf.training.inspection import inspect_codebook
 from cbnerf.training.processes import choose_device, joined_processes, process_rank
 from cbnerf.training.refiner import load_refiner
 from cbnerf.training.stages import FIELD_FILE, REFINER_FILE, RENDERS_FILE, run_field, run_refiner
+from cbnerf.training.video import write_videos
 
 # Its knobs are flags of their own: --codebook.size, not --config.codebook.size.
 Knobs = Annotated[Config, tyro.conf.arg(name="")]
@@ -135,18 +135,18 @@ class Inspect:
         health = inspect_codebook(
             refiner, renders.rgb[test], scene.images[test], self.output, device
         )
-        values = "  ".join(f"{name} {value:.4g}" for name, value in health.items())
-        print(f"{self.output}: {len(test)} test views of {scene.name}  {values}")
+        views = f"{len(test)} test views of {scene.name}"
+        print(f"{self.output}: {views}  {_format_metrics(health)}")
 
 
 @dataclass(kw_only=True)
 class Render:
-    """Render a spiral of novel views as a video and PNG files."""
+    """Render a spiral of novel views as videos and PNG files, and measure how steady they are."""
 
     field: Path
     """Folder that `train-field` wrote."""
     output: Path
-    """Folder for video.mp4 and frame-000.png, frame-001.png, ..."""
+    """Folder for stage1.mp4, stage1-000.png, ..., the same of `refined`, and video.json."""
     refiner: Path | None = None
     """Folder that `train-refiner` wrote."""
     frames: int = 60
@@ -161,24 +161,12 @@ class Render:
             raise ValueError("--frames and --fps must be at least 1")
         device = choose_device()
         model, cameras, config = load_field(self.field / FIELD_FILE, device)
-        path = spiral_path(cameras, self.frames)
         refiner = load_refiner(self.refiner / REFINER_FILE, device) if self.refiner else None
-        self.output.mkdir(parents=True, exist_ok=True)
-        frames = []
-        for number in range(self.frames):
-            frame = render_views(model, path, [number], config.data.scale).rgb
-            if refiner is not None:
-                frame = refine_views(refiner, frame, device, self.tile)
-            iio.imwrite(self.output / f"frame-{number:03d}.png", frame[0].numpy())
-            frames.append(frame[0])
-        # Video codecs want even sides.
-        video = torch.stack(frames)
-        video = video[:, : video.shape[1] // 2 * 2, : video.shape[2] // 2 * 2]
-        iio.imwrite(
-            self.output / "video.mp4", video.numpy(), plugin="FFMPEG", fps=self.fps,
-            macro_block_size=2,
-        )  # fmt: skip
-        print(f"{self.output / 'video.mp4'}: {self.frames} frames")
+        path = spiral_path(cameras, self.frames)
+        metrics = write_videos(
+            model, path, config.data.scale, refiner, self.output, fps=self.fps, tile=self.tile
+        )
+        print(f"{self.output}: {self.frames} frames  {_format_metrics(metrics)}")
 
 
 @dataclass(kw_only=True)
@@ -304,8 +292,11 @@ def _print_score(label: str, score: Score) -> None:
 
 def _print_report(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
     if process_rank() == 0:
-        values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        print(f"step {step}  {values}", flush=True)
+        print(f"step {step}  {_format_metrics(metrics)}", flush=True)
+
+
+def _format_metrics(metrics: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 
 
 def _print_metrics(folder: Path, metrics: dict[str, float]) -> None:

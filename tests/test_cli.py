@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -76,12 +77,17 @@ def test_inspection_pictures_the_codebook(runs: Path, tmp_path: Path, capsys):
 def test_a_video_has_the_frames_asked_for(runs: Path, with_refiner: bool, tmp_path: Path):
     refiner = [f"--refiner={runs}/refiner"] if with_refiner else []
     main(["render", f"--field={runs}/field", f"--output={tmp_path}", "--frames=3", *refiner])
-    video = iio.imread(tmp_path / "video.mp4", plugin="FFMPEG")
-    assert video.shape == (3, 46, 64, 3)
-    for number, frame in enumerate(video):
-        still = iio.imread(tmp_path / f"frame-{number:03d}.png")
-        assert still.shape == (46, 64, 3)
-        assert np.abs(frame.astype(int) - still).mean() < 25  # it is compressed
+    names = ["stage1", "refined"] if with_refiner else ["stage1"]
+    for name in names:
+        video = iio.imread(tmp_path / f"{name}.mp4", plugin="FFMPEG")
+        assert video.shape == (3, 46, 64, 3)
+        for number, frame in enumerate(video):
+            still = iio.imread(tmp_path / f"{name}-{number:03d}.png")
+            assert still.shape == (46, 64, 3)
+            assert np.abs(frame.astype(int) - still).mean() < 25  # it is compressed
+    metrics = json.loads((tmp_path / "video.json").read_text())
+    assert set(metrics) == {"seen"} | {f"{name}/warping_error" for name in names}
+    assert len(list(tmp_path.iterdir())) == 4 * len(names) + 1
 
 
 def test_videos_of_odd_sizes_are_cut_even(tiny_capture: Capture, tmp_path: Path):
@@ -91,8 +97,8 @@ def test_videos_of_odd_sizes_are_cut_even(tiny_capture: Capture, tmp_path: Path)
     main(["train-field", f"--scene={tmp_path}/scene", f"--output={tmp_path}/field", *SHORT,
           *odd_knobs])  # fmt: skip
     main(["render", f"--field={tmp_path}/field", f"--output={tmp_path}/video", "--frames=2"])
-    assert iio.imread(tmp_path / "video" / "frame-000.png").shape == (47, 63, 3)
-    assert iio.imread(tmp_path / "video" / "video.mp4", plugin="FFMPEG").shape == (2, 46, 62, 3)
+    assert iio.imread(tmp_path / "video" / "stage1-000.png").shape == (47, 63, 3)
+    assert iio.imread(tmp_path / "video" / "stage1.mp4", plugin="FFMPEG").shape == (2, 46, 62, 3)
 
 
 def test_made_scenes_can_be_read(tmp_path: Path, capsys):
