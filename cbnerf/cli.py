@@ -1,5 +1,5 @@
-"""The command line of the core: `cbnerf train-field`, `train-refiner`, `evaluate`, `render`,
-`make-scenes`. Works without ray, optuna and mlflow.
+"""The command line of the core: `cbnerf train-field`, `train-refiner`, `evaluate`, `inspect`,
+`render`, `make-scenes`. Works without ray, optuna and mlflow.
 """
 
 import argparse
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import imageio.v3 as iio
 import torch
 import tyro
 
+from cbnerf.codebook.refiner import DEFAULT_TILE
 from cbnerf.config import DEFAULT_METHOD, DEFAULT_RESOLUTION, Config, KnobError, preset
 from cbnerf.data.llff import read_capture, write_capture
 from cbnerf.data.procedural import BUILT_IN_SCENES, make_capture
@@ -24,11 +24,13 @@ from cbnerf.data.scene import Scene, make_scene
 from cbnerf.data.splits import split_views
 from cbnerf.nerf.path import spiral_path
 from cbnerf.training.checkpoint import Checkpoint
-from cbnerf.training.evaluation import Score, refine_views, render_views, score_views
+from cbnerf.training.evaluation import Score, refine_views, score_views
 from cbnerf.training.field import load_field
+from cbnerf.training.inspection import inspect_codebook
 from cbnerf.training.processes import choose_device, joined_processes, process_rank
 from cbnerf.training.refiner import load_refiner
 from cbnerf.training.stages import FIELD_FILE, REFINER_FILE, RENDERS_FILE, run_field, run_refiner
+from cbnerf.training.video import write_videos
 
 # Its knobs are flags of their own: --codebook.size, not --config.codebook.size.
 Knobs = Annotated[Config, tyro.conf.arg(name="")]
@@ -94,18 +96,16 @@ class Evaluate:
     """Folder that `train-field` wrote."""
     refiner: Path | None = None
     """Folder that `train-refiner` wrote."""
+    tile: int = DEFAULT_TILE
+    """Side in pixels of what is refined at once: smaller takes less memory, to the same result."""
 
     def run(self) -> None:
         device = choose_device()
-        _, _, config = load_field(self.field / FIELD_FILE, torch.device("cpu"))
-        scene = _load_scene(self.scene, config)
-        renders = load_renders(self.field / RENDERS_FILE)
-        _check_same_size(scene, renders, self.field)
-        test = split_views(scene.num_views, config.data).test
+        scene, renders, test = _load_test_views(self.scene, self.field)
         rows = {"stage 1": score_views(renders.rgb[test], scene.images[test])}
         if self.refiner is not None:
             refiner = load_refiner(self.refiner / REFINER_FILE, device)
-            refined = refine_views(refiner, renders.rgb[test], device)
+            refined = refine_views(refiner, renders.rgb[test], device, self.tile)
             rows["refined"] = score_views(refined, scene.images[test])
         print(f"{scene.name}, protocol holdout, {scene.width}x{scene.height}")
         for name, scores in rows.items():
@@ -116,43 +116,57 @@ class Evaluate:
 
 
 @dataclass(kw_only=True)
+class Inspect:
+    """Picture a refiner's codebook: its codes, how often each is used, where they stand."""
+
+    scene: str
+    """LLFF scene folder, or the name of a built-in scene."""
+    field: Path
+    """Folder that `train-field` wrote."""
+    refiner: Path
+    """Folder that `train-refiner` wrote."""
+    output: Path
+    """Folder for codes.png, usage.png and map.png."""
+
+    def run(self) -> None:
+        device = choose_device()
+        refiner = load_refiner(self.refiner / REFINER_FILE, device)
+        scene, renders, test = _load_test_views(self.scene, self.field)
+        health = inspect_codebook(
+            refiner, renders.rgb[test], scene.images[test], self.output, device
+        )
+        views = f"{len(test)} test views of {scene.name}"
+        print(f"{self.output}: {views}  {_format_metrics(health)}")
+
+
+@dataclass(kw_only=True)
 class Render:
-    """Render a spiral of novel views as a video and PNG files."""
+    """Render a spiral of novel views as videos and PNG files, and measure how steady they are."""
 
     field: Path
     """Folder that `train-field` wrote."""
     output: Path
-    """Folder for video.mp4 and frame-000.png, frame-001.png, ..."""
+    """Folder for stage1.mp4, stage1-000.png, ..., the same of `refined`, and video.json."""
     refiner: Path | None = None
     """Folder that `train-refiner` wrote."""
     frames: int = 60
     """Frames of one turn."""
     fps: int = 30
     """Frames per second of the video."""
+    tile: int = DEFAULT_TILE
+    """Side in pixels of what is refined at once: smaller takes less memory, to the same result."""
 
     def run(self) -> None:
         if self.frames < 1 or self.fps < 1:
             raise ValueError("--frames and --fps must be at least 1")
         device = choose_device()
         model, cameras, config = load_field(self.field / FIELD_FILE, device)
-        path = spiral_path(cameras, self.frames)
         refiner = load_refiner(self.refiner / REFINER_FILE, device) if self.refiner else None
-        self.output.mkdir(parents=True, exist_ok=True)
-        frames = []
-        for number in range(self.frames):
-            frame = render_views(model, path, [number], config.data.scale).rgb
-            if refiner is not None:
-                frame = refine_views(refiner, frame, device)
-            iio.imwrite(self.output / f"frame-{number:03d}.png", frame[0].numpy())
-            frames.append(frame[0])
-        # Video codecs want even sides.
-        video = torch.stack(frames)
-        video = video[:, : video.shape[1] // 2 * 2, : video.shape[2] // 2 * 2]
-        iio.imwrite(
-            self.output / "video.mp4", video.numpy(), plugin="FFMPEG", fps=self.fps,
-            macro_block_size=2,
-        )  # fmt: skip
-        print(f"{self.output / 'video.mp4'}: {self.frames} frames")
+        path = spiral_path(cameras, self.frames)
+        metrics = write_videos(
+            model, path, config.data.scale, refiner, self.output, fps=self.fps, tile=self.tile
+        )
+        print(f"{self.output}: {self.frames} frames  {_format_metrics(metrics)}")
 
 
 @dataclass(kw_only=True)
@@ -199,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parse(
     arguments: Sequence[str],
-) -> TrainField | TrainRefiner | Evaluate | Render | MakeScenes:
+) -> TrainField | TrainRefiner | Evaluate | Inspect | Render | MakeScenes:
     """The command; `--preset` and `--resolution` choose what its other flags start from."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default=DEFAULT_METHOD)
@@ -215,6 +229,7 @@ def _parse(
         Annotated[TrainField, tyro.conf.subcommand("train-field", default=field)]
         | Annotated[TrainRefiner, tyro.conf.subcommand("train-refiner", default=refiner)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Inspect, tyro.conf.subcommand("inspect")]
         | Annotated[Render, tyro.conf.subcommand("render")]
         | Annotated[MakeScenes, tyro.conf.subcommand("make-scenes")]
     )
@@ -249,6 +264,15 @@ def _load_scene(name: str, config: Config) -> Scene:
     return make_scene(read_capture(Path(name), width), config.data)
 
 
+def _load_test_views(name: str, field: Path) -> tuple[Scene, Renders, list[int]]:
+    """A scene, the renders of its field, and which views are test views."""
+    _, _, config = load_field(field / FIELD_FILE, torch.device("cpu"))
+    scene = _load_scene(name, config)
+    renders = load_renders(field / RENDERS_FILE)
+    _check_same_size(scene, renders, field)
+    return scene, renders, split_views(scene.num_views, config.data).test
+
+
 def _check_same_size(scene: Scene, renders: Renders, folder: Path) -> None:
     if scene.images.shape != renders.rgb.shape:
         raise ValueError(
@@ -268,8 +292,11 @@ def _print_score(label: str, score: Score) -> None:
 
 def _print_report(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
     if process_rank() == 0:
-        values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        print(f"step {step}  {values}", flush=True)
+        print(f"step {step}  {_format_metrics(metrics)}", flush=True)
+
+
+def _format_metrics(metrics: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 
 
 def _print_metrics(folder: Path, metrics: dict[str, float]) -> None:

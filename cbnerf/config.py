@@ -152,14 +152,33 @@ class FieldConfig:
             _check(getattr(self, name) >= 4, f"field.{name}", getattr(self, name), "at least 4")
 
 
+FSQ_LEVELS: dict[int, tuple[int, ...]] = {
+    64: (8, 8),
+    256: (8, 6, 5),
+    512: (8, 8, 8),
+    1024: (8, 5, 5, 5),
+    2048: (8, 8, 6, 5),
+    4096: (7, 5, 5, 5, 5),
+    8192: (8, 8, 5, 5, 5),
+    16384: (8, 8, 8, 6, 5),
+    65536: (8, 8, 8, 5, 5, 5),
+}
+"""Levels of `codebook.kind=fsq` by nominal size: 64 and 512 are exact, 256, 1024, 4096, 16384 and
+65536 rounded as in table 1 of the FSQ paper, 2048 and 8192 rounded by the same rules."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CodebookConfig:
     """The codebook of stage 2 and how it learns."""
 
+    kind: Literal["vq", "fsq"] = "vq"
+    """`vq` learns its codes; `fsq` rounds each dimension to fixed levels and heeds, of the knobs
+    below, `size` and `imitation` only."""
     size: int = 1024
-    """Number of codes, k in the paper."""
+    """Number of codes, k in the paper; `fsq` has 64, 240, 512, 1000, 1920, 4375, 8000, 15360 or
+    64000 for 64, 256, 512, 1024, 2048, 4096, 8192, 16384 or 65536, and refuses other sizes."""
     dim: int = 64
-    """Dimension of a code."""
+    """Dimension of a code; `fsq` has as many as it has levels."""
     beta: float = 0.25
     """Weight of the commitment term (of the codebook term with `vq_loss=released`)."""
     vq_loss: Literal["paper", "released"] = "paper"
@@ -184,6 +203,21 @@ class CodebookConfig:
         _check(self.beta >= 0, "codebook.beta", self.beta, "at least 0")
         _check(0 < self.ema_decay < 1, "codebook.ema_decay", self.ema_decay, "in (0, 1)")
         _check(self.revive_below >= 0, "codebook.revive_below", self.revive_below, "at least 0")
+        if self.kind == "fsq":
+            sizes = ", ".join(map(str, FSQ_LEVELS))
+            _check(self.size in FSQ_LEVELS, "codebook.size", self.size, f"one of {sizes} with fsq")
+            # Nothing but a codebook's loss ties latents to it with `vq`, and fsq has none.
+            _check(self.imitation != "vq", "codebook.imitation", "vq", "feature or ce with fsq")
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Levels of each dimension with `fsq`."""
+        return FSQ_LEVELS[self.size]
+
+    @property
+    def latent_dim(self) -> int:
+        """Dimension of the latents that the encoder makes."""
+        return len(self.levels) if self.kind == "fsq" else self.dim
 
 
 @dataclass(frozen=True, kw_only=True)

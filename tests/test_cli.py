@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -61,16 +62,32 @@ def test_evaluation_names_every_test_view_and_the_mean(runs: Path, capsys):
         assert np.mean(views_and_mean[:2]) == pytest.approx(views_and_mean[2], abs=0.011)
 
 
+def test_inspection_pictures_the_codebook(runs: Path, tmp_path: Path, capsys):
+    main(["inspect", f"--scene={runs}/scene", f"--field={runs}/field",
+          f"--refiner={runs}/refiner", f"--output={tmp_path}/pictures"])  # fmt: skip
+    out = capsys.readouterr().out
+    assert "2 test views of scene  codebook/perplexity" in out
+    assert iio.imread(tmp_path / "pictures" / "codes.png").shape == (4 * 26, 4 * 26, 3)
+    # Photograph, codes, render, codes and agreement, cut to 44 rows.
+    assert iio.imread(tmp_path / "pictures" / "map.png").shape == (44, 5 * 64 + 4 * 4, 3)
+    assert iio.imread(tmp_path / "pictures" / "usage.png").ndim == 3
+
+
 @pytest.mark.parametrize("with_refiner", [False, True])
 def test_a_video_has_the_frames_asked_for(runs: Path, with_refiner: bool, tmp_path: Path):
     refiner = [f"--refiner={runs}/refiner"] if with_refiner else []
     main(["render", f"--field={runs}/field", f"--output={tmp_path}", "--frames=3", *refiner])
-    video = iio.imread(tmp_path / "video.mp4", plugin="FFMPEG")
-    assert video.shape == (3, 46, 64, 3)
-    for number, frame in enumerate(video):
-        still = iio.imread(tmp_path / f"frame-{number:03d}.png")
-        assert still.shape == (46, 64, 3)
-        assert np.abs(frame.astype(int) - still).mean() < 25  # it is compressed
+    names = ["stage1", "refined"] if with_refiner else ["stage1"]
+    for name in names:
+        video = iio.imread(tmp_path / f"{name}.mp4", plugin="FFMPEG")
+        assert video.shape == (3, 46, 64, 3)
+        for number, frame in enumerate(video):
+            still = iio.imread(tmp_path / f"{name}-{number:03d}.png")
+            assert still.shape == (46, 64, 3)
+            assert np.abs(frame.astype(int) - still).mean() < 25  # it is compressed
+    metrics = json.loads((tmp_path / "video.json").read_text())
+    assert set(metrics) == {"seen"} | {f"{name}/warping_error" for name in names}
+    assert len(list(tmp_path.iterdir())) == 4 * len(names) + 1
 
 
 def test_videos_of_odd_sizes_are_cut_even(tiny_capture: Capture, tmp_path: Path):
@@ -80,8 +97,8 @@ def test_videos_of_odd_sizes_are_cut_even(tiny_capture: Capture, tmp_path: Path)
     main(["train-field", f"--scene={tmp_path}/scene", f"--output={tmp_path}/field", *SHORT,
           *odd_knobs])  # fmt: skip
     main(["render", f"--field={tmp_path}/field", f"--output={tmp_path}/video", "--frames=2"])
-    assert iio.imread(tmp_path / "video" / "frame-000.png").shape == (47, 63, 3)
-    assert iio.imread(tmp_path / "video" / "video.mp4", plugin="FFMPEG").shape == (2, 46, 62, 3)
+    assert iio.imread(tmp_path / "video" / "stage1-000.png").shape == (47, 63, 3)
+    assert iio.imread(tmp_path / "video" / "stage1.mp4", plugin="FFMPEG").shape == (2, 46, 62, 3)
 
 
 def test_made_scenes_can_be_read(tmp_path: Path, capsys):

@@ -115,6 +115,18 @@ def test_a_wrong_override_is_told_in_one_line(name, value, message: str):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"codebook.size": 300}, "codebook.size = 300 must be one of 64, 256, .* with fsq"),
+        ({"codebook.imitation": "vq"}, "codebook.imitation = 'vq' must be feature or ce with fsq"),
+    ],
+)
+def test_fsq_refuses_what_it_cannot_do(overrides: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        with_overrides(Config(), {"codebook.kind": "fsq"} | overrides)
+
+
 def test_a_knob_knows_its_type():
     assert knob_type("codebook.size") is int
     assert {type(name) for name in flatten(Config())} == {str}

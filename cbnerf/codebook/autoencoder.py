@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from cbnerf.codebook.fsq import build_quantizer
 from cbnerf.codebook.imitation import imitation_loss
-from cbnerf.codebook.quantizer import VectorQuantizer, vq_loss
+from cbnerf.codebook.quantizer import vq_loss
 from cbnerf.config import CodebookConfig
 
 STRIDE = 4
@@ -158,7 +159,7 @@ class VQAutoencoder(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.sr_encoder = sr_encoder
-        self.quantizer = VectorQuantizer(config)
+        self.quantizer = build_quantizer(config)
         self.decoder = decoder
         self._sr_rows = _SR_ROWS[skips]
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cbnerf.codebook.quantizer import Quantized, VectorQuantizer, rank_codes, vq_loss
+from cbnerf.codebook.fsq import Quantizer
+from cbnerf.codebook.quantizer import Quantized, rank_codes, vq_loss
 
 
 def imitation_loss(
@@ -18,7 +19,7 @@ def imitation_loss(
     latents: Float[Tensor, "*batch dim"],
     sr: Quantized,
     high_res: Quantized,
-    quantizer: VectorQuantizer,
+    quantizer: Quantizer,
 ) -> Float[Tensor, ""]:
     """Tie SR `latents` to the codebook; `sr` and `high_res` are what the quantizer made of both.
 
@@ -31,9 +32,8 @@ def imitation_loss(
     if kind == "feature":
         return F.mse_loss(placed, high_res.latents.detach())
     codes = quantizer.codes().detach()
-    # Cosines on the unit sphere lie too close for a softmax at temperature 1.
-    temperature = 0.1 if quantizer.config.normalize else 1.0
-    return index_loss(placed.flatten(0, -2), high_res.indices.flatten(), codes, temperature)
+    rows, indices = placed.flatten(0, -2), high_res.indices.flatten()
+    return index_loss(rows, indices, codes, quantizer.temperature)
 
 
 def index_loss(
@@ -44,10 +44,3 @@ def index_loss(
 ) -> Float[Tensor, ""]:
     """Cross-entropy of softmax(-squared distance / temperature) against the right index."""
     return F.cross_entropy(-rank_codes(latents, codes) / temperature, indices)
-
-
-def code_agreement(
-    sr_indices: Int[Tensor, "*batch"], high_res_indices: Int[Tensor, "*batch"]
-) -> Float[Tensor, ""]:
-    """Share of places where the SR patch finds the code of the HR patch."""
-    return (sr_indices == high_res_indices).float().mean()

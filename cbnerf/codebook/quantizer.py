@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from cbnerf.config import CodebookConfig
 
-# Distances held at once while searching: 64 MiB in float32.
-_MAX_DISTANCES = 2**24
+# Distances held at once while searching: few enough for a CPU's caches, enough to keep a GPU busy.
+_CPU_DISTANCES, _GPU_DISTANCES = 2**20, 2**24
 # A code used less than this is left alone: the quotient of its averages is no longer exact.
 _MIN_USAGE = 1e-5
 
@@ -43,23 +43,39 @@ def rank_codes(
     latents: Float[Tensor, "rows dim"], codes: Float[Tensor, "codes dim"]
 ) -> Float[Tensor, "rows codes"]:
     """Squared distances to all codes, less the squared norm of the latent."""
-    # One product of [latent 1] and [-2 code, |code|^2]; addmm would copy the norms to every row.
-    rows = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1)
-    columns = torch.cat([-2 * codes, codes.square().sum(1, keepdim=True)], dim=1)
     with torch.autocast(latents.device.type, enabled=False):
-        return rows @ columns.T
+        return _append_ones(latents) @ _columns(codes)
+
+
+def _append_ones(latents: Tensor) -> Tensor:
+    return torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1)
+
+
+def _columns(codes: Tensor) -> Tensor:
+    """[-2 code, |code|^2], so that one product with [latent, 1] ranks the codes; addmm would copy
+    the norms to every row."""
+    return torch.cat([-2 * codes, codes.square().sum(1, keepdim=True)], dim=1).T
 
 
 @torch.no_grad()
 def find_nearest(
     latents: Float[Tensor, "rows dim"],
     codes: Float[Tensor, "codes dim"],
-    max_distances: int = _MAX_DISTANCES,
+    max_distances: int | None = None,
 ) -> Int[Tensor, " rows"]:
     """Index of the nearest code of each latent, holding `max_distances` distances at a time."""
-    chunks = latents.split(max(1, max_distances // len(codes)))
-    # min() takes two thirds of the time of argmin() on a CPU.
-    return torch.cat([rank_codes(chunk, codes).min(dim=1).indices for chunk in chunks])
+    if max_distances is None:
+        max_distances = _CPU_DISTANCES if latents.device.type == "cpu" else _GPU_DISTANCES
+    rows, columns = max(1, max_distances // len(codes)), _columns(codes)
+    indices = torch.empty(len(latents), dtype=torch.int64, device=latents.device)
+    # One buffer for all chunks: freed and taken anew it would tear holes into the heap.
+    buffer = latents.new_empty(min(rows, len(latents)), len(codes))
+    with torch.autocast(latents.device.type, enabled=False):
+        for chunk, found in zip(latents.split(rows), indices.split(rows), strict=True):
+            distances = torch.mm(_append_ones(chunk), columns, out=buffer[: len(chunk)])
+            # min() takes two thirds of the time of argmin() on a CPU.
+            found.copy_(distances.min(dim=1).indices)
+    return indices
 
 
 class VectorQuantizer(nn.Module):
@@ -73,6 +89,9 @@ class VectorQuantizer(nn.Module):
     def __init__(self, config: CodebookConfig):
         super().__init__()
         self.config = config
+        self.num_codes = config.size
+        # Cosines on the unit sphere lie too close for a softmax at temperature 1.
+        self.temperature = 0.1 if config.normalize else 1.0
         codes = self.place(torch.randn(config.size, config.dim))
         # With 2x the threshold a new code has log(2) / (1 - decay) steps to find its users.
         self._first_usage = 2 * config.revive_below if config.revive_below > 0 else 1.0
@@ -114,7 +133,8 @@ class VectorQuantizer(nn.Module):
             self._count(flat, indices)
         zero = latents.new_zeros(())
         return Quantized(
-            latents=latents + (nearest - latents).detach(),
+            # In place, for there is no need of the difference.
+            latents=(nearest.detach() - latents.detach()).add_(latents),
             indices=indices.view(latents.shape[:-1]),
             codebook_loss=zero if self.config.ema else F.mse_loss(nearest, latents.detach()),
             commitment_loss=F.mse_loss(latents, nearest.detach()),
@@ -179,14 +199,3 @@ def _spread(latents: Tensor, size: int) -> Tensor:
         noise = torch.randn(codes.shape, generator=torch.Generator().manual_seed(0))
         codes = codes + 0.01 * codes.std() * noise.to(codes)
     return codes
-
-
-def perplexity(indices: Int[Tensor, "*batch"], size: int) -> Float[Tensor, ""]:
-    """exp(entropy) of how often each code is used: the number of codes if all are used alike."""
-    shares = torch.bincount(indices.flatten(), minlength=size) / indices.numel()
-    return torch.special.entr(shares).sum().exp()
-
-
-def used_share(indices: Int[Tensor, "*batch"], size: int) -> Float[Tensor, ""]:
-    """Share of the codes that occur at all."""
-    return (torch.bincount(indices.flatten(), minlength=size) > 0).float().mean()

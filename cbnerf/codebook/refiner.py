@@ -24,6 +24,9 @@ from cbnerf.codebook.autoencoder import (
 )
 from cbnerf.config import Config, LossConfig
 
+DEFAULT_TILE = 1024
+"""Side of the tiles that are refined at once, in pixels; images up to it are refined whole."""
+
 
 class Refinement(NamedTuple):
     refined: Float[Tensor, "batch 3 height width"]
@@ -71,6 +74,9 @@ def _to_unit(images: Tensor) -> Tensor:
 class Refiner(nn.Module, ABC):
     """What the refiners share: codes for both patches in training, for the SR image alone later."""
 
+    halo: int
+    """Pixels, a multiple of 4, that a tile must see around itself to be refined as in the image."""
+
     def __init__(self, autoencoder: VQAutoencoder):
         super().__init__()
         self.autoencoder = autoencoder
@@ -103,27 +109,48 @@ class Refiner(nn.Module, ABC):
 
     @torch.no_grad()
     def refine(
-        self, sr: Float[Tensor, "batch 3 height width"]
+        self, sr: Float[Tensor, "batch 3 height width"], *, tile: int = DEFAULT_TILE
     ) -> Float[Tensor, "batch 3 height width"]:
-        """Refine whole images of any size, seeing nothing else."""
+        """Refine whole images of any size, seeing nothing else.
+
+        Memory is that of a tile and its halo; the result is the same for tiles of any side.
+        """
+        if tile < STRIDE:
+            raise ValueError(f"tile = {tile} must be at least {STRIDE} pixels")
         height, width = sr.shape[-2:]
         margin = (0, -width % STRIDE, 0, -height % STRIDE)
-        padded = _to_signed(F.pad(sr, margin, mode="replicate"))
-        skips = self.autoencoder.look_up(self._select_coded(padded))
-        refined = _to_unit(self._sharpen(padded, skips))
+        padded = F.pad(sr, margin, mode="replicate")
+        refined = torch.empty_like(padded)
+        side = tile // STRIDE * STRIDE
+        for top in range(0, padded.shape[-2], side):
+            for left in range(0, padded.shape[-1], side):
+                place = (..., slice(top, top + side), slice(left, left + side))
+                refined[place] = self._refine_tile(padded, top, left, side)
         return refined[..., :height, :width].clamp(0, 1)
+
+    def _refine_tile(self, padded: Tensor, top: int, left: int, side: int) -> Tensor:
+        first_row, first_column = max(top - self.halo, 0), max(left - self.halo, 0)
+        around = padded[
+            ..., first_row : top + side + self.halo, first_column : left + side + self.halo
+        ]
+        sr = _to_signed(around)
+        skips = self.autoencoder.look_up(self._select_coded(sr))
+        top, left = top - first_row, left - first_column
+        return _to_unit(self._sharpen(sr, skips))[..., top : top + side, left : left + side]
 
 
 class PaperRefiner(Refiner):
     """The published refiner: the whole image goes through a quarter of its resolution."""
 
     def __init__(self, config: Config):
-        dim = config.codebook.dim
+        dim = config.codebook.latent_dim
         codes = VQAutoencoder(Encoder(dim), Decoder(dim), config.codebook, config.refiner.skips)
         super().__init__(codes)
         self.encoder = Encoder(dim)
         self.decoder = Decoder(dim, with_skips=True)
         self._uses_codes = float(config.refiner.codes)
+        # Cells: 4 of an encoder, 4 of a decoder, on the way of the image and on that of the codes.
+        self.halo = STRIDE * 8
         self.apply(_init_kaiming)
 
     def _select_coded(self, images: Tensor) -> Tensor:
@@ -150,7 +177,7 @@ class ResidualRefiner(Refiner):
 
     def __init__(self, config: Config):
         channels, blocks = config.refiner.channels, config.refiner.blocks
-        code_channels, dim = 4 * channels // 3, config.codebook.dim
+        code_channels, dim = 4 * channels // 3, config.codebook.latent_dim
         encoder, decoder = LightEncoder(dim, code_channels), LightDecoder(dim, code_channels)
         skips = config.refiner.skips
         # Differs from reference: renders have an encoder of their own, which starts as that of the
@@ -167,6 +194,9 @@ class ResidualRefiner(Refiner):
         self.gates = nn.Parameter(torch.zeros(blocks, channels, 1, 1))
         # Times zero, not left out: the control has the same parameters and the same gradients.
         self._uses_codes = float(config.refiner.codes)
+        # Cells on the way of the codes: 1 of the smooth image, 3 of the encoder, 2 of the decoder;
+        # then, at half resolution, 2 pixels for each block and 1 of the tail.
+        self.halo = STRIDE * (6 + blocks + 1)
 
     def _select_coded(self, images: Tensor) -> Tensor:
         smooth = F.avg_pool2d(images, STRIDE)

@@ -37,12 +37,22 @@ def make_rays(
     v: Float[Tensor, "*rays"],
 ) -> Rays:
     """NDC rays through image points (u, v) given in high-res pixels."""
+    return to_ndc(make_world_rays(cameras, views, u, v), cameras)
+
+
+def make_world_rays(
+    cameras: Cameras,
+    views: Int[Tensor, "*rays"],
+    u: Float[Tensor, "*rays"],
+    v: Float[Tensor, "*rays"],
+) -> Rays:
+    """The same rays in world coordinates: from the camera, one unit of depth per unit of t."""
     x = (u - cameras.center[0]) / cameras.focal
     y = (cameras.center[1] - v) / cameras.focal
     in_camera = torch.stack([x, y, -torch.ones_like(x)], dim=-1)
     poses = cameras.camera_to_world[views]
     directions = (poses[..., :3] @ in_camera[..., None])[..., 0]
-    return to_ndc(Rays(poses[..., 3], directions), cameras)
+    return Rays(poses[..., 3], directions)
 
 
 def to_ndc(rays: Rays, cameras: Cameras) -> Rays:

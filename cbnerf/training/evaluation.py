@@ -6,7 +6,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from cbnerf.codebook.refiner import Refiner
+from cbnerf.codebook.refiner import DEFAULT_TILE, Refiner
 from cbnerf.data.renders import Renders
 from cbnerf.metrics import psnr, ssim, to_8bit
 from cbnerf.nerf.model import FieldModel, render_image
@@ -33,13 +33,16 @@ def render_views(model: FieldModel, cameras: Cameras, views: list[int], scale: i
 
 @torch.no_grad()
 def refine_views(
-    refiner: Refiner, renders: UInt8[Tensor, "views height width 3"], device: torch.device
+    refiner: Refiner,
+    renders: UInt8[Tensor, "views height width 3"],
+    device: torch.device,
+    tile: int = DEFAULT_TILE,
 ) -> UInt8[Tensor, "views height width 3"]:
-    """Refined images, one view at a time."""
+    """Refined images, one view and one tile of `tile` pixels per side at a time."""
     refined = []
     for render in renders:
         sr = render.to(device).movedim(-1, 0)[None].float() / 255
-        refined.append(to_8bit(refiner.refine(sr))[0].movedim(0, -1).cpu())
+        refined.append(to_8bit(refiner.refine(sr, tile=tile))[0].movedim(0, -1).cpu())
     return torch.stack(refined)
 
 

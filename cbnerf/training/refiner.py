@@ -5,8 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cbnerf.codebook.imitation import code_agreement
-from cbnerf.codebook.quantizer import perplexity
+from cbnerf.codebook.health import CodebookHealth
 from cbnerf.codebook.refiner import Refiner, build_refiner, refiner_losses
 from cbnerf.config import Config
 from cbnerf.data.patches import PatchSampler
@@ -31,8 +30,9 @@ def train_refiner(
 ) -> Refiner:
     """Train on the training views' photographs and renders; score refined validation views.
 
-    Reports the losses as `train/...`, codebook health as `codebook/...`, `val/psnr` (dB),
-    `val/ssim`, and `val/gain` (dB), the change of PSNR against the stage-1 render.
+    Reports the losses as `train/...`, codebook health since the last report as `codebook/...` (of
+    rank 0's patches), `val/psnr` (dB), `val/ssim`, and `val/gain` (dB), the change of PSNR against
+    the stage-1 render.
     """
     split = split_views(scene.num_views, config.data)
     if num_processes() > 1 and config.refiner.optim.batch_size // num_processes() % 2:
@@ -44,6 +44,7 @@ def train_refiner(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         refiner = build_refiner(config).to(device)
+    health = CodebookHealth(refiner.autoencoder.quantizer.num_codes, device)
     patches = PatchSampler(
         renders.rgb[split.train], scene.images[split.train], config.refiner.patch_size, device
     )
@@ -51,6 +52,7 @@ def train_refiner(
     def losses(wrapped: nn.Module, batch_size: int, noise: Noise) -> Losses:
         batch = patches.draw(batch_size, noise)
         refinement = wrapped(batch.sr, batch.high_res)
+        health.add(refinement.high_res_indices, refinement.sr_indices)
         terms = refiner_losses(refinement, batch.high_res, config.loss)
         parts = {
             "train/loss": terms.total,
@@ -58,21 +60,19 @@ def train_refiner(
             "train/recon": terms.recon,
             "train/vq": terms.vq,
             "train/imitation": terms.imitation,
-            "codebook/perplexity": perplexity(refinement.high_res_indices, config.codebook.size),
-            "codebook/agreement": code_agreement(
-                refinement.sr_indices, refinement.high_res_indices
-            ),
         }
         return Losses(terms.total, parts)
 
     before = mean_scores(renders.rgb[split.val], scene.images[split.val], "val")
 
     def evaluate() -> dict[str, float]:
+        use = health.metrics()
+        health.clear()
         if not split.val:
-            return {}
+            return use
         refined = refine_views(refiner, renders.rgb[split.val], device)
         scores = mean_scores(refined, scene.images[split.val], "val")
-        return scores | {"val/gain": scores["val/psnr"] - before["val/psnr"]}
+        return use | scores | {"val/gain": scores["val/psnr"] - before["val/psnr"]}
 
     task = Task(
         stage="refiner",

@@ -125,6 +125,33 @@ def test_whole_image_equals_its_crop_away_from_borders(method: str):
     assert whole[inside].std() > 0
 
 
+@pytest.mark.parametrize("tile", [16, 23, 60, 100])
+@pytest.mark.parametrize("method", ["cb-nerf", "cb-nerf-paper"])
+def test_tiles_give_the_whole_image_up_to_its_borders(method: str, tile: int):
+    refiner = wake(make_refiner(method, refiner__blocks=2))
+    image = 0.25 + 0.5 * torch.rand(1, 3, 125, 94, generator=torch.Generator().manual_seed(2))
+    whole, tiled = refiner.refine(image), refiner.refine(image, tile=tile)
+    torch.testing.assert_close(tiled, whole, atol=1e-4, rtol=0)
+    assert whole.std() > 0.01
+
+
+@pytest.mark.parametrize("method", ["cb-nerf", "cb-nerf-paper"])
+def test_a_pixel_reaches_as_far_as_the_halo_says(method: str):
+    refiner = wake(make_refiner(method, refiner__blocks=2))
+    image = 0.25 + 0.5 * torch.rand(1, 3, 8, 200, generator=torch.Generator().manual_seed(2))
+    changed = image.clone()
+    changed[..., 100:] = 1 - changed[..., 100:]
+    difference = (refiner.refine(changed) - refiner.refine(image)).abs().amax((0, 1, 2))
+    first = int((difference > 1e-7).nonzero()[0])
+    # All of the halo is needed, except for what numbers are too small to show.
+    assert 100 - refiner.halo <= first <= 100 - refiner.halo // 2
+
+
+def test_a_tile_must_hold_a_code():
+    with pytest.raises(ValueError, match="tile = 3 must be at least 4"):
+        make_refiner().refine(torch.rand(1, 3, 8, 8), tile=3)
+
+
 @pytest.mark.parametrize("height, width", [(1, 1), (5, 7), (16, 9)])
 def test_images_of_any_size_stay_in_range(height: int, width: int):
     refiner = make_refiner("cb-nerf-paper")

@@ -16,8 +16,8 @@ FAST = {
     "codebook.dim": 8, "data.width": 64,
 }  # fmt: skip
 METRICS = {"train/loss", "train/refine", "train/recon", "train/vq", "train/imitation",
-           "codebook/perplexity", "codebook/agreement", "val/psnr", "val/ssim",
-           "val/gain"}  # fmt: skip
+           "codebook/perplexity", "codebook/used", "codebook/agreement", "val/psnr",
+           "val/ssim", "val/gain"}  # fmt: skip
 KINDS = {"residual": "cb-nerf", "paper": "cb-nerf-paper"}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -100,3 +100,10 @@ def test_training_never_sees_held_out_photographs(tiny_scene: Scene, tiny_render
 def test_without_validation_views_nothing_is_scored(train, keep):
     train(make_config("residual", **{"data.validation": False}))
     assert set(keep.metrics[6]) == {name for name in METRICS if not name.startswith("val/")}
+
+
+def test_codebook_health_covers_the_whole_interval(train, keep):
+    # One patch of 16 pixels has 16 codes: no single step can use more.
+    train(make_config("residual", **{"refiner.optim.batch_size": 1}))
+    for metrics in keep.metrics.values():
+        assert 16 < metrics["codebook/perplexity"] <= 32 * metrics["codebook/used"]

@@ -1,0 +1,98 @@
+"""Where the content of one view stands in another, and how steady a video is by that measure.
+
+Depth is the NDC distance t of `rendering.py`: the content lies on the world plane z = -1 / (1 - t),
+whichever camera sees it.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from cbnerf.nerf.rays import Cameras, make_world_rays
+
+# Largest difference of t between two views of one thing: a fiftieth of the parallax of the near
+# plane, which is more than what the depth of a field trembles and less than most edges.
+_SAME_DEPTH = 0.02
+# Content at infinity is moved to 10^4 near-plane distances.
+_FARTHEST = 1 - 1e-4
+
+
+class WarpingError(NamedTuple):
+    error: float
+    """Mean absolute difference of colours in [0, 1]; nan if no pixel is seen twice."""
+    seen: float
+    """Share of the pixels that the next frame sees, too."""
+
+
+def follow_pixels(
+    cameras: Cameras, depth: Float[Tensor, "height width"], view: int, other: int
+) -> Float[Tensor, "height width 2"]:
+    """Image points (u, v) in view `other` of what the pixels of `view` show; nan behind it."""
+    height, width = depth.shape
+    device = depth.device
+    v, u = torch.meshgrid(
+        torch.arange(height, device=device) + 0.5, torch.arange(width, device=device) + 0.5,
+        indexing="ij",
+    )  # fmt: skip
+    rays = make_world_rays(cameras, torch.full_like(u, view, dtype=torch.int64), u, v)
+    z = -1 / (1 - depth.clamp(max=_FARTHEST))
+    along = (z - rays.origins[..., 2]) / rays.directions[..., 2]
+    points = rays.origins + along[..., None] * rays.directions
+    pose = cameras.camera_to_world[other]
+    x, y, backward = ((points - pose[:, 3]) @ pose[:, :3]).unbind(-1)
+    distance = torch.where(backward < 0, -backward, torch.nan)
+    return torch.stack(
+        [
+            cameras.center[0] + cameras.focal * x / distance,
+            cameras.center[1] - cameras.focal * y / distance,
+        ],
+        dim=-1,
+    )
+
+
+def sample(
+    image: Float[Tensor, "height width channels"], points: Float[Tensor, "*points 2"]
+) -> Float[Tensor, "*points channels"]:
+    """Bilinear interpolation at image points (u, v); pixel centres are at + 0.5."""
+    height, width, channels = image.shape
+    grid = 2 * points / points.new_tensor([width, height]) - 1
+    flat = grid.reshape(1, 1, -1, 2)
+    stack = image.movedim(-1, 0)[None]
+    sampled = F.grid_sample(stack, flat, padding_mode="border", align_corners=False)
+    return sampled.view(channels, -1).T.reshape(*points.shape[:-1], channels)
+
+
+def find_visible(
+    points: Float[Tensor, "height width 2"],
+    depth: Float[Tensor, "height width"],
+    other_depth: Float[Tensor, "height width"],
+) -> Bool[Tensor, "height width"]:
+    """Pixels whose content is in the other image, and not hidden there by something else."""
+    height, width = other_depth.shape
+    u, v = points.unbind(-1)
+    inside = (u >= 0.5) & (u <= width - 0.5) & (v >= 0.5) & (v <= height - 0.5)
+    found = sample(other_depth[..., None], points.nan_to_num())[..., 0]
+    return inside & ((found - depth).abs() < _SAME_DEPTH)
+
+
+def warping_error(
+    frames: Float[Tensor, "frames height width 3"],
+    depth: Float[Tensor, "frames height width"],
+    cameras: Cameras,
+) -> WarpingError:
+    """How much the colour of things changes from a frame to the next, where both show them.
+
+    (Lai et al., 2018: warping error, with the field's depth and the cameras instead of flow.)
+    """
+    total, seen = 0.0, 0
+    for now in range(len(frames) - 1):
+        points = follow_pixels(cameras, depth[now], now, now + 1)
+        visible = find_visible(points, depth[now], depth[now + 1])
+        later = sample(frames[now + 1], points[visible])
+        total += (later - frames[now][visible]).abs().mean(-1).sum().item()
+        seen += int(visible.sum())
+    compared = depth[:-1].numel()
+    return WarpingError(total / seen if seen else float("nan"), seen / max(compared, 1))

@@ -1,0 +1,61 @@
+"""What the codebook of a trained refiner holds, and how whole views use it."""
+
+from pathlib import Path
+
+import imageio.v3 as iio
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from cbnerf.codebook.autoencoder import STRIDE
+from cbnerf.codebook.health import CodebookHealth
+from cbnerf.codebook.pictures import color_codes, draw_agreement, draw_codes, draw_map, draw_usage
+from cbnerf.codebook.refiner import Refinement, Refiner
+from cbnerf.training.evaluation import image_strip
+
+CODES_FILE, USAGE_FILE, MAP_FILE = "codes.png", "usage.png", "map.png"
+
+
+@torch.no_grad()
+def inspect_codebook(
+    refiner: Refiner,
+    renders: UInt8[Tensor, "views height width 3"],
+    photographs: UInt8[Tensor, "views height width 3"],
+    folder: Path,
+    device: torch.device,
+) -> dict[str, float]:
+    """Write `codes.png`, `usage.png` and, of the first view, `map.png`; return the codebook's
+    health over all views.
+
+    The map shows photograph | its codes | render | its codes | white where they agree.
+    """
+    autoencoder = refiner.autoencoder
+    colors = color_codes(autoencoder.quantizer.codes())
+    health = CodebookHealth(len(colors), device)
+    strip: list[Tensor] = []
+    for render, photograph in zip(renders, photographs, strict=True):
+        render, photograph = _crop(render), _crop(photograph)
+        found = _find_codes(refiner, render.to(device), photograph.to(device))
+        health.add(found.high_res_indices, found.sr_indices)
+        if not strip:
+            high_res, sr = found.high_res_indices[0], found.sr_indices[0]
+            strip = [
+                photograph, draw_map(high_res, colors), render, draw_map(sr, colors),
+                draw_agreement(high_res, sr),
+            ]  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    order = health.high_res_counts.argsort(descending=True, stable=True)
+    iio.imwrite(folder / CODES_FILE, draw_codes(autoencoder, order).numpy())
+    iio.imwrite(folder / USAGE_FILE, draw_usage(health.high_res_counts, health.sr_counts).numpy())
+    iio.imwrite(folder / MAP_FILE, image_strip(strip).numpy())
+    return health.metrics()
+
+
+def _crop(image: Tensor) -> Tensor:
+    height, width, _ = image.shape
+    return image[: height // STRIDE * STRIDE, : width // STRIDE * STRIDE]
+
+
+def _find_codes(refiner: Refiner, render: Tensor, photograph: Tensor) -> Refinement:
+    sr, high_res = (x.movedim(-1, 0)[None].float() / 255 for x in (render, photograph))
+    return refiner.eval()(sr, high_res)

@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from cbnerf.codebook.health import CodebookHealth, count_codes, perplexity, used_share
+
+
+def test_perplexity_and_used_share_in_closed_form():
+    counts = count_codes(torch.tensor([[0, 1], [2, 3]]), 8)
+    assert counts.tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert perplexity(counts).item() == pytest.approx(4.0)
+    assert used_share(counts).item() == 0.5
+    # Shares 3/4 and 1/4: exp(H) = 4 / 3^(3/4).
+    assert perplexity(torch.tensor([0, 3, 1])).item() == pytest.approx(4 / 3**0.75)
+
+
+def test_agreement_counts_places():
+    health = CodebookHealth(5, torch.device("cpu"))
+    health.add(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[1, 2], [4, 4]]))
+    assert health.metrics()["codebook/agreement"] == 0.75
+    assert health.sr_counts.tolist() == [0, 1, 1, 0, 2]
+
+
+def test_batches_add_up_to_one_large_batch_until_cleared():
+    high_res, sr = torch.randint(20, (2, 6, 50), generator=torch.Generator().manual_seed(0))
+    together, apart = (CodebookHealth(20, torch.device("cpu")) for _ in range(2))
+    together.add(high_res, sr)
+    for batch in range(6):
+        apart.add(high_res[batch], sr[batch])
+    assert apart.metrics() == together.metrics()
+    apart.clear()
+    apart.add(high_res[0], sr[0])
+    together = CodebookHealth(20, torch.device("cpu"))
+    together.add(high_res[0], sr[0])
+    assert apart.metrics() == together.metrics()
