@@ -10,7 +10,7 @@ import cbnerf
 
 PACKAGE = Path(cbnerf.__file__).parent
 LEFT_TO_RIGHT = [
-    {"config"}, {"noise"}, {"nerf", "codebook", "metrics"}, {"data"}, {"training"}, {"search"},
+    {"config"}, {"noise", "metrics"}, {"nerf", "codebook"}, {"data"}, {"training"}, {"search"},
     {"cli"}, {"__main__"},
 ]  # fmt: skip
 PLACE = {part: place for place, parts in enumerate(LEFT_TO_RIGHT) for part in parts}
