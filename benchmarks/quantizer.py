@@ -9,6 +9,7 @@ the ratios to cbnerf's quantizer. `-` stands for a pass that did not fit into `-
 """
 
 import json
+import os
 import platform
 import resource
 import statistics
@@ -225,7 +226,7 @@ def _provenance(options: Options) -> str:
     return (
         f"`python {' '.join(sys.argv)}`: {date.today()}, commit {commit}, "
         f"torch {torch.__version__}, {device}, {options.threads} thread(s), D = {options.dim}, "
-        f"median of {options.repeats}"
+        f"median of {options.repeats}, load {os.getloadavg()[0]:.1f} at the start"
     )
 
 

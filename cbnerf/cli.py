@@ -24,7 +24,7 @@ from cbnerf.data.scene import Scene, make_scene
 from cbnerf.data.splits import split_views
 from cbnerf.nerf.path import spiral_path
 from cbnerf.training.checkpoint import Checkpoint
-from cbnerf.training.evaluation import Score, refine_views, score_views
+from cbnerf.training.evaluation import Score, mean_score, refine_views, score_views
 from cbnerf.training.field import load_field
 from cbnerf.training.inspection import inspect_codebook
 from cbnerf.training.processes import choose_device, joined_processes, process_rank
@@ -102,17 +102,16 @@ class Evaluate:
     def run(self) -> None:
         device = choose_device()
         scene, renders, test = _load_test_views(self.scene, self.field)
-        rows = {"stage 1": score_views(renders.rgb[test], scene.images[test])}
+        rows = {"stage 1": score_views(renders.rgb[test], scene.images[test], perceptual=True)}
         if self.refiner is not None:
             refiner = load_refiner(self.refiner / REFINER_FILE, device)
             refined = refine_views(refiner, renders.rgb[test], device, self.tile)
-            rows["refined"] = score_views(refined, scene.images[test])
+            rows["refined"] = score_views(refined, scene.images[test], perceptual=True)
         print(f"{scene.name}, protocol holdout, {scene.width}x{scene.height}")
         for name, scores in rows.items():
             for view, score in zip(test, scores, strict=True):
                 _print_score(f"{name:<8} view {view:3d}", score)
-            means = (sum(values) / len(scores) for values in zip(*scores, strict=True))
-            _print_score(f"{name:<8} mean    ", Score(*means))
+            _print_score(f"{name:<8} mean    ", mean_score(scores))
 
 
 @dataclass(kw_only=True)
@@ -287,7 +286,8 @@ def _size(images: torch.Tensor) -> str:
 
 
 def _print_score(label: str, score: Score) -> None:
-    print(f"  {label}  PSNR {score.psnr:6.2f} dB  SSIM {score.ssim:.4f}")
+    seen = f"  FLIP {score.flip:.4f}" if score.flip is not None else ""
+    print(f"  {label}  PSNR {score.psnr:6.2f} dB  SSIM {score.ssim:.4f}{seen}")
 
 
 def _print_report(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:

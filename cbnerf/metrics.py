@@ -1,6 +1,7 @@
 """Image quality of full views, measured on what would be saved: clamped, 8 bit, in [0, 1]."""
 
 import math
+from importlib.util import find_spec
 
 import torch
 from jaxtyping import Float, UInt8
@@ -28,3 +29,20 @@ def ssim(image: UInt8[Tensor, "height width 3"], target: UInt8[Tensor, "height w
     )  # fmt: skip
     # Windows that reach over the border count in some versions of torchmetrics and not in others.
     return similarity[..., 5:-5, 5:-5].mean().item()
+
+
+def flip(
+    image: UInt8[Tensor, "height width 3"], target: UInt8[Tensor, "height width 3"]
+) -> float | None:
+    """LDR-FLIP (Andersson et al., 2020): the difference that eyes see when both images alternate.
+
+    Mean over pixels in [0, 1], 0 for equal images, sRGB seen at 67 pixels per degree; None if the
+    extra `flip` is not installed.
+    """
+    if find_spec("flip_evaluator") is None:
+        return None
+    import flip_evaluator  # pyright: ignore[reportMissingImports]
+
+    test, reference = (x.numpy(force=True).astype("float32") / 255 for x in (image, target))
+    _, mean, _ = flip_evaluator.evaluate(reference, test, "LDR", applyMagma=False)
+    return float(mean)

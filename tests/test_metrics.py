@@ -5,7 +5,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from cbnerf.data.scene import Capture
-from cbnerf.metrics import psnr, ssim, to_8bit
+from cbnerf.metrics import flip, psnr, ssim, to_8bit
 
 
 @pytest.fixture
@@ -49,3 +49,40 @@ def test_saved_values_are_clamped_and_rounded_not_truncated_or_wrapped():
 def test_eight_bits_survive_the_way_through_unit_range():
     levels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_8bit(levels.float() / 255), levels)
+
+
+def test_without_its_package_there_is_no_flip(pair, monkeypatch):
+    monkeypatch.setattr("cbnerf.metrics.find_spec", lambda name: None)
+    assert flip(*pair) is None
+
+
+@pytest.fixture
+def needs_flip() -> None:
+    pytest.importorskip("flip_evaluator", reason="needs the extra `flip`")
+
+
+@pytest.mark.usefixtures("needs_flip")
+def test_flip_is_zero_for_equal_images_only_and_symmetric(pair):
+    image, target = pair
+    assert flip(target, target) == 0
+    found = flip(image, target)
+    assert found is not None and 0 < found < 1
+    assert flip(target, image) == pytest.approx(found, rel=1e-5)
+
+
+@pytest.mark.usefixtures("needs_flip")
+def test_flip_grows_with_noise(pair):
+    _, target = pair
+    noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(1))
+    errors = [
+        flip((target + strength * noise).clamp(0, 255).to(torch.uint8), target)
+        for strength in (1, 5, 20, 80)
+    ]
+    assert errors == sorted(errors) and len(set(errors)) == 4
+
+
+@pytest.mark.usefixtures("needs_flip")
+def test_flip_of_black_and_white_is_nearly_one():
+    black = torch.zeros(24, 24, 3, dtype=torch.uint8)
+    found = flip(black, black + 255)
+    assert found is not None and 0.9 < found <= 1

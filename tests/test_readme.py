@@ -25,7 +25,8 @@ def test_the_commands_for_one_scene_run_in_their_order(tmp_path):
     subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block_after("test")], cwd=tmp_path, check=True
     )
-    assert (tmp_path / "mosaic/video/video.mp4").stat().st_size > 0
+    for file in ("video/stage1.mp4", "video/refined.mp4", "codebook/codes.png"):
+        assert (tmp_path / "mosaic" / file).stat().st_size > 0
 
 
 @pytest.mark.search

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cbnerf.codebook.refiner import DEFAULT_TILE, Refiner
 from cbnerf.data.renders import Renders
-from cbnerf.metrics import psnr, ssim, to_8bit
+from cbnerf.metrics import flip, psnr, ssim, to_8bit
 from cbnerf.nerf.model import FieldModel, render_image
 from cbnerf.nerf.rays import Cameras
 
@@ -19,6 +19,8 @@ class Score(NamedTuple):
     psnr: float
     """In dB."""
     ssim: float
+    flip: float | None = None
+    """FLIP, lower is better; None where it is not asked for or not installed."""
 
 
 def render_views(model: FieldModel, cameras: Cameras, views: list[int], scale: int) -> Renders:
@@ -47,13 +49,26 @@ def refine_views(
 
 
 def score_views(
-    images: UInt8[Tensor, "views height width 3"], targets: UInt8[Tensor, "views height width 3"]
+    images: UInt8[Tensor, "views height width 3"],
+    targets: UInt8[Tensor, "views height width 3"],
+    *,
+    perceptual: bool = False,
 ) -> list[Score]:
-    """One score per view, on full images."""
+    """One score per view, on full images; `perceptual` adds FLIP, at twice the cost of SSIM."""
     return [
-        Score(psnr(image, target), ssim(image, target))
+        Score(psnr(image, target), ssim(image, target), flip(image, target) if perceptual else None)
         for image, target in zip(images, targets, strict=True)
     ]
+
+
+def mean_score(scores: list[Score]) -> Score:
+    """Means over views."""
+    flips = [score.flip for score in scores if score.flip is not None]
+    return Score(
+        psnr=sum(score.psnr for score in scores) / len(scores),
+        ssim=sum(score.ssim for score in scores) / len(scores),
+        flip=sum(flips) / len(flips) if flips else None,
+    )
 
 
 def mean_scores(
@@ -65,10 +80,8 @@ def mean_scores(
     scores = score_views(images, targets)
     if not scores:
         return {}
-    return {
-        f"{prefix}/psnr": sum(score.psnr for score in scores) / len(scores),
-        f"{prefix}/ssim": sum(score.ssim for score in scores) / len(scores),
-    }
+    mean = mean_score(scores)
+    return {f"{prefix}/psnr": mean.psnr, f"{prefix}/ssim": mean.ssim}
 
 
 def image_strip(

@@ -8,7 +8,14 @@ from cbnerf.data.scene import Scene
 from cbnerf.metrics import psnr, ssim, to_8bit
 from cbnerf.nerf.model import build_field, render_image
 from cbnerf.nerf.rays import Cameras
-from cbnerf.training.evaluation import image_strip, mean_scores, refine_views, render_views
+from cbnerf.training.evaluation import (
+    Score,
+    image_strip,
+    mean_score,
+    mean_scores,
+    refine_views,
+    render_views,
+)
 
 CPU = torch.device("cpu")
 
@@ -28,6 +35,12 @@ def test_mean_scores_are_means_of_views(tiny_scene: Scene, tiny_renders: Renders
         "test/ssim": sum(ssim(*pair) for pair in pairs) / 3,
     })  # fmt: skip
     assert mean_scores(images[:0], targets[:0], "test") == {}
+
+
+def test_the_mean_of_perceptual_scores_is_there_where_all_of_them_are():
+    with_flip = [Score(20.0, 0.5, 0.2), Score(30.0, 0.7, 0.4)]
+    assert mean_score(with_flip) == pytest.approx(Score(25.0, 0.6, 0.3))
+    assert mean_score([Score(20.0, 0.5), Score(30.0, 0.7)]) == Score(25.0, 0.6, None)
 
 
 def test_views_are_refined_one_by_one_and_stay_8_bit(tiny_config: Config, tiny_renders: Renders):
