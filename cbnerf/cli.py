@@ -16,9 +16,17 @@ import imageio.v3 as iio
 import torch
 import tyro
 
-from cbnerf.config import DEFAULT_METHOD, DEFAULT_RESOLUTION, Config, KnobError, preset
+from cbnerf.config import (
+    DEFAULT_METHOD,
+    DEFAULT_RESOLUTION,
+    Config,
+    KnobError,
+    load_config,
+    preset,
+)
 from cbnerf.data.llff import read_capture, write_capture
 from cbnerf.data.procedural import BUILT_IN_SCENES, make_capture
+from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene, make_scene
 from cbnerf.data.splits import split_views
@@ -28,7 +36,14 @@ from cbnerf.training.evaluation import Score, refine_views, render_views, score_
 from cbnerf.training.field import load_field
 from cbnerf.training.processes import choose_device, joined_processes, process_rank
 from cbnerf.training.refiner import load_refiner
-from cbnerf.training.stages import FIELD_FILE, REFINER_FILE, RENDERS_FILE, run_field, run_refiner
+from cbnerf.training.stages import (
+    CONFIG_FILE,
+    FIELD_FILE,
+    REFINER_FILE,
+    RENDERS_FILE,
+    run_field,
+    run_refiner,
+)
 
 # Its knobs are flags of their own: --codebook.size, not --config.codebook.size.
 Knobs = Annotated[Config, tyro.conf.arg(name="")]
@@ -102,10 +117,17 @@ class Evaluate:
         renders = load_renders(self.field / RENDERS_FILE)
         _check_same_size(scene, renders, self.field)
         test = split_views(scene.num_views, config.data).test
+        if not test:
+            raise ValueError(
+                f"{self.field}: trained on all views, none is left to score; such scores are "
+                "those of `cbnerf compare --protocol table1`"
+            )
         rows = {"stage 1": score_views(renders.rgb[test], scene.images[test])}
         if self.refiner is not None:
             refiner = load_refiner(self.refiner / REFINER_FILE, device)
-            refined = refine_views(refiner, renders.rgb[test], device)
+            config = load_config(self.refiner / CONFIG_FILE)
+            references = find_references(config, scene, renders, test)
+            refined = refine_views(refiner, renders.rgb[test], device, references)
             rows["refined"] = score_views(refined, scene.images[test])
         print(f"{scene.name}, protocol holdout, {scene.width}x{scene.height}")
         for name, scores in rows.items():

@@ -22,6 +22,8 @@ from cbnerf.codebook.autoencoder import (
     ResidualBlock,
     VQAutoencoder,
 )
+from cbnerf.codebook.linear import LinearRefiner
+from cbnerf.codebook.reference import ReferenceRefiner
 from cbnerf.config import Config, LossConfig
 
 
@@ -62,6 +64,13 @@ def refiner_losses(
 def _to_signed(images: Tensor) -> Tensor:
     # Channels last makes all convolutions behind it faster, on a CPU by a fifth.
     return (images * 2 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def _pad(images: Tensor) -> Tensor:
+    """Signed, with sides that the codes divide."""
+    height, width = images.shape[-2:]
+    margin = (0, -width % STRIDE, 0, -height % STRIDE)
+    return _to_signed(F.pad(images, margin, mode="replicate"))
 
 
 def _to_unit(images: Tensor) -> Tensor:
@@ -107,11 +116,22 @@ class Refiner(nn.Module, ABC):
     ) -> Float[Tensor, "batch 3 height width"]:
         """Refine whole images of any size, seeing nothing else."""
         height, width = sr.shape[-2:]
-        margin = (0, -width % STRIDE, 0, -height % STRIDE)
-        padded = _to_signed(F.pad(sr, margin, mode="replicate"))
+        padded = _pad(sr)
         skips = self.autoencoder.look_up(self._select_coded(padded))
         refined = _to_unit(self._sharpen(padded, skips))
         return refined[..., :height, :width].clamp(0, 1)
+
+    @torch.no_grad()
+    def reconstruct(
+        self, high_res: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Photographs as their codes tell them: the ceiling of what a codebook can give."""
+        height, width = high_res.shape[-2:]
+        padded = _pad(high_res)
+        coded = self._select_coded(padded)
+        codes = self.autoencoder.quantizer(self.autoencoder.encode(coded), learn=False)
+        told = _to_unit(padded - coded + self.autoencoder.decode(codes.latents).image)
+        return told[..., :height, :width].clamp(0, 1)
 
 
 class PaperRefiner(Refiner):
@@ -180,6 +200,19 @@ class ResidualRefiner(Refiner):
         return sr + self.tail(features)
 
 
-def build_refiner(config: Config) -> PaperRefiner | ResidualRefiner:
-    """The refiner that `refiner.kind` names."""
-    return PaperRefiner(config) if config.refiner.kind == "paper" else ResidualRefiner(config)
+AnyRefiner = PaperRefiner | ResidualRefiner | ReferenceRefiner | LinearRefiner
+
+
+def build_refiner(config: Config) -> AnyRefiner:
+    """The untrained refiner that `refiner.kind` names."""
+    match config.refiner.kind:
+        case "paper":
+            return PaperRefiner(config)
+        case "residual":
+            return ResidualRefiner(config)
+        case "reference":
+            return ReferenceRefiner(config)
+        case "linear":
+            return LinearRefiner()
+        case "none":
+            raise ValueError("refiner.kind = none: this method ends with stage 1")

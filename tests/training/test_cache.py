@@ -9,10 +9,8 @@ import torch
 from cbnerf.config import flatten, preset, with_overrides
 from cbnerf.data.procedural import make_capture
 from cbnerf.data.scene import Scene, make_scene
-from cbnerf.search import cache
-from cbnerf.search.cache import field_folder, field_key
-
-pytestmark = pytest.mark.search
+from cbnerf.training import cache
+from cbnerf.training.cache import field_folder, field_key
 
 CONFIG = preset("cb-nerf", "tiny")
 
