@@ -1,9 +1,10 @@
-"""The command line of the core: `cbnerf train-field`, `train-refiner`, `evaluate`, `render`,
-`make-scenes`. Works without ray, optuna and mlflow.
+"""The command line of the core: `cbnerf train-field`, `train-refiner`, `evaluate`, `compare`,
+`render`, `make-scenes`. Works without ray, optuna and mlflow.
 """
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import json
 import sys
@@ -16,6 +17,9 @@ import imageio.v3 as iio
 import torch
 import tyro
 
+from cbnerf.compare.command import Request, report_folder, settle
+from cbnerf.compare.report import write_report
+from cbnerf.compare.run import run_comparison
 from cbnerf.config import (
     DEFAULT_METHOD,
     DEFAULT_RESOLUTION,
@@ -138,6 +142,28 @@ class Evaluate:
 
 
 @dataclass(kw_only=True)
+class Compare(Request):
+    """Train what is missing of several methods, score all by one protocol, write a report."""
+
+    mlflow: bool = False
+    """Log the report to MLflow, too (needs cbnerf[search])."""
+
+    def run(self) -> None:
+        if self.mlflow and importlib.util.find_spec("mlflow") is None:
+            raise ValueError("--mlflow: MLflow is not installed; pip install 'cbnerf[search]'")
+        comparison = settle(self)
+        folder = report_folder(self, comparison)
+        device = choose_device()
+        results = run_comparison(comparison, device, lambda line: print(line, flush=True))
+        print(write_report(comparison, results, folder, device))
+        print(f"\nreport     {folder / 'report.html'}")
+        if self.mlflow:
+            from cbnerf.search.comparison import log_comparison
+
+            print(f"MLflow     run {log_comparison(folder, comparison.storage)}")
+
+
+@dataclass(kw_only=True)
 class Render:
     """Render a spiral of novel views as a video and PNG files."""
 
@@ -221,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parse(
     arguments: Sequence[str],
-) -> TrainField | TrainRefiner | Evaluate | Render | MakeScenes:
+) -> TrainField | TrainRefiner | Evaluate | Compare | Render | MakeScenes:
     """The command; `--preset` and `--resolution` choose what its other flags start from."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default=DEFAULT_METHOD)
@@ -237,6 +263,7 @@ def _parse(
         Annotated[TrainField, tyro.conf.subcommand("train-field", default=field)]
         | Annotated[TrainRefiner, tyro.conf.subcommand("train-refiner", default=refiner)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Render, tyro.conf.subcommand("render")]
         | Annotated[MakeScenes, tyro.conf.subcommand("make-scenes")]
     )

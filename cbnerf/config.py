@@ -271,15 +271,15 @@ _HEALTHY_CODEBOOK = CodebookConfig(
 )
 
 METHODS: dict[str, Config] = {
-    "cb-nerf": Config(codebook=_HEALTHY_CODEBOOK),
-    "residual-cnn": Config(refiner=RefinerConfig(codes=False), codebook=_HEALTHY_CODEBOOK),
-    "cb-nerf-paper": Config(
-        field=_MLP_FIELD, codebook=CodebookConfig(imitation="vq"), refiner=_PAPER_REFINER
-    ),
-    "nerf-sr": Config(field=_MLP_FIELD, refiner=_REFERENCE_REFINER),
     "nerf": Config(
         field=replace(_MLP_FIELD, super_sampling=False), refiner=RefinerConfig(kind="none")
     ),
+    "nerf-sr": Config(field=_MLP_FIELD, refiner=_REFERENCE_REFINER),
+    "cb-nerf-paper": Config(
+        field=_MLP_FIELD, codebook=CodebookConfig(imitation="vq"), refiner=_PAPER_REFINER
+    ),
+    "cb-nerf": Config(codebook=_HEALTHY_CODEBOOK),
+    "residual-cnn": Config(refiner=RefinerConfig(codes=False), codebook=_HEALTHY_CODEBOOK),
     "linear": Config(refiner=RefinerConfig(kind="linear")),
 }
 """Complete configurations by the name of their method (DESIGN.md, section 4)."""
