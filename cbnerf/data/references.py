@@ -102,8 +102,8 @@ def reference_view(scene: Scene, data: DataConfig) -> int:
 def find_references(
     config: Config, scene: Scene, renders: Renders, views: list[int]
 ) -> UInt8[Tensor, "views references height width 3"] | None:
-    """References of some views for a refiner that wants them; None for all others."""
-    if config.refiner.kind != "reference":
+    """References of some views for a refiner that wants them, else None."""
+    if config.refiner.kind != "reference" or not views:
         return None
     cameras = Cameras(scene.camera_to_world, scene.focal, scene.center, (scene.height, scene.width))
     source = reference_view(scene, config.data)
