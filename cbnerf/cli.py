@@ -236,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line; bad input ends in one line and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        _parse(arguments).run()
+        parse_command(arguments).run()
     except KeyboardInterrupt:
         print("cbnerf: interrupted; the same command goes on from its checkpoint", file=sys.stderr)
         sys.exit(130)
@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
-def _parse(
+def parse_command(
     arguments: Sequence[str],
 ) -> TrainField | TrainRefiner | Evaluate | Compare | Render | MakeScenes:
     """The command; `--preset` and `--resolution` choose what its other flags start from."""
