@@ -21,9 +21,12 @@ def load_lpips(device: torch.device) -> tuple[Distance | None, str]:
     file = os.path.join(torch.hub.get_dir(), "checkpoints", WEIGHTS_FILE)
     if not os.path.exists(file):
         return None, f"LPIPS is not reported: its network's weights are not at hand as {file}"
-    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+    try:
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-    network = LearnedPerceptualImagePatchSimilarity("vgg", normalize=True).to(device).eval()
+        network = LearnedPerceptualImagePatchSimilarity("vgg", normalize=True).to(device).eval()
+    except (ImportError, RuntimeError) as error:  # a torchvision that is not for this torch
+        return None, f"LPIPS is not reported: torchvision does not work here ({error})"
 
     @torch.no_grad()
     def distance(image: Tensor, target: Tensor) -> float:

@@ -7,7 +7,7 @@ the search).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from cbnerf.data.library import read_scene
 from cbnerf.data.references import reference_view
 from cbnerf.data.renders import load_renders
 from cbnerf.data.scene import Scene
-from cbnerf.training.cache import field_folder, refiner_folder
+from cbnerf.training.cache import field_key, folder_of_field, refiner_folder
 from cbnerf.training.evaluation import score_views
 from cbnerf.training.field import load_field
 from cbnerf.training.refiner import load_refiner
@@ -63,18 +63,27 @@ class Comparison:
     def scene(self, name: str) -> Scene:
         return _read_scene(name, self.data, self.storage, self.split)
 
-    def others(self, name: str) -> list[Scene]:
+    def others(self, name: str) -> list[str]:
         """The scenes that a refiner of this one is trained on, if not on itself."""
         if self.protocol != "unseen-scene":
             return []
-        return [self.scene(other) for other in self.scenes if other != name]
+        return [other for other in self.scenes if other != name]
+
+    @cached_property
+    def _field_keys(self) -> dict[tuple[str, str], str]:
+        """By method and scene; photographs are hashed, which takes a while."""
+        return {
+            (method, name): field_key(config, self.scene(name))
+            for method, config in self.methods.items()
+            for name in self.scenes
+        }
 
     def folders(self, method: str, name: str) -> tuple[Path, Path]:
         """Where the field and the refiner of a method stand for a scene."""
-        config, scene = self.methods[method], self.scene(name)
+        fields = [self._field_keys[method, used] for used in (name, *self.others(name))]
         return (
-            field_folder(self.storage, config, scene),
-            refiner_folder(self.storage, config, scene, self.others(name)),
+            folder_of_field(self.storage, name, fields[0]),
+            refiner_folder(self.storage, self.methods[method], name, fields),
         )
 
 
@@ -123,6 +132,7 @@ def run_comparison(
     comparison: Comparison, device: torch.device, say: Callable[[str], None]
 ) -> Results:
     """Train, score; `say` gets a line for each thing done."""
+    lpips, about_lpips = load_lpips(device)
     for method in comparison.methods:
         for name in comparison.scenes:
             _train_field(comparison, method, name, device, say)
@@ -130,7 +140,6 @@ def run_comparison(
         if row.part == "refined":
             for name in comparison.scenes:
                 _train_refiner(comparison, row.method, name, device, say)
-    lpips, about_lpips = load_lpips(device)
     results = Results({row.name: {} for row in comparison.rows}, {}, about_lpips)
     for name in comparison.scenes:
         scene = comparison.scene(name)
@@ -171,8 +180,8 @@ def _train_refiner(
     renders = load_renders(field / RENDERS_FILE)
     others = []
     for other in comparison.others(name):
-        other_field, _ = comparison.folders(method, other.name)
-        others.append((other, load_renders(other_field / RENDERS_FILE)))
+        other_field, _ = comparison.folders(method, other)
+        others.append((comparison.scene(other), load_renders(other_field / RENDERS_FILE)))
     report = ignore
     if comparison.protocol == "table1":
         report = History(config, scene, renders, folder, device)

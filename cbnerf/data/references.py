@@ -150,15 +150,8 @@ def move_tiles(
     anchors = ((0.5 + steps) % 1 * tile).long()
     tops = (rows // tile * tile + anchors[:, :1]).clamp(max=height - 1)
     lefts = (columns // tile * tile + anchors[:, 1:]).clamp(max=width - 1)
-    place = places[tops[:, :, None], lefts[:, None, :]]
-    down = _move(place[..., 1], tops[:, :, None], rows[:, None], tile, height)
-    right = _move(place[..., 0], lefts[:, None, :], columns, tile, width)
-    return photograph[rows[:, None] + down, columns + right]
-
-
-def _move(place: Tensor, anchor: Tensor, pixels: Tensor, tile: int, length: int) -> Tensor:
-    """Whole pixels from an anchor to its place, less where the tile would leave the photograph."""
-    start = pixels // tile * tile
-    end = (start + tile).clamp(max=length)
-    moved = (place - 0.5).round().long() - anchor
-    return torch.maximum(torch.minimum(moved, length - end), -start)
+    place = (places[tops[:, :, None], lefts[:, None, :]] - 0.5).round().long()
+    # What stands outside the photograph is replaced by its edge.
+    moved_rows = (rows[:, None] + place[..., 1] - tops[:, :, None]).clamp(0, height - 1)
+    moved_columns = (columns + place[..., 0] - lefts[:, None, :]).clamp(0, width - 1)
+    return photograph[moved_rows, moved_columns]

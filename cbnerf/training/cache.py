@@ -35,7 +35,12 @@ _STAGE_KNOBS = ("data.", "field.", "seed")
 
 def field_folder(storage: Path, config: Config, scene: Scene) -> Path:
     """The cache entry of a scene's field, finished or not."""
-    return storage / "cache" / f"field-{scene.name}-{field_key(config, scene)}"
+    return folder_of_field(storage, scene.name, field_key(config, scene))
+
+
+def folder_of_field(storage: Path, name: str, key: str) -> Path:
+    """The same by the name of the scene and the key."""
+    return storage / "cache" / f"field-{name}-{key}"
 
 
 def field_key(config: Config, scene: Scene) -> str:
@@ -50,14 +55,12 @@ def field_key(config: Config, scene: Scene) -> str:
     return digest.hexdigest()[:16]
 
 
-def refiner_folder(
-    storage: Path, config: Config, scene: Scene, others: Sequence[Scene] = ()
-) -> Path:
-    """The cache entry of a refiner of a scene, trained on it or on `others` instead."""
-    fields = [field_key(config, trained_on) for trained_on in (scene, *others)]
+def refiner_folder(storage: Path, config: Config, name: str, fields: Sequence[str]) -> Path:
+    """The cache entry of a refiner of the scene `name`; `fields` are the keys of what it is made
+    of: of the scene itself, then of the others that it is trained on instead, if any."""
     content = json.dumps([fields, flatten(config), _stage_code(_REFINER_CODE)], sort_keys=True)
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
-    return storage / "cache" / f"refiner-{scene.name}-{key}"
+    return storage / "cache" / f"refiner-{name}-{key}"
 
 
 @cache

@@ -64,15 +64,14 @@ def places_of(photograph: torch.Tensor, down: int, right: int) -> torch.Tensor:
     return torch.stack([columns + 0.5 + right, rows + 0.5 + down], dim=-1)
 
 
-def test_tiles_move_with_their_content_and_stay_inside():
+def test_tiles_move_with_their_content_to_the_edge_of_the_photograph():
     photograph = numbered()
     moved = move_tiles(photograph, places_of(photograph, 2, -3), tile=8, count=4)
     assert moved.shape == (4, 20, 28, 3)
-    rows, columns = moved[..., 0].long(), moved[..., 1].long()
-    # The last row of tiles cannot go down, the first column cannot go left.
-    own_rows, own_columns = photograph[..., 0].long(), photograph[..., 1].long()
-    assert torch.equal(rows, (own_rows + 2 * (own_rows < 16)).expand(4, -1, -1))
-    assert torch.equal(columns, (own_columns - 3 * (own_columns >= 8)).expand(4, -1, -1))
+    expected_rows = (photograph[..., 0].long() + 2).clamp(max=19)
+    expected_columns = (photograph[..., 1].long() - 3).clamp(min=0)
+    assert torch.equal(moved[..., 0].long(), expected_rows.expand(4, -1, -1))
+    assert torch.equal(moved[..., 1].long(), expected_columns.expand(4, -1, -1))
 
 
 def test_each_reference_follows_the_content_at_another_anchor():
