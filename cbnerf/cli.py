@@ -17,6 +17,7 @@ import imageio.v3 as iio
 import torch
 import tyro
 
+from cbnerf.codebook.reference import ReferenceRefiner
 from cbnerf.compare.command import Request, report_folder, settle
 from cbnerf.compare.report import write_report
 from cbnerf.compare.run import run_comparison
@@ -185,6 +186,11 @@ class Render:
         model, cameras, config = load_field(self.field / FIELD_FILE, device)
         path = spiral_path(cameras, self.frames)
         refiner = load_refiner(self.refiner / REFINER_FILE, device) if self.refiner else None
+        if isinstance(refiner, ReferenceRefiner):
+            raise ValueError(
+                f"{self.refiner}: nerf-sr looks into a high-res photograph of the scene, and "
+                "`render` has none; leave --refiner out"
+            )
         self.output.mkdir(parents=True, exist_ok=True)
         frames = []
         for number in range(self.frames):

@@ -19,6 +19,7 @@ from cbnerf.compare.score_tables import (
     cost_table,
     list_metrics,
     published_numbers,
+    row_table,
     scene_means,
     score_tables,
     view_tables,
@@ -46,7 +47,9 @@ def write_report(
 ) -> str:
     """Write `REPORT_FILES` into a folder; returns the main tables as Markdown."""
     main = score_tables(comparison, results)
-    details = [cost_table(comparison, results), *view_tables(comparison, results)]
+    details = [
+        row_table(comparison), cost_table(comparison, results), *view_tables(comparison, results)
+    ]  # fmt: skip
     crops, errors = draw_figures(comparison, results)
     title, notes = _title(comparison), _notes(comparison, results, device)
     heading = "\n".join([f"# {title}", "", *(f"- {note}" for note in notes)])

@@ -47,6 +47,12 @@ def _published_row(system: str, numbers: dict[str, float], scenes: Sequence[str]
     return [Cell(f"{system}, the paper's Table 1"), *map(Cell, [*shown, mean])]
 
 
+def row_table(comparison: Comparison) -> Table:
+    """What the images of each row are."""
+    rows = [[Cell(row.name), Cell(row.about)] for row in comparison.rows]
+    return Table("What is scored in each row", ["system", "images"], rows)
+
+
 def cost_table(comparison: Comparison, results: Results) -> Table:
     """Size and training time of both stages of each row."""
     rows = []

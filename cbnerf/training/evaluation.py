@@ -48,7 +48,7 @@ def refine_views(
         elif references is not None:
             image = refiner.refine(sr, to_unit(references[view], device)[None])
         else:
-            raise ValueError("this refiner (nerf-sr) needs high-res photographs, here are none")
+            raise ValueError("this refiner (nerf-sr) needs references, see find_references")
         refined.append(to_8bit(image)[0].movedim(0, -1).cpu())
     return torch.stack(refined) if refined else renders
 
