@@ -1,9 +1,10 @@
 """The command line of the core: `cbnerf train-field`, `train-refiner`, `evaluate`, `inspect`,
-`render`, `make-scenes`. Works without ray, optuna and mlflow.
+`compare`, `render`, `make-scenes`. Works without ray, optuna and mlflow.
 """
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import json
 import sys
@@ -15,10 +16,22 @@ from typing import Annotated
 import torch
 import tyro
 
-from cbnerf.codebook.refiner import DEFAULT_TILE
-from cbnerf.config import DEFAULT_METHOD, DEFAULT_RESOLUTION, Config, KnobError, preset
+from cbnerf.codebook.reference import ReferenceRefiner
+from cbnerf.codebook.refiner import DEFAULT_TILE, Refiner
+from cbnerf.compare.command import Request, report_folder, settle
+from cbnerf.compare.report import write_report
+from cbnerf.compare.run import run_comparison
+from cbnerf.config import (
+    DEFAULT_METHOD,
+    DEFAULT_RESOLUTION,
+    Config,
+    KnobError,
+    load_config,
+    preset,
+)
 from cbnerf.data.llff import read_capture, write_capture
 from cbnerf.data.procedural import BUILT_IN_SCENES, make_capture
+from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene, make_scene
 from cbnerf.data.splits import split_views
@@ -29,7 +42,14 @@ from cbnerf.training.field import load_field
 from cbnerf.training.inspection import inspect_codebook
 from cbnerf.training.processes import choose_device, joined_processes, process_rank
 from cbnerf.training.refiner import load_refiner
-from cbnerf.training.stages import FIELD_FILE, REFINER_FILE, RENDERS_FILE, run_field, run_refiner
+from cbnerf.training.stages import (
+    CONFIG_FILE,
+    FIELD_FILE,
+    REFINER_FILE,
+    RENDERS_FILE,
+    run_field,
+    run_refiner,
+)
 from cbnerf.training.video import write_videos
 
 # Its knobs are flags of their own: --codebook.size, not --config.codebook.size.
@@ -105,7 +125,9 @@ class Evaluate:
         rows = {"stage 1": score_views(renders.rgb[test], scene.images[test], perceptual=True)}
         if self.refiner is not None:
             refiner = load_refiner(self.refiner / REFINER_FILE, device)
-            refined = refine_views(refiner, renders.rgb[test], device, self.tile)
+            config = load_config(self.refiner / CONFIG_FILE)
+            references = find_references(config, scene, renders, test)
+            refined = refine_views(refiner, renders.rgb[test], device, references, tile=self.tile)
             rows["refined"] = score_views(refined, scene.images[test], perceptual=True)
         print(f"{scene.name}, protocol holdout, {scene.width}x{scene.height}")
         for name, scores in rows.items():
@@ -130,12 +152,36 @@ class Inspect:
     def run(self) -> None:
         device = choose_device()
         refiner = load_refiner(self.refiner / REFINER_FILE, device)
+        if not isinstance(refiner, Refiner):
+            raise ValueError(f"{self.refiner}: a refiner without a codebook")
         scene, renders, test = _load_test_views(self.scene, self.field)
         health = inspect_codebook(
             refiner, renders.rgb[test], scene.images[test], self.output, device
         )
         views = f"{len(test)} test views of {scene.name}"
         print(f"{self.output}: {views}  {_format_metrics(health)}")
+
+
+@dataclass(kw_only=True)
+class Compare(Request):
+    """Train what is missing of several methods, score all by one protocol, write a report."""
+
+    mlflow: bool = False
+    """Log the report to MLflow, too (needs cbnerf[search])."""
+
+    def run(self) -> None:
+        if self.mlflow and importlib.util.find_spec("mlflow") is None:
+            raise ValueError("--mlflow: MLflow is not installed; pip install 'cbnerf[search]'")
+        comparison = settle(self)
+        folder = report_folder(self, comparison)
+        device = choose_device()
+        results = run_comparison(comparison, device, lambda line: print(line, flush=True))
+        print(write_report(comparison, results, folder, device))
+        print(f"\nreport     {folder / 'report.html'}")
+        if self.mlflow:
+            from cbnerf.search.comparison import log_comparison
+
+            print(f"MLflow     run {log_comparison(folder, comparison.storage)}")
 
 
 @dataclass(kw_only=True)
@@ -161,6 +207,11 @@ class Render:
         device = choose_device()
         model, cameras, config = load_field(self.field / FIELD_FILE, device)
         refiner = load_refiner(self.refiner / REFINER_FILE, device) if self.refiner else None
+        if isinstance(refiner, ReferenceRefiner):
+            raise ValueError(
+                f"{self.refiner}: nerf-sr looks into a high-res photograph of the scene, and "
+                "`render` has none; leave --refiner out"
+            )
         path = spiral_path(cameras, self.frames)
         metrics = write_videos(
             model, path, config.data.scale, refiner, self.output, fps=self.fps, tile=self.tile
@@ -201,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line; bad input ends in one line and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        _parse(arguments).run()
+        parse_command(arguments).run()
     except KeyboardInterrupt:
         print("cbnerf: interrupted; the same command goes on from its checkpoint", file=sys.stderr)
         sys.exit(130)
@@ -210,9 +261,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
-def _parse(
+def parse_command(
     arguments: Sequence[str],
-) -> TrainField | TrainRefiner | Evaluate | Inspect | Render | MakeScenes:
+) -> TrainField | TrainRefiner | Evaluate | Inspect | Compare | Render | MakeScenes:
     """The command; `--preset` and `--resolution` choose what its other flags start from."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default=DEFAULT_METHOD)
@@ -229,6 +280,7 @@ def _parse(
         | Annotated[TrainRefiner, tyro.conf.subcommand("train-refiner", default=refiner)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+        | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Render, tyro.conf.subcommand("render")]
         | Annotated[MakeScenes, tyro.conf.subcommand("make-scenes")]
     )
@@ -269,7 +321,13 @@ def _load_test_views(name: str, field: Path) -> tuple[Scene, Renders, list[int]]
     scene = _load_scene(name, config)
     renders = load_renders(field / RENDERS_FILE)
     _check_same_size(scene, renders, field)
-    return scene, renders, split_views(scene.num_views, config.data).test
+    test = split_views(scene.num_views, config.data).test
+    if not test:
+        raise ValueError(
+            f"{field}: trained on all views, none is left to score; such scores are those of "
+            "`cbnerf compare --protocol table1`"
+        )
+    return scene, renders, test
 
 
 def _check_same_size(scene: Scene, renders: Renders, folder: Path) -> None:

@@ -61,14 +61,16 @@ class DataConfig:
     low_res_kernel: Literal["box", "lanczos"] = "box"
     """How low-res images are made from high-res ones; `lanczos` is what NeRF-SR's code did."""
     test_every: int = 8
-    """Every n-th view from index 0 is a test view."""
+    """Every n-th view from index 0 is a test view; 0 trains on all views (protocol `table1`)."""
     validation: bool = True
     """Keep the views half-way between the test views out of training, to select on."""
 
     def __post_init__(self):
         _check(self.scale >= 1, "data.scale", self.scale, "at least 1")
         _check(self.width >= 8 * self.scale, "data.width", self.width, "at least 8 * data.scale")
-        _check(self.test_every >= 2, "data.test_every", self.test_every, "at least 2")
+        rule = "at least 2" if self.validation else "at least 2, or 0 for none"
+        allowed = self.test_every >= 2 or (self.test_every == 0 and not self.validation)
+        _check(allowed, "data.test_every", self.test_every, rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,16 +226,19 @@ class CodebookConfig:
 class RefinerConfig:
     """Stage 2: the network that sharpens stage-1 renders."""
 
-    kind: Literal["residual", "paper"] = "residual"
-    """`residual` adds a correction to the render; `paper` is the published encoder-decoder."""
+    kind: Literal["residual", "paper", "reference", "linear", "none"] = "residual"
+    """`residual` adds a correction to the render; `paper` is the published encoder-decoder;
+    `reference` looks into a high-res photograph (NeRF-SR); `linear` is a fitted 7x7 filter."""
     codes: bool = True
     """Inject code features; False is the control `residual-cnn`."""
     skips: Literal["hr", "sr", "mixed"] = "mixed"
     """Whose codes the decoder sees in training: HR patch's (released code), SR patch's, or both."""
     channels: int = 48
-    """Features of the residual refiner."""
+    """Features of the residual refiner; of the first scale of the reference refiner."""
     blocks: int = 4
     """Residual blocks of the residual refiner."""
+    references: int = 8
+    """Patches of the high-res photograph that the reference refiner sees with each render."""
     patch_size: int = 64
     """Side of a training patch in high-res pixels; a multiple of 4."""
     optim: OptimConfig = OptimConfig(steps=10_000, batch_size=32, lr=2e-3)
@@ -243,7 +248,11 @@ class RefinerConfig:
             self.patch_size >= 8 and self.patch_size % 4 == 0,
             "refiner.patch_size", self.patch_size, "a multiple of 4, at least 8",
         )  # fmt: skip
-        for name in ("channels", "blocks"):
+        _check(
+            self.kind != "reference" or self.patch_size % 8 == 0,
+            "refiner.patch_size", self.patch_size, "a multiple of 8 for the reference refiner",
+        )  # fmt: skip
+        for name in ("channels", "blocks", "references"):
             _check(getattr(self, name) >= 1, f"refiner.{name}", getattr(self, name), "at least 1")
 
 
@@ -293,18 +302,22 @@ _PAPER_REFINER = RefinerConfig(
     # Released code: constant lr, 1.56 M steps; 3 epochs (47 k) in NeRF-SR's refiner.
     optim=OptimConfig(steps=46_875, batch_size=32, lr=5e-4, lr_end=1.0, warmup_steps=0),
 )
+_REFERENCE_REFINER = replace(_PAPER_REFINER, kind="reference", channels=128)
 _HEALTHY_CODEBOOK = CodebookConfig(
     dim=16, normalize=True, ema=True, data_init=True, revive_below=0.05
 )
 
 METHODS: dict[str, Config] = {
-    "cb-nerf": Config(codebook=_HEALTHY_CODEBOOK),
-    "residual-cnn": Config(refiner=RefinerConfig(codes=False), codebook=_HEALTHY_CODEBOOK),
+    "nerf": Config(
+        field=replace(_MLP_FIELD, super_sampling=False), refiner=RefinerConfig(kind="none")
+    ),
+    "nerf-sr": Config(field=_MLP_FIELD, refiner=_REFERENCE_REFINER),
     "cb-nerf-paper": Config(
         field=_MLP_FIELD, codebook=CodebookConfig(imitation="vq"), refiner=_PAPER_REFINER
     ),
-    "nerf-sr": Config(field=_MLP_FIELD),
-    "nerf": Config(field=replace(_MLP_FIELD, super_sampling=False)),
+    "cb-nerf": Config(codebook=_HEALTHY_CODEBOOK),
+    "residual-cnn": Config(refiner=RefinerConfig(codes=False), codebook=_HEALTHY_CODEBOOK),
+    "linear": Config(refiner=RefinerConfig(kind="linear")),
 }
 """Complete configurations by the name of their method (DESIGN.md, section 4)."""
 

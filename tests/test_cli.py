@@ -90,6 +90,30 @@ def test_a_video_has_the_frames_asked_for(runs: Path, with_refiner: bool, tmp_pa
     assert len(list(tmp_path.iterdir())) == 4 * len(names) + 1
 
 
+def test_a_refiner_that_wants_photographs_is_scored_but_renders_no_video(
+    runs: Path, tmp_path: Path, capsys
+):
+    main(["train-refiner", f"--scene={runs}/scene", f"--field={runs}/field", "--preset=nerf-sr",
+          f"--output={tmp_path}/refiner", *SHORT, "--refiner.references=2"])  # fmt: skip
+    main(["evaluate", f"--scene={runs}/scene", f"--field={runs}/field",
+          f"--refiner={tmp_path}/refiner"])  # fmt: skip
+    assert capsys.readouterr().out.count("refined") == 3
+    with pytest.raises(SystemExit):
+        main(["render", f"--field={runs}/field", f"--refiner={tmp_path}/refiner",
+              f"--output={tmp_path}/video"])  # fmt: skip
+    assert "looks into a high-res photograph" in capsys.readouterr().err
+    assert not (tmp_path / "video").exists()
+
+
+def test_a_field_of_all_views_has_none_left_to_score(tiny_capture: Capture, tmp_path: Path, capsys):
+    write_capture(tmp_path / "scene", tiny_capture)
+    main(["train-field", f"--scene={tmp_path}/scene", f"--output={tmp_path}/field", *SHORT,
+          "--data.test-every=0", "--data.no-validation"])  # fmt: skip
+    with pytest.raises(SystemExit):
+        main(["evaluate", f"--scene={tmp_path}/scene", f"--field={tmp_path}/field"])
+    assert "trained on all views" in capsys.readouterr().err
+
+
 def test_videos_of_odd_sizes_are_cut_even(tiny_capture: Capture, tmp_path: Path):
     odd = tiny_capture._replace(images=tiny_capture.images[:, :47, :63])
     write_capture(tmp_path / "scene", odd)

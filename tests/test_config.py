@@ -106,6 +106,8 @@ def test_values_become_the_type_of_their_knob(name: str, value, expected):
         ("field.planes.scales", [], "field.planes.scales"),
         ("refiner.patch_size", 30, "refiner.patch_size = 30 must be a multiple of 4"),
         ("data.width", 4, "data.width = 4 must be at least 8"),
+        ("data.test_every", 1, "data.test_every = 1 must be at least 2"),
+        ("data.test_every", 0, "data.test_every = 0 must be at least 2"),  # with data.validation
         ("field.optim.steps", 0, "steps = 0 must be at least 1"),
     ],
 )

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import tyro
 
-from cbnerf.config import load_yaml
+from cbnerf.cli import Compare, parse_command
+from cbnerf.config import Config, flatten, load_yaml
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+COMPARE_COMMANDS = re.findall(r"cbnerf compare ([^#\n`]*)", README)
 TUNE_COMMANDS = re.findall(r"python tune\.py ([^#\n`]*)", README)
 
 
@@ -27,6 +29,14 @@ def test_the_commands_for_one_scene_run_in_their_order(tmp_path):
     )
     for file in ("video/stage1.mp4", "video/refined.mp4", "codebook/codes.png"):
         assert (tmp_path / "mosaic" / file).stat().st_size > 0
+
+
+@pytest.mark.parametrize("arguments", COMPARE_COMMANDS)
+def test_the_commands_of_a_comparison_parse(arguments: str):
+    command = parse_command(["compare", *shlex.split(arguments)])
+    assert isinstance(command, Compare)
+    for knob in command.knobs:
+        flatten(Config())[knob.partition("=")[0]]
 
 
 @pytest.mark.search

@@ -22,6 +22,8 @@ from cbnerf.codebook.autoencoder import (
     ResidualBlock,
     VQAutoencoder,
 )
+from cbnerf.codebook.linear import LinearRefiner
+from cbnerf.codebook.reference import ReferenceRefiner
 from cbnerf.config import Config, LossConfig
 
 DEFAULT_TILE = 1024
@@ -65,6 +67,13 @@ def refiner_losses(
 def _to_signed(images: Tensor) -> Tensor:
     # Channels last makes all convolutions behind it faster, on a CPU by a fifth.
     return (images * 2 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def _pad(images: Tensor) -> Tensor:
+    """Signed, with sides that the codes divide."""
+    height, width = images.shape[-2:]
+    margin = (0, -width % STRIDE, 0, -height % STRIDE)
+    return _to_signed(F.pad(images, margin, mode="replicate"))
 
 
 def _to_unit(images: Tensor) -> Tensor:
@@ -118,8 +127,7 @@ class Refiner(nn.Module, ABC):
         if tile < STRIDE:
             raise ValueError(f"tile = {tile} must be at least {STRIDE} pixels")
         height, width = sr.shape[-2:]
-        margin = (0, -width % STRIDE, 0, -height % STRIDE)
-        padded = F.pad(sr, margin, mode="replicate")
+        padded = _pad(sr)
         refined = torch.empty_like(padded)
         side = tile // STRIDE * STRIDE
         for top in range(0, padded.shape[-2], side):
@@ -130,13 +138,22 @@ class Refiner(nn.Module, ABC):
 
     def _refine_tile(self, padded: Tensor, top: int, left: int, side: int) -> Tensor:
         first_row, first_column = max(top - self.halo, 0), max(left - self.halo, 0)
-        around = padded[
-            ..., first_row : top + side + self.halo, first_column : left + side + self.halo
-        ]
-        sr = _to_signed(around)
+        sr = padded[..., first_row : top + side + self.halo, first_column : left + side + self.halo]
         skips = self.autoencoder.look_up(self._select_coded(sr))
         top, left = top - first_row, left - first_column
         return _to_unit(self._sharpen(sr, skips))[..., top : top + side, left : left + side]
+
+    @torch.no_grad()
+    def reconstruct(
+        self, high_res: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Photographs as their codes tell them: the ceiling of what a codebook can give."""
+        height, width = high_res.shape[-2:]
+        padded = _pad(high_res)
+        coded = self._select_coded(padded)
+        codes = self.autoencoder.quantizer(self.autoencoder.encode(coded), learn=False)
+        told = _to_unit(padded - coded + self.autoencoder.decode(codes.latents).image)
+        return told[..., :height, :width].clamp(0, 1)
 
 
 class PaperRefiner(Refiner):
@@ -210,6 +227,19 @@ class ResidualRefiner(Refiner):
         return sr + self.tail(features)
 
 
-def build_refiner(config: Config) -> PaperRefiner | ResidualRefiner:
-    """The refiner that `refiner.kind` names."""
-    return PaperRefiner(config) if config.refiner.kind == "paper" else ResidualRefiner(config)
+AnyRefiner = PaperRefiner | ResidualRefiner | ReferenceRefiner | LinearRefiner
+
+
+def build_refiner(config: Config) -> AnyRefiner:
+    """The untrained refiner that `refiner.kind` names."""
+    match config.refiner.kind:
+        case "paper":
+            return PaperRefiner(config)
+        case "residual":
+            return ResidualRefiner(config)
+        case "reference":
+            return ReferenceRefiner(config)
+        case "linear":
+            return LinearRefiner()
+        case "none":
+            raise ValueError("refiner.kind = none: this method ends with stage 1")

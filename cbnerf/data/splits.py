@@ -14,8 +14,13 @@ class Split(NamedTuple):
 
 
 def split_views(num_views: int, data: DataConfig) -> Split:
-    """Protocol `holdout`: every n-th view from index 0 is test, those half-way between are val."""
+    """Protocol `holdout`: every n-th view from index 0 is test, those half-way between are val.
+
+    With `data.test_every` = 0 all views train and none is left to score (protocol `table1`).
+    """
     every = data.test_every
+    if every == 0:
+        return Split(list(range(num_views)), [], [])
     test = list(range(0, num_views, every))
     val = list(range(every // 2, num_views, every)) if data.validation else []
     train = [view for view in range(num_views) if view not in test and view not in val]

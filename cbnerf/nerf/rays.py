@@ -70,6 +70,27 @@ def to_ndc(rays: Rays, cameras: Cameras) -> Rays:
     return Rays(ndc_origins, ndc_directions)
 
 
+def from_ndc(points: Float[Tensor, "*points 3"], cameras: Cameras) -> Float[Tensor, "*points 3"]:
+    """World points from NDC points nearer than infinity (NeRF, appendix C, inverted)."""
+    height, width = cameras.size
+    x, y, z = points.unbind(-1)
+    depth = 2 / (1 - z)
+    return torch.stack(
+        [x * depth * width / (2 * cameras.focal), y * depth * height / (2 * cameras.focal), -depth],
+        dim=-1,
+    )
+
+
+def project(
+    points: Float[Tensor, "*points 3"], cameras: Cameras, view: int
+) -> Float[Tensor, "*points 2"]:
+    """Image points (u, v), in high-res pixels, where a view shows world points ahead of it."""
+    pose = cameras.camera_to_world[view]
+    right, up, backward = ((points - pose[:, 3]) @ pose[:, :3]).unbind(-1)
+    slope = cameras.focal / (-backward).clamp(min=1e-6)
+    return torch.stack([cameras.center[0] + slope * right, cameras.center[1] - slope * up], dim=-1)
+
+
 def make_sub_pixel_rays(
     cameras: Cameras,
     views: Int[Tensor, " pixels"],

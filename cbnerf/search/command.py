@@ -17,9 +17,10 @@ from ray.exceptions import RayError
 from ray.tune import TuneError
 
 from cbnerf.config import load_yaml
+from cbnerf.data.library import DATA_VARIABLE, DEFAULT_DATA
 from cbnerf.data.llff import count_views
 from cbnerf.search.estimate import calibrate
-from cbnerf.search.plan import DATA_VARIABLE, DEFAULT_DATA, Plan, make_plan
+from cbnerf.search.plan import Plan, make_plan
 from cbnerf.search.report import scene_table
 from cbnerf.search.spec import parse_spec
 from cbnerf.search.study import check_space, num_slots, quieten_libraries, run_study

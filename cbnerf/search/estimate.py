@@ -9,6 +9,7 @@ import torch
 from cbnerf.config import Config, OptimConfig, with_overrides
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
+from cbnerf.data.splits import split_views
 from cbnerf.search.plan import Plan
 from cbnerf.training.evaluation import render_views
 from cbnerf.training.field import scene_cameras, train_field
@@ -53,7 +54,7 @@ def calibrate(config: Config, scene: Scene, device: torch.device) -> Estimate:
     model = train_field(one_step, scene, device=device, report=ignore)
     cameras = scene_cameras(scene, device)
     render = _seconds(lambda: render_views(model, cameras, [0], scene.scale))
-    num_val = scene.num_views // config.data.test_every
+    num_val = len(split_views(scene.num_views, config.data).val)
     num_renders = scene.num_views + config.field.optim.evaluations * num_val
     return Estimate(
         field_seconds=_total(field, config.field.optim) + num_renders * render,

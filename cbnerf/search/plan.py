@@ -1,17 +1,11 @@
 """A plan: everything that is decided before a study starts, small enough to send to any worker."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from cbnerf.config import Config, preset, with_overrides
-from cbnerf.data.llff import find_scenes
-from cbnerf.data.procedural import BUILT_IN_SCENES
+from cbnerf.data.library import choose_scenes, locate_data, scene_folder
 from cbnerf.search.spec import SearchSpec
-
-DATA_VARIABLE = "CBNERF_DATA"
-DEFAULT_DATA = Path("data/nerf_llff_data")
-PAPER_SCENES = ("fern", "flower", "fortress", "horns", "leaves", "orchids", "room", "trex")
 
 
 @dataclass(frozen=True)
@@ -51,7 +45,7 @@ class Plan:
 
     def scene_folder(self, scene: str, width: int) -> Path:
         """The LLFF folder of a scene; a built-in scene has one for each image width."""
-        return self.data / scene if self.data else self.storage / f"scenes/{width}/{scene}"
+        return scene_folder(scene, self.data, self.storage, width)
 
 
 def make_plan(
@@ -72,7 +66,7 @@ def make_plan(
         gpus = 0.25 if has_gpu else 0
     base = with_overrides(preset(spec.method, resolution), spec.fixed)
     _check_batches(base, spec.resources.workers)
-    folder, available = _locate_data(data)
+    folder, available = locate_data(data)
     chosen = choose_scenes(scenes, available, folder)
     some = "all" if scenes == "all" else "-".join(chosen)
     return Plan(
@@ -86,22 +80,6 @@ def make_plan(
         storage=storage.resolve(),
         gpus_per_worker=gpus,
     )
-
-
-def choose_scenes(wanted: str, available: list[str], folder: Path | None) -> tuple[str, ...]:
-    """`all`, or names separated by commas; `all` of LLFF data means the paper's scenes found."""
-    where = str(folder) if folder else "the built-in scenes"
-    if wanted == "all":
-        found = [scene for scene in PAPER_SCENES if scene in available] or available
-        return tuple(found)
-    chosen = [scene.strip() for scene in wanted.split(",") if scene.strip()]
-    unknown = [scene for scene in chosen if scene not in available]
-    if unknown or not chosen:
-        raise ValueError(
-            f"--scenes {wanted}: no scene {unknown[0] if unknown else ''!r} in {where}; "
-            f"there are {', '.join(available)}"
-        )
-    return tuple(dict.fromkeys(chosen))
 
 
 def _check_batches(base: Config, workers: int) -> None:
@@ -119,17 +97,3 @@ def _check_name(name: str) -> str:
     if Path(name).name != name or name == "..":
         raise ValueError(f"--name {name!r} is not the name of a folder")
     return name
-
-
-def _locate_data(data: Path | None) -> tuple[Path | None, list[str]]:
-    """The folder of scenes and their names: `--data`, else the variable, else the usual place."""
-    asked = data or (Path(os.environ[DATA_VARIABLE]) if os.environ.get(DATA_VARIABLE) else None)
-    folder = asked or DEFAULT_DATA
-    available = find_scenes(folder)
-    if available:
-        return folder.resolve(), available
-    if asked:
-        raise ValueError(
-            f"{folder}: no LLFF scenes; expected folders such as fern/poses_bounds.npy below it"
-        )
-    return None, list(BUILT_IN_SCENES)

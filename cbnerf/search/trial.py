@@ -19,13 +19,13 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from cbnerf.config import Config, DataConfig, with_overrides
-from cbnerf.data.llff import read_capture, write_capture
-from cbnerf.data.procedural import make_capture
+from cbnerf.data.library import read_scene
+from cbnerf.data.references import find_references
 from cbnerf.data.renders import load_renders
-from cbnerf.data.scene import Scene, make_scene
+from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
-from cbnerf.search.cache import field_folder
 from cbnerf.search.plan import Plan
+from cbnerf.training.cache import field_folder
 from cbnerf.training.checkpoint import Checkpoint
 from cbnerf.training.evaluation import mean_scores, refine_views
 from cbnerf.training.loop import Report
@@ -40,7 +40,6 @@ from cbnerf.training.stages import (
     run_refiner,
 )
 
-NUM_BUILT_IN_VIEWS = 13
 _LASTING = (FloatingPointError, ValueError)
 """What divergence and knobs that do not fit each other raise; no accidents."""
 
@@ -121,17 +120,15 @@ def score_best(
         if views:
             before = renders.rgb[views]
             scores["stage 1"] |= mean_scores(before, scene.images[views], prefix)
-            refined = refine_views(refiner, before, device)
+            references = find_references(config, scene, renders, views)
+            refined = refine_views(refiner, before, device, references)
             scores["refined"] |= mean_scores(refined, scene.images[views], prefix)
     return scores
 
 
 def load_scene(plan: Plan, name: str, data: DataConfig) -> Scene:
     """A scene of the plan; a built-in one is drawn and written as a folder when first used."""
-    folder = plan.scene_folder(name, data.width)
-    if plan.data is None and not (folder / "poses_bounds.npy").exists():
-        write_capture(folder, make_capture(name, width=data.width, num_views=NUM_BUILT_IN_VIEWS))
-    return _read_scene(folder, data)
+    return _read_scene(name, plan.data, plan.storage, data)
 
 
 def worker_group(plan: Plan) -> ScalingConfig:
@@ -156,8 +153,8 @@ def job_folder(plan: Plan, job: Job) -> Path:
 
 # Reused actors meet the same few scenes again and again.
 @lru_cache(maxsize=16)
-def _read_scene(folder: Path, data: DataConfig) -> Scene:
-    return make_scene(read_capture(folder, data.width), data)
+def _read_scene(name: str, folder: Path | None, storage: Path, data: DataConfig) -> Scene:
+    return read_scene(name, folder, storage, data)
 
 
 def _train(plan: Plan, job: Job, device: torch.device, report: Report) -> dict[str, float]:

@@ -3,10 +3,11 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from cbnerf.codebook.refiner import DEFAULT_TILE, Refiner
+from cbnerf.codebook.reference import ReferenceRefiner
+from cbnerf.codebook.refiner import DEFAULT_TILE, AnyRefiner, Refiner
 from cbnerf.data.renders import Renders
 from cbnerf.metrics import flip, psnr, ssim, to_8bit
 from cbnerf.nerf.model import FieldModel, render_image
@@ -35,17 +36,38 @@ def render_views(model: FieldModel, cameras: Cameras, views: list[int], scale: i
 
 @torch.no_grad()
 def refine_views(
-    refiner: Refiner,
+    refiner: AnyRefiner,
     renders: UInt8[Tensor, "views height width 3"],
     device: torch.device,
+    references: UInt8[Tensor, "views references height width 3"] | None = None,
+    *,
     tile: int = DEFAULT_TILE,
 ) -> UInt8[Tensor, "views height width 3"]:
-    """Refined images, one view and one tile of `tile` pixels per side at a time."""
+    """Refined images, one view at a time; `references` are what `find_references` gives.
+
+    Codebook refiners take one tile of `tile` pixels per side at a time.
+    """
     refined = []
-    for render in renders:
-        sr = render.to(device).movedim(-1, 0)[None].float() / 255
-        refined.append(to_8bit(refiner.refine(sr, tile=tile))[0].movedim(0, -1).cpu())
-    return torch.stack(refined)
+    for view, render in enumerate(renders):
+        sr = to_unit(render, device)
+        if isinstance(refiner, Refiner):
+            image = refiner.refine(sr, tile=tile)
+        elif not isinstance(refiner, ReferenceRefiner):
+            image = refiner.refine(sr)
+        elif references is not None:
+            image = refiner.refine(sr, to_unit(references[view], device)[None])
+        else:
+            raise ValueError("this refiner (nerf-sr) needs references, see find_references")
+        refined.append(to_8bit(image)[0].movedim(0, -1).cpu())
+    return torch.stack(refined) if refined else renders
+
+
+def to_unit(
+    images: UInt8[Tensor, "*images height width 3"], device: torch.device
+) -> Float[Tensor, "images 3 height width"]:
+    """Channels first, in [0, 1]; a single image becomes a batch of one."""
+    batch = images if images.ndim == 4 else images[None]
+    return batch.to(device).movedim(-1, 1).float() / 255
 
 
 def score_views(

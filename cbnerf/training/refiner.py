@@ -1,22 +1,31 @@
 """Stage 2: train a refiner on pairs of stage-1 render and photograph."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from jaxtyping import UInt8
+from torch import Tensor, nn
 
 from cbnerf.codebook.health import CodebookHealth
-from cbnerf.codebook.refiner import Refiner, build_refiner, refiner_losses
+from cbnerf.codebook.linear import LinearRefiner, fit_filter
+from cbnerf.codebook.reference import ReferenceRefiner
+from cbnerf.codebook.refiner import AnyRefiner, Refiner, build_refiner, refiner_losses
 from cbnerf.config import Config
 from cbnerf.data.patches import PatchSampler
+from cbnerf.data.references import ReferencePatchSampler, find_references, reference_view
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
 from cbnerf.noise import Noise
-from cbnerf.training.checkpoint import load_checkpoint
-from cbnerf.training.evaluation import mean_scores, refine_views
+from cbnerf.training.checkpoint import Checkpoint, load_checkpoint
+from cbnerf.training.evaluation import mean_scores, refine_views, to_unit
 from cbnerf.training.loop import Losses, Report, Task, fit
 from cbnerf.training.processes import num_processes
+
+Pairs = Sequence[tuple[Scene, Renders]]
+DrawLosses = Callable[[nn.Module, int, Noise], Losses]
 
 
 def train_refiner(
@@ -27,8 +36,11 @@ def train_refiner(
     device: torch.device,
     report: Report,
     resume_from: Path | None = None,
-) -> Refiner:
+    others: Pairs = (),
+) -> AnyRefiner:
     """Train on the training views' photographs and renders; score refined validation views.
+
+    With `others` those scenes alone are trained on, and nothing of `scene` (`unseen-scene`).
 
     Reports the losses as `train/...`, codebook health since the last report as `codebook/...` (of
     rank 0's patches), `val/psnr` (dB), `val/ssim`, and `val/gain` (dB), the change of PSNR against
@@ -44,35 +56,39 @@ def train_refiner(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         refiner = build_refiner(config).to(device)
-    health = CodebookHealth(refiner.autoencoder.quantizer.num_codes, device)
-    patches = PatchSampler(
-        renders.rgb[split.train], scene.images[split.train], config.refiner.patch_size, device
-    )
-
-    def losses(wrapped: nn.Module, batch_size: int, noise: Noise) -> Losses:
-        batch = patches.draw(batch_size, noise)
-        refinement = wrapped(batch.sr, batch.high_res)
-        health.add(refinement.high_res_indices, refinement.sr_indices)
-        terms = refiner_losses(refinement, batch.high_res, config.loss)
-        parts = {
-            "train/loss": terms.total,
-            "train/refine": terms.refine,
-            "train/recon": terms.recon,
-            "train/vq": terms.vq,
-            "train/imitation": terms.imitation,
-        }
-        return Losses(terms.total, parts)
 
     before = mean_scores(renders.rgb[split.val], scene.images[split.val], "val")
+    references = find_references(config, scene, renders, split.val)
+
+    health = None
+    if isinstance(refiner, Refiner):
+        health = CodebookHealth(refiner.autoencoder.quantizer.num_codes, device)
 
     def evaluate() -> dict[str, float]:
-        use = health.metrics()
-        health.clear()
+        use = health.metrics() if health else {}
+        if health:
+            health.clear()
         if not split.val:
             return use
-        refined = refine_views(refiner, renders.rgb[split.val], device)
+        refined = refine_views(refiner, renders.rgb[split.val], device, references)
         scores = mean_scores(refined, scene.images[split.val], "val")
         return use | scores | {"val/gain": scores["val/psnr"] - before["val/psnr"]}
+
+    pairs = list(others) or [(scene, renders)]
+    if isinstance(refiner, LinearRefiner):
+        metrics = {"train/loss": _fit_linear(refiner, config, pairs)} | evaluate()
+        steps, found = config.refiner.optim.steps, refiner.eval().state_dict()
+        report(
+            steps, metrics, Checkpoint("refiner", scene.name, steps, config, found, {}, {}, metrics)
+        )
+        return refiner
+    if isinstance(refiner, ReferenceRefiner):
+        if others:
+            raise ValueError("refiner.kind = reference needs a high-res photograph of its scene")
+        losses = _reference_losses(config, scene, renders, device)
+    else:
+        assert health is not None
+        losses = _code_losses(config, pairs, health, device)
 
     task = Task(
         stage="refiner",
@@ -89,9 +105,71 @@ def train_refiner(
     return refiner
 
 
-def load_refiner(path: Path, device: torch.device) -> Refiner:
+def load_refiner(path: Path, device: torch.device) -> AnyRefiner:
     """A trained refiner."""
     checkpoint = load_checkpoint(path, "refiner", device)
     refiner = build_refiner(checkpoint.config).to(device)
     refiner.load_state_dict(checkpoint.model)
     return refiner.eval()
+
+
+def _code_losses(
+    config: Config, pairs: Pairs, health: CodebookHealth, device: torch.device
+) -> DrawLosses:
+    """The paper's losses on patches of all training views."""
+    seen, wanted = _training_views(config, pairs)
+    patches = PatchSampler(seen, wanted, config.refiner.patch_size, device)
+
+    def losses(wrapped: nn.Module, batch_size: int, noise: Noise) -> Losses:
+        batch = patches.draw(batch_size, noise)
+        refinement = wrapped(batch.sr, batch.high_res)
+        health.add(refinement.high_res_indices, refinement.sr_indices)
+        terms = refiner_losses(refinement, batch.high_res, config.loss)
+        parts = {
+            "train/loss": terms.total,
+            "train/refine": terms.refine,
+            "train/recon": terms.recon,
+            "train/vq": terms.vq,
+            "train/imitation": terms.imitation,
+        }
+        return Losses(terms.total, parts)
+
+    return losses
+
+
+def _reference_losses(
+    config: Config, scene: Scene, renders: Renders, device: torch.device
+) -> DrawLosses:
+    """L1 in [-1, 1] on warped patches of the one view whose photograph NeRF-SR is given."""
+    view = reference_view(scene, config.data)
+    patches = ReferencePatchSampler(renders.rgb[view], scene.images[view], config, device)
+
+    def losses(wrapped: nn.Module, batch_size: int, noise: Noise) -> Losses:
+        batch = patches.draw(batch_size, noise)
+        loss = 2 * F.l1_loss(wrapped(batch.sr, batch.references), batch.high_res)
+        return Losses(loss, {"train/loss": loss})
+
+    return losses
+
+
+def _fit_linear(refiner: LinearRefiner, config: Config, pairs: Pairs) -> float:
+    device = refiner.filter.weight.device
+    seen, wanted = _training_views(config, pairs)
+    return fit_filter(
+        refiner,
+        ((to_unit(a, device)[0], to_unit(b, device)[0]) for a, b in zip(seen, wanted, strict=True)),
+    )
+
+
+def _training_views(
+    config: Config, pairs: Pairs
+) -> tuple[UInt8[Tensor, "views height width 3"], UInt8[Tensor, "views height width 3"]]:
+    """Renders and photographs of the training views of all scenes, cut to their common size."""
+    height = min(scene.height for scene, _ in pairs)
+    width = min(scene.width for scene, _ in pairs)
+    seen, wanted = [], []
+    for scene, renders in pairs:
+        views = split_views(scene.num_views, config.data).train
+        seen.append(renders.rgb[views, :height, :width])
+        wanted.append(scene.images[views, :height, :width])
+    return torch.cat(seen), torch.cat(wanted)

@@ -13,6 +13,7 @@ import imageio.v3 as iio
 import torch
 
 from cbnerf.config import Config, load_config, save_config
+from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders, save_renders
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
@@ -27,7 +28,7 @@ from cbnerf.training.evaluation import image_strip, refine_views, render_views
 from cbnerf.training.field import scene_cameras, train_field
 from cbnerf.training.loop import Report
 from cbnerf.training.processes import process_rank
-from cbnerf.training.refiner import train_refiner
+from cbnerf.training.refiner import Pairs, train_refiner
 
 FIELD_FILE, REFINER_FILE, RENDERS_FILE = "field.pt", "refiner.pt", "renders.npz"
 CHECKPOINT_FILES: dict[Stage, str] = {"field": FIELD_FILE, "refiner": REFINER_FILE}
@@ -62,16 +63,22 @@ def run_refiner(
     *,
     device: torch.device,
     report: Report = ignore,
+    others: Pairs = (),
 ) -> dict[str, float]:
-    """Train stage 2 and write a strip (photograph | stage 1 | refined) of a validation view."""
+    """Train stage 2 and write a strip (photograph | stage 1 | refined) of a validation view.
+
+    With `others` it is trained on those scenes alone (protocol `unseen-scene`).
+    """
 
     def train(keep: Report, resume_from: Path | None) -> None:
         refiner = train_refiner(
-            config, scene, renders, device=device, report=keep, resume_from=resume_from
-        )
+            config, scene, renders,
+            device=device, report=keep, resume_from=resume_from, others=others,
+        )  # fmt: skip
         if process_rank() == 0:
             view = (split_views(scene.num_views, config.data).val or [0])[0]
-            refined = refine_views(refiner, renders.rgb[[view]], device)[0]
+            references = find_references(config, scene, renders, [view])
+            refined = refine_views(refiner, renders.rgb[[view]], device, references)[0]
             strip = image_strip([scene.images[view], renders.rgb[view], refined])
             iio.imwrite(folder / STRIP_FILE, strip.numpy())
 

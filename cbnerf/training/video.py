@@ -7,7 +7,7 @@ import imageio.v3 as iio
 from jaxtyping import UInt8
 from torch import Tensor
 
-from cbnerf.codebook.refiner import DEFAULT_TILE, Refiner
+from cbnerf.codebook.refiner import DEFAULT_TILE, AnyRefiner
 from cbnerf.nerf.model import FieldModel
 from cbnerf.nerf.rays import Cameras
 from cbnerf.nerf.warp import warping_error
@@ -20,7 +20,7 @@ def write_videos(
     model: FieldModel,
     path: Cameras,
     scale: int,
-    refiner: Refiner | None,
+    refiner: AnyRefiner | None,
     folder: Path,
     *,
     fps: int,
@@ -36,7 +36,7 @@ def write_videos(
     renders = render_views(model, path, list(range(num_frames)), scale)
     videos = {"stage1": renders.rgb}
     if refiner is not None:
-        videos["refined"] = refine_views(refiner, renders.rgb, device, tile)
+        videos["refined"] = refine_views(refiner, renders.rgb, device, tile=tile)
     folder.mkdir(parents=True, exist_ok=True)
     metrics: dict[str, float] = {}
     for name, frames in videos.items():

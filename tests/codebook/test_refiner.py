@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cbnerf.codebook.linear import LinearRefiner
+from cbnerf.codebook.reference import ReferenceRefiner
 from cbnerf.codebook.refiner import (
     PaperRefiner,
     Refinement,
@@ -11,7 +13,7 @@ from cbnerf.codebook.refiner import (
     build_refiner,
     refiner_losses,
 )
-from cbnerf.config import METHODS, Config, LossConfig, preset, with_overrides
+from cbnerf.config import METHODS, RESOLUTIONS, LossConfig, preset, with_overrides
 
 SMALL = {"refiner.channels": 6, "refiner.blocks": 2, "codebook.size": 16, "codebook.dim": 4}
 
@@ -19,7 +21,9 @@ SMALL = {"refiner.channels": 6, "refiner.blocks": 2, "codebook.size": 16, "codeb
 def make_refiner(method: str = "cb-nerf", **overrides) -> PaperRefiner | ResidualRefiner:
     torch.manual_seed(0)
     changes = SMALL | {name.replace("__", "."): value for name, value in overrides.items()}
-    return build_refiner(with_overrides(METHODS[method], changes))
+    refiner = build_refiner(with_overrides(METHODS[method], changes))
+    assert isinstance(refiner, PaperRefiner | ResidualRefiner)
+    return refiner
 
 
 def wake(refiner: PaperRefiner | ResidualRefiner) -> PaperRefiner | ResidualRefiner:
@@ -223,9 +227,25 @@ def test_codes_carry_detail_that_the_render_has_lost():
     assert errors["cb-nerf"] < 0.6 * errors["residual-cnn"]
 
 
-def test_presets_build_their_refiner():
-    for method in METHODS:
-        config = preset(method, "tiny")
-        kind = PaperRefiner if config.refiner.kind == "paper" else ResidualRefiner
-        assert type(build_refiner(config)) is kind
-    assert type(build_refiner(Config())) is ResidualRefiner
+def test_a_photograph_is_reconstructed_from_its_codes_alone():
+    for method in ("cb-nerf", "cb-nerf-paper"):
+        refiner = wake(make_refiner(method)).eval()
+        sr, high_res = draw_pair()
+        told = refiner(sr, high_res).reconstruction.clamp(0, 1).detach()
+        torch.testing.assert_close(refiner.reconstruct(high_res), told)
+        assert refiner.reconstruct(high_res[..., :13, :15]).shape == (4, 3, 13, 15)
+
+
+REFINERS = {
+    "cb-nerf": ResidualRefiner, "residual-cnn": ResidualRefiner, "cb-nerf-paper": PaperRefiner,
+    "nerf-sr": ReferenceRefiner, "linear": LinearRefiner,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("resolution", RESOLUTIONS)
+def test_presets_build_their_refiner(resolution: str):
+    for method, kind in REFINERS.items():
+        assert type(build_refiner(preset(method, resolution))) is kind
+    assert {*REFINERS, "nerf"} == set(METHODS)
+    with pytest.raises(ValueError, match="ends with stage 1"):
+        build_refiner(preset("nerf", resolution))

@@ -31,3 +31,8 @@ def test_validation_does_not_move_the_test_views():
 def test_too_few_views_are_refused(num_views: int, every: int):
     with pytest.raises(ValueError, match=f"{num_views} views are too few to hold out"):
         split_views(num_views, DataConfig(test_every=every))
+
+
+def test_nothing_is_held_out_where_all_views_train():
+    split = split_views(5, DataConfig(test_every=0, validation=False))
+    assert split == ([0, 1, 2, 3, 4], [], [])

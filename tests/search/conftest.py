@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from cbnerf.config import save_config, with_overrides
-from cbnerf.search.plan import DATA_VARIABLE, Plan, make_plan
+from cbnerf.data.library import DATA_VARIABLE
+from cbnerf.search.plan import Plan, make_plan
 from cbnerf.search.spec import parse_spec
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # Ray's workers inherit it.

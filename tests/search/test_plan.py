@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from cbnerf.data.procedural import BUILT_IN_SCENES
-from cbnerf.search.plan import PAPER_SCENES, Plan, choose_scenes, make_plan
+from cbnerf.search.plan import Plan, make_plan
 from cbnerf.search.spec import parse_spec
 
 pytestmark = pytest.mark.search
@@ -22,29 +22,6 @@ def make_folder(root: Path, *scenes: str) -> Path:
 def plan_of(data: Path | None = None, **arguments) -> Plan:
     given = {"scenes": "all", "name": None, "storage": Path("runs"), "has_gpu": False} | arguments
     return make_plan(SPEC, data=data, **given)
-
-
-def test_all_means_the_scenes_of_the_paper_that_are_there():
-    assert choose_scenes("all", ["trex", "mine", "fern"], Path("data")) == ("fern", "trex")
-    assert choose_scenes("all", sorted(PAPER_SCENES), Path("data")) == PAPER_SCENES
-
-
-def test_all_of_other_data_means_every_scene():
-    assert choose_scenes("all", ["a", "b"], Path("data")) == ("a", "b")
-    assert choose_scenes("all", list(BUILT_IN_SCENES), None) == BUILT_IN_SCENES
-    assert len(BUILT_IN_SCENES) == 8
-
-
-def test_named_scenes_keep_their_order_and_count_once():
-    assert choose_scenes(" b, a,b,", ["a", "b", "c"], None) == ("b", "a")
-
-
-@pytest.mark.parametrize("wanted", ["a,nowhere", "", ","])
-def test_an_unknown_scene_is_named_with_those_that_exist(wanted: str):
-    with pytest.raises(ValueError, match="there are a, b") as caught:
-        choose_scenes(wanted, ["a", "b"], Path("photos"))
-    assert "photos" in str(caught.value)
-    assert ("nowhere" in str(caught.value)) == ("nowhere" in wanted)
 
 
 def test_data_comes_from_the_flag_then_the_variable_then_the_usual_place(

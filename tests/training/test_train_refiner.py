@@ -1,9 +1,11 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from cbnerf.config import METHODS, Config, preset, with_overrides
+from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
 from cbnerf.training.evaluation import mean_scores, refine_views
@@ -18,7 +20,8 @@ FAST = {
 METRICS = {"train/loss", "train/refine", "train/recon", "train/vq", "train/imitation",
            "codebook/perplexity", "codebook/used", "codebook/agreement", "val/psnr",
            "val/ssim", "val/gain"}  # fmt: skip
-KINDS = {"residual": "cb-nerf", "paper": "cb-nerf-paper"}
+SCORES = {"train/loss", "val/psnr", "val/ssim", "val/gain"}
+KINDS = {"residual": "cb-nerf", "paper": "cb-nerf-paper", "reference": "nerf-sr"}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -36,11 +39,16 @@ def train(tiny_scene: Scene, tiny_renders: Renders, keep):
     return run
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "nerf"])
 def test_every_preset_trains_and_is_scored(method: str, train, keep):
     few = {"refiner.optim.steps": 2, "refiner.optim.evaluations": 1}
     train(with_overrides(preset(method, "tiny"), few))
-    assert set(keep.metrics[2]) == METRICS
+    assert set(keep.metrics[2]) == (SCORES if method in ("nerf-sr", "linear") else METRICS)
+
+
+def test_a_method_without_stage_two_has_nothing_to_train(train):
+    with pytest.raises(ValueError, match="ends with stage 1"):
+        train(preset("nerf", "tiny"))
 
 
 def lengthen(config: Config, **schedule) -> Config:
@@ -71,11 +79,13 @@ def test_a_resumed_run_ends_with_the_same_bits(kind: str, train, keep):
 
 
 @every_kind
-def test_a_loaded_refiner_refines_the_same(kind: str, train, keep, tiny_renders: Renders):
+def test_a_loaded_refiner_refines_the_same(kind: str, train, keep, tiny_scene, tiny_renders):
     refiner = train(make_config(kind))
     loaded = load_refiner(keep.folder / "6.pt", CPU)
     images = tiny_renders.rgb[:1]
-    assert torch.equal(refine_views(loaded, images, CPU), refine_views(refiner, images, CPU))
+    references = find_references(make_config(kind), tiny_scene, tiny_renders, [0])
+    refined = refine_views(refiner, images, CPU, references)
+    assert torch.equal(refine_views(loaded, images, CPU, references), refined)
 
 
 def test_gain_is_the_change_against_stage_one(train, keep, tiny_scene, tiny_renders):
@@ -86,15 +96,64 @@ def test_gain_is_the_change_against_stage_one(train, keep, tiny_scene, tiny_rend
         assert metrics["val/gain"] == pytest.approx(expected)
 
 
-def test_training_never_sees_held_out_photographs(tiny_scene: Scene, tiny_renders: Renders, keep):
+def blacken(scene: Scene, views: list[int]) -> Scene:
+    images = scene.images.clone()
+    images[views] = 0
+    return replace(scene, images=images)
+
+
+@pytest.mark.parametrize("method", [*KINDS.values(), "linear"])
+def test_training_never_sees_held_out_photographs(
+    method: str, tiny_scene: Scene, tiny_renders: Renders, keep
+):
     losses = []
     for views in ([], [0, 4, 8], [1]):  # test and validation views are 0, 8 and 4
-        images = tiny_scene.images.clone()
-        images[views] = 0
-        scene = Scene(**{**vars(tiny_scene), "images": images})
-        train_refiner(make_config("residual"), scene, tiny_renders, device=CPU, report=keep)
+        scene = blacken(tiny_scene, views)
+        config = with_overrides(METHODS[method], FAST)
+        train_refiner(config, scene, tiny_renders, device=CPU, report=keep)
         losses.append([metrics["train/loss"] for metrics in keep.metrics.values()])
     assert losses[0] == losses[1] != losses[2]
+
+
+def test_the_reference_refiner_sees_one_photograph(tiny_scene, tiny_renders, keep):
+    losses = []
+    for scene in (tiny_scene, blacken(tiny_scene, list(range(2, 10)))):
+        train_refiner(make_config("reference"), scene, tiny_renders, device=CPU, report=keep)
+        losses.append(keep.metrics[6]["train/loss"])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("method", ["cb-nerf", "linear"])
+def test_an_unseen_scene_gives_no_photograph(method: str, tiny_scene, tiny_renders, keep):
+    """Trained on other scenes, the weights do not depend on the scene that is scored."""
+    wide = replace(tiny_scene, name="wide", images=tiny_scene.images.flip(2))
+    smaller = replace(tiny_scene, name="smaller", images=tiny_scene.images[:, :40])
+    cut = Renders(tiny_renders.rgb[:, :40], tiny_renders.depth[:, :40])
+    others = [(wide, tiny_renders), (smaller, cut)]
+    config = with_overrides(METHODS[method], FAST)
+    weights = []
+    for scene in (tiny_scene, blacken(tiny_scene, list(range(10)))):
+        refiner = train_refiner(config, scene, tiny_renders, device=CPU, report=keep, others=others)
+        weights.append(refiner.state_dict())
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+    own = train_refiner(config, tiny_scene, tiny_renders, device=CPU, report=keep).state_dict()
+    assert any(not torch.equal(value, weights[0][name]) for name, value in own.items())
+
+
+def test_a_reference_must_be_of_the_scene_itself(tiny_scene, tiny_renders, keep):
+    with pytest.raises(ValueError, match="needs a high-res photograph of its scene"):
+        train_refiner(
+            make_config("reference"), tiny_scene, tiny_renders,
+            device=CPU, report=keep, others=[(tiny_scene, tiny_renders)],
+        )  # fmt: skip
+
+
+def test_the_linear_refiner_is_the_best_of_its_kind_at_once(train, keep, tiny_renders):
+    train(with_overrides(METHODS["linear"], FAST))
+    assert list(keep.metrics) == [6]
+    assert keep.metrics[6]["val/gain"] > 0.1
 
 
 def test_without_validation_views_nothing_is_scored(train, keep):

@@ -9,10 +9,8 @@ import torch
 from cbnerf.config import flatten, preset, with_overrides
 from cbnerf.data.procedural import make_capture
 from cbnerf.data.scene import Scene, make_scene
-from cbnerf.search import cache
-from cbnerf.search.cache import field_folder, field_key
-
-pytestmark = pytest.mark.search
+from cbnerf.training import cache
+from cbnerf.training.cache import field_folder, field_key, refiner_folder
 
 CONFIG = preset("cb-nerf", "tiny")
 
@@ -26,7 +24,7 @@ def other_value(value: Any) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, str):
-        return {"planes": "mlp", "box": "lanczos"}[value]
+        return {"planes": "mlp", "box": "lanczos", "bfloat16": "float32"}[value]
     if isinstance(value, tuple):
         return (1, 2, 3)
     return value + 1 if isinstance(value, int) else value / 2
@@ -79,3 +77,18 @@ def test_equal_input_finds_the_same_entry(scene: Scene, tmp_path: Path):
     folder = field_folder(tmp_path, CONFIG, scene)
     assert field_folder(tmp_path, preset("cb-nerf", "tiny"), again) == folder
     assert folder.parent == tmp_path / "cache" and "arcade" in folder.name
+
+
+def test_a_refiner_has_an_entry_for_its_knobs_and_for_all_that_it_learned_from(tmp_path: Path):
+    def folder(config=CONFIG, name: str = "fern", fields=("a",)) -> Path:
+        return refiner_folder(tmp_path, config, name, list(fields))
+
+    assert folder() == folder() and "fern" in folder().name
+    others = [
+        folder(with_overrides(CONFIG, {"codebook.size": 7})),
+        folder(name="room"),
+        folder(fields=("b",)),
+        folder(fields=("a", "b")),
+        folder(fields=("b", "a")),
+    ]
+    assert len({folder(), *others}) == 6

@@ -1,0 +1,99 @@
+"""What `cbnerf compare` is asked for, checked before anything is trained."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from cbnerf.compare.protocols import Protocol, adapt
+from cbnerf.compare.run import Comparison
+from cbnerf.config import METHODS, Config, load_config, preset, with_overrides
+from cbnerf.data.library import choose_scenes, locate_data
+
+
+@dataclass(kw_only=True)
+class Request:
+    """Train what is missing of several methods, and score all of them by one protocol."""
+
+    scenes: str = "all"
+    """`all`, or names of scenes separated by commas."""
+    methods: str = "all"
+    """`all`, or names separated by commas; a YAML file is a method, too, such as a study's
+    best.yaml."""
+    protocol: Protocol = "holdout"
+    """`holdout`; `unseen-scene` trains stage 2 on the other scenes only; `table1` is the released
+    scoring, for the published comparison only."""
+    resolution: str | None = None
+    """Image size and schedule; x2-504 with a GPU and x2-128 without if not given."""
+    data: Path | None = None
+    """Folder of LLFF scene folders; else $CBNERF_DATA, else data/nerf_llff_data, else the
+    built-in scenes."""
+    storage: Path = Path("runs")
+    """Folder for the cache that trained stages are kept in."""
+    output: Path | None = None
+    """Folder for the report; in the storage if not given."""
+    knobs: tuple[str, ...] = ()
+    """NAME=VALUE for all methods, such as field.optim.steps=100."""
+
+
+def settle(request: Request) -> Comparison:
+    """Find methods and scenes, and check that they can be compared."""
+    resolution = request.resolution or ("x2-504" if torch.cuda.is_available() else "x2-128")
+    names = list(METHODS) if request.methods == "all" else request.methods.split(",")
+    changes = dict(_read_knob(text) for text in request.knobs)
+    methods: dict[str, Config] = {}
+    for name in map(str.strip, names):
+        config = _load_method(name, resolution)
+        label = _label(name)
+        if label in methods:
+            raise ValueError(f"--methods: {label!r} stands there twice")
+        methods[label] = adapt(with_overrides(config, changes), request.protocol)
+    first = next(iter(methods.values())).data
+    for name, config in methods.items():
+        if config.data != first:
+            raise ValueError(
+                f"--methods: {name} is for {config.data}, but {next(iter(methods))} for {first}; "
+                "only equal images can be compared"
+            )
+    folder, available = locate_data(request.data)
+    scenes = choose_scenes(request.scenes, available, folder)
+    if request.protocol == "unseen-scene" and len(scenes) < 2:
+        raise ValueError(
+            "--protocol unseen-scene needs at least 2 scenes; stage 2 learns on others"
+        )
+    return Comparison(
+        methods=methods,
+        protocol=request.protocol,
+        resolution=resolution,
+        scenes=scenes,
+        data=folder,
+        storage=request.storage.resolve(),
+    )
+
+
+def report_folder(request: Request, comparison: Comparison) -> Path:
+    """Where the report goes."""
+    name = f"{comparison.resolution}-{comparison.protocol}"
+    return request.output or comparison.storage / "compare" / name
+
+
+def _load_method(name: str, resolution: str) -> Config:
+    if name in METHODS or not name.endswith((".yaml", ".yml")):
+        return preset(name, resolution)
+    return load_config(Path(name))
+
+
+def _label(name: str) -> str:
+    """The name of a preset; of a file its own and that of its folder."""
+    if name in METHODS:
+        return name
+    path = Path(name).resolve()
+    return f"{path.parent.name} {path.stem}"
+
+
+def _read_knob(text: str) -> tuple[str, object]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--knobs {text!r} is not NAME=VALUE")
+    return name, yaml.safe_load(value)

@@ -1,0 +1,61 @@
+"""The scores of a refiner while it trains, of which the released scoring takes the best."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from cbnerf.codebook.refiner import build_refiner
+from cbnerf.compare.protocols import released_psnr
+from cbnerf.config import Config
+from cbnerf.data.references import find_references
+from cbnerf.data.renders import Renders
+from cbnerf.data.scene import Scene
+from cbnerf.training.checkpoint import Checkpoint, load_checkpoint
+from cbnerf.training.evaluation import refine_views
+from cbnerf.training.stages import REFINER_FILE
+
+RELEASED_PSNR = "psnr_table1"
+"""Name of the metric of protocol `table1`."""
+_HISTORY_FILE = "table1.json"
+
+
+class History:
+    """A report that scores each evaluation of a refiner as the released code does.
+
+    The best view of each step stands in a file beside the checkpoint.
+    """
+
+    def __init__(
+        self, config: Config, scene: Scene, renders: Renders, folder: Path, device: torch.device
+    ):
+        self._config, self._scene, self._renders = config, scene, renders
+        self._folder, self._device = folder, device
+
+    def __call__(self, step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
+        refiner = build_refiner(self._config).to(self._device)
+        refiner.load_state_dict(checkpoint.model)
+        views = list(range(self._scene.num_views))
+        references = find_references(self._config, self._scene, self._renders, views)
+        refined = refine_views(refiner.eval(), self._renders.rgb, self._device, references)
+        best = max(map(released_psnr, refined, self._scene.images))
+        history = read_history(self._folder) | {step: best}
+        unfinished = self._folder / f".{_HISTORY_FILE}"
+        unfinished.write_text(json.dumps(history, indent=1))
+        unfinished.replace(self._folder / _HISTORY_FILE)
+
+    def catch_up(self) -> None:
+        """Score the last checkpoint if a run was killed between writing and scoring it."""
+        path = self._folder / REFINER_FILE
+        if path.exists():
+            last = load_checkpoint(path, "refiner", self._device)
+            if last.step not in read_history(self._folder):
+                self(last.step, last.metrics, last)
+
+
+def read_history(folder: Path) -> dict[int, float]:
+    """Released PSNR in dB of the best view at each evaluation, by step."""
+    path = folder / _HISTORY_FILE
+    if not path.exists():
+        return {}
+    return {int(step): value for step, value in json.loads(path.read_text()).items()}

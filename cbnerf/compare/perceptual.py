@@ -1,0 +1,37 @@
+"""LPIPS, where the weights of its VGG network are at hand; nothing is ever downloaded."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+Distance = Callable[[UInt8[Tensor, "height width 3"], UInt8[Tensor, "height width 3"]], float]
+
+WEIGHTS_FILE = "vgg16-397923af.pth"
+"""torchvision's name for VGG-16 trained on ImageNet."""
+
+
+def load_lpips(device: torch.device) -> tuple[Distance | None, str]:
+    """LPIPS (VGG) of two images if it can be computed, and what was found or is missing."""
+    if importlib.util.find_spec("torchvision") is None:
+        return None, "LPIPS is not reported: torchvision, which has its network, is not installed"
+    file = os.path.join(torch.hub.get_dir(), "checkpoints", WEIGHTS_FILE)
+    if not os.path.exists(file):
+        return None, f"LPIPS is not reported: its network's weights are not at hand as {file}"
+    try:
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+        network = LearnedPerceptualImagePatchSimilarity("vgg", normalize=True).to(device).eval()
+    except (ImportError, RuntimeError) as error:  # a torchvision that is not for this torch
+        return None, f"LPIPS is not reported: torchvision does not work here ({error})"
+
+    @torch.no_grad()
+    def distance(image: Tensor, target: Tensor) -> float:
+        network.reset()
+        pair = (x.movedim(-1, 0)[None].to(device).float() / 255 for x in (image, target))
+        return float(network(*pair))
+
+    return distance, "LPIPS is that of VGG-16, without a crop"

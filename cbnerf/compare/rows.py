@@ -1,0 +1,109 @@
+"""Rows of a comparison: the systems, what each is made of, and the images it makes."""
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor
+
+from cbnerf.codebook.refiner import Refiner
+from cbnerf.compare.protocols import Protocol
+from cbnerf.config import Config, FieldConfig
+from cbnerf.data.references import find_references
+from cbnerf.data.renders import load_renders
+from cbnerf.data.scene import Scene
+from cbnerf.metrics import to_8bit
+from cbnerf.training.evaluation import refine_views, render_views, to_unit
+from cbnerf.training.field import load_field, low_res_cameras
+from cbnerf.training.refiner import load_refiner
+from cbnerf.training.stages import FIELD_FILE, REFINER_FILE, RENDERS_FILE
+
+Part = Literal["stage 1", "bicubic", "lanczos", "refined", "vq-vae"]
+
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
+
+_ABOUT: dict[Part, str] = {
+    "stage 1": "its stage-1 render at high resolution",
+    "bicubic": "its low-res render, enlarged by a bicubic filter",
+    "lanczos": "its low-res render, enlarged by a Lanczos filter",
+    "refined": "its refined render",
+    "vq-vae": "not a result but the ceiling of the codebook: the photograph itself, as its codes "
+    "tell it",
+}
+
+
+class Row(NamedTuple):
+    name: str
+    method: str
+    part: Part
+
+    @property
+    def about(self) -> str:
+        """What the images of this row are, in words."""
+        return f"{self.method}: {_ABOUT[self.part]}"
+
+
+def make_rows(methods: dict[str, Config], protocol: Protocol) -> list[Row]:
+    """The rows of some methods; a stage 1 that several methods share has one row."""
+    rows: list[Row] = []
+    fields: list[FieldConfig] = []
+    for method, config in methods.items():
+        kind = config.refiner.kind
+        if kind == "none":
+            rows.append(Row(method, method, "stage 1"))
+            rows += [Row(f"{method} {filter}", method, filter) for filter in ("bicubic", "lanczos")]
+            continue
+        if config.field not in fields:
+            fields.append(config.field)
+            rows.append(Row(f"{method} stage 1", method, "stage 1"))
+        if kind == "reference" and protocol == "unseen-scene":
+            continue  # It needs a high-res photograph of the scene.
+        rows.append(Row(method, method, "refined"))
+        if kind in ("residual", "paper") and config.refiner.codes:
+            rows.append(Row(f"vq-vae of {method}", method, "vq-vae"))
+    return rows
+
+
+def make_images(
+    part: Part,
+    config: Config,
+    scene: Scene,
+    views: list[int],
+    field: Path,
+    refiner: Path,
+    device: torch.device,
+) -> UInt8[Tensor, "views height width 3"]:
+    """The images of a row; `field` and `refiner` are the folders of its two stages."""
+    if part in _RESAMPLING:
+        return _enlarge_low_res(part, scene, views, field, device)
+    renders = load_renders(field / RENDERS_FILE)
+    if part == "stage 1":
+        return renders.rgb[views]
+    model = load_refiner(refiner / REFINER_FILE, device)
+    if part == "refined":
+        references = find_references(config, scene, renders, views)
+        return refine_views(model, renders.rgb[views], device, references)
+    assert isinstance(model, Refiner)
+    told = [model.reconstruct(to_unit(photograph, device)) for photograph in scene.images[views]]
+    return to_8bit(torch.cat(told)).movedim(1, -1).cpu()
+
+
+def _enlarge_low_res(
+    part: Part, scene: Scene, views: list[int], field: Path, device: torch.device
+) -> UInt8[Tensor, "views height width 3"]:
+    model, cameras, _ = load_field(field / FIELD_FILE, device)
+    low_res = render_views(model, low_res_cameras(cameras, scene.scale), views, 1).rgb
+    return torch.stack([enlarge(image, scene.scale, part) for image in low_res])
+
+
+def enlarge(
+    image: UInt8[Tensor, "height width 3"], scale: int, kernel: str
+) -> UInt8[Tensor, "large_height large_width 3"]:
+    """An image resized by Pillow with a `bicubic` or `lanczos` filter."""
+    size = (image.shape[1] * scale, image.shape[0] * scale)
+    resized = Image.fromarray(image.numpy()).resize(size, _RESAMPLING[kernel])
+    return torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).view(
+        size[1], size[0], 3
+    )

@@ -1,0 +1,233 @@
+"""Train what a comparison lacks, then score every row on every scene.
+
+Both stages stand in the cache under what determines them, so nothing is trained twice, a killed
+comparison goes on where it was, and comparisons share their stages with each other (and fields with
+the search).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from cbnerf.compare.history import RELEASED_PSNR, History, read_history
+from cbnerf.compare.perceptual import Distance, load_lpips
+from cbnerf.compare.protocols import Protocol, released_psnr, scored_views, summarise
+from cbnerf.compare.rows import Row, make_images, make_rows
+from cbnerf.config import Config, DataConfig
+from cbnerf.data.library import read_scene
+from cbnerf.data.references import reference_view
+from cbnerf.data.renders import load_renders
+from cbnerf.data.scene import Scene
+from cbnerf.training.cache import field_key, folder_of_field, refiner_folder
+from cbnerf.training.evaluation import score_views
+from cbnerf.training.field import load_field
+from cbnerf.training.refiner import load_refiner
+from cbnerf.training.stages import (
+    FIELD_FILE,
+    REFINER_FILE,
+    RENDERS_FILE,
+    ignore,
+    read_metrics,
+    run_field,
+    run_refiner,
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, by which protocol; all methods have the same images."""
+
+    methods: dict[str, Config]
+    protocol: Protocol
+    resolution: str
+    scenes: tuple[str, ...]
+    data: Path | None
+    """Folder of LLFF scene folders; None means the built-in scenes."""
+    storage: Path
+
+    @property
+    def rows(self) -> list[Row]:
+        return make_rows(self.methods, self.protocol)
+
+    @property
+    def split(self) -> DataConfig:
+        """Resolution and split of all methods."""
+        return next(iter(self.methods.values())).data
+
+    def scene(self, name: str) -> Scene:
+        return _read_scene(name, self.data, self.storage, self.split)
+
+    def others(self, name: str) -> list[str]:
+        """The scenes that a refiner of this one is trained on, if not on itself."""
+        if self.protocol != "unseen-scene":
+            return []
+        return [other for other in self.scenes if other != name]
+
+    @cached_property
+    def _field_keys(self) -> dict[tuple[str, str], str]:
+        """By method and scene; photographs are hashed, which takes a while."""
+        return {
+            (method, name): field_key(config, self.scene(name))
+            for method, config in self.methods.items()
+            for name in self.scenes
+        }
+
+    def folders(self, method: str, name: str) -> tuple[Path, Path]:
+        """Where the field and the refiner of a method stand for a scene."""
+        fields = [self._field_keys[method, used] for used in (name, *self.others(name))]
+        return (
+            folder_of_field(self.storage, name, fields[0]),
+            refiner_folder(self.storage, self.methods[method], name, fields),
+        )
+
+
+class Cost(NamedTuple):
+    """What a stage takes."""
+
+    parameters: int
+    seconds: float
+    """Of training, without earlier runs that were interrupted."""
+
+
+class Scored(NamedTuple):
+    """A row on one scene."""
+
+    summary: dict[str, float]
+    """One number for each metric, as the protocol says."""
+    views: dict[int, dict[str, float]]
+    costs: list[Cost]
+    """Of stage 1 and, where there is one, stage 2."""
+
+
+class Shown(NamedTuple):
+    """The view of a scene that the figures show: the first scored one that is no reference."""
+
+    view: int
+    photograph: UInt8[Tensor, "height width 3"]
+    images: dict[str, UInt8[Tensor, "height width 3"]]
+    """By row."""
+
+
+class Results(NamedTuple):
+    scores: dict[str, dict[str, Scored]]
+    """By row and scene."""
+    shown: dict[str, Shown]
+    """By scene."""
+    about_lpips: str
+
+
+# Scenes do not change while a comparison runs.
+@lru_cache(maxsize=16)
+def _read_scene(name: str, data: Path | None, storage: Path, knobs: DataConfig) -> Scene:
+    return read_scene(name, data, storage, knobs)
+
+
+def run_comparison(
+    comparison: Comparison, device: torch.device, say: Callable[[str], None]
+) -> Results:
+    """Train, score; `say` gets a line for each thing done."""
+    lpips, about_lpips = load_lpips(device)
+    for method in comparison.methods:
+        for name in comparison.scenes:
+            _train_field(comparison, method, name, device, say)
+    for row in comparison.rows:
+        if row.part == "refined":
+            for name in comparison.scenes:
+                _train_refiner(comparison, row.method, name, device, say)
+    results = Results({row.name: {} for row in comparison.rows}, {}, about_lpips)
+    for name in comparison.scenes:
+        scene = comparison.scene(name)
+        views = scored_views(scene.num_views, comparison.split, comparison.protocol)
+        view = next(v for v in views if v != reference_view(scene, comparison.split))
+        results.shown[name] = Shown(view, scene.images[view], {})
+        for row in comparison.rows:
+            field, refiner = comparison.folders(row.method, name)
+            config = comparison.methods[row.method]
+            images = make_images(row.part, config, scene, views, field, refiner, device)
+            values = _score_images(images, scene.images[views], comparison.protocol, lpips)
+            folders = (field, refiner) if row.part in ("refined", "vq-vae") else (field,)
+            results.scores[row.name][name] = Scored(
+                summary=_summarise(comparison, row, values, refiner),
+                views=dict(zip(views, values, strict=True)),
+                costs=[_cost(folder, device) for folder in folders],
+            )
+            results.shown[name].images[row.name] = images[views.index(view)]
+        say(f"{name}: scored")
+    return results
+
+
+def _train_field(
+    comparison: Comparison, method: str, name: str, device: torch.device, say: Callable[[str], None]
+) -> None:
+    folder, _ = comparison.folders(method, name)
+    trained = read_metrics(folder) is None
+    metrics = run_field(comparison.methods[method], comparison.scene(name), folder, device=device)
+    if trained:
+        say(f"{name}: stage 1 of {method} trained in {metrics['seconds']:.0f} s")
+
+
+def _train_refiner(
+    comparison: Comparison, method: str, name: str, device: torch.device, say: Callable[[str], None]
+) -> None:
+    config, scene = comparison.methods[method], comparison.scene(name)
+    field, folder = comparison.folders(method, name)
+    renders = load_renders(field / RENDERS_FILE)
+    others = []
+    for other in comparison.others(name):
+        other_field, _ = comparison.folders(method, other)
+        others.append((comparison.scene(other), load_renders(other_field / RENDERS_FILE)))
+    report = ignore
+    if comparison.protocol == "table1":
+        report = History(config, scene, renders, folder, device)
+        report.catch_up()
+    trained = read_metrics(folder) is None
+    metrics = run_refiner(
+        config, scene, renders, folder, device=device, report=report, others=others
+    )
+    if trained:
+        say(f"{name}: stage 2 of {method} trained in {metrics['seconds']:.0f} s")
+
+
+def _score_images(
+    images: UInt8[Tensor, "views height width 3"],
+    targets: UInt8[Tensor, "views height width 3"],
+    protocol: Protocol,
+    lpips: Distance | None,
+) -> list[dict[str, float]]:
+    """Metrics of each view; under `table1` the released one alone."""
+    pairs = list(zip(images, targets, strict=True))
+    if protocol == "table1":
+        return [{RELEASED_PSNR: released_psnr(*pair)} for pair in pairs]
+    scores = score_views(images, targets, perceptual=True)
+    values = [{k: v for k, v in score._asdict().items() if v is not None} for score in scores]
+    if lpips is not None:
+        for value, pair in zip(values, pairs, strict=True):
+            value["lpips"] = lpips(*pair)
+    return values
+
+
+def _summarise(
+    comparison: Comparison, row: Row, values: list[dict[str, float]], refiner: Path
+) -> dict[str, float]:
+    summary = summarise(values, comparison.protocol)
+    if comparison.protocol == "table1" and row.part == "refined":
+        # The released code also takes the best epoch.
+        summary[RELEASED_PSNR] = max(summary[RELEASED_PSNR], *read_history(refiner).values())
+    return summary
+
+
+def _cost(folder: Path, device: torch.device) -> Cost:
+    """Of the stage that was trained in a folder."""
+    metrics = read_metrics(folder)
+    assert metrics is not None, folder
+    if (folder / FIELD_FILE).exists():
+        model: torch.nn.Module = load_field(folder / FIELD_FILE, device)[0]
+    else:
+        model = load_refiner(folder / REFINER_FILE, device)
+    return Cost(sum(p.numel() for p in model.parameters()), metrics["seconds"])

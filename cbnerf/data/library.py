@@ -1,0 +1,60 @@
+"""Scenes by name: LLFF folders where there are any, else the built-in scenes.
+
+A built-in scene is drawn once and kept as an LLFF folder in the storage, one for each image width.
+"""
+
+import os
+from pathlib import Path
+
+from cbnerf.config import DataConfig
+from cbnerf.data.llff import find_scenes, read_capture, write_capture
+from cbnerf.data.procedural import BUILT_IN_SCENES, make_capture
+from cbnerf.data.scene import Scene, make_scene
+
+DATA_VARIABLE = "CBNERF_DATA"
+DEFAULT_DATA = Path("data/nerf_llff_data")
+PAPER_SCENES = ("fern", "flower", "fortress", "horns", "leaves", "orchids", "room", "trex")
+NUM_BUILT_IN_VIEWS = 13
+
+
+def locate_data(data: Path | None) -> tuple[Path | None, list[str]]:
+    """The folder of scenes and their names: `--data`, else the variable, else the usual place."""
+    asked = data or (Path(os.environ[DATA_VARIABLE]) if os.environ.get(DATA_VARIABLE) else None)
+    folder = asked or DEFAULT_DATA
+    available = find_scenes(folder)
+    if available:
+        return folder.resolve(), available
+    if asked:
+        raise ValueError(
+            f"{folder}: no LLFF scenes; expected folders such as fern/poses_bounds.npy below it"
+        )
+    return None, list(BUILT_IN_SCENES)
+
+
+def choose_scenes(wanted: str, available: list[str], folder: Path | None) -> tuple[str, ...]:
+    """`all`, or names separated by commas; `all` of LLFF data means the paper's scenes found."""
+    where = str(folder) if folder else "the built-in scenes"
+    if wanted == "all":
+        found = [scene for scene in PAPER_SCENES if scene in available] or available
+        return tuple(found)
+    chosen = [scene.strip() for scene in wanted.split(",") if scene.strip()]
+    unknown = [scene for scene in chosen if scene not in available]
+    if unknown or not chosen:
+        raise ValueError(
+            f"--scenes {wanted}: no scene {unknown[0] if unknown else ''!r} in {where}; "
+            f"there are {', '.join(available)}"
+        )
+    return tuple(dict.fromkeys(chosen))
+
+
+def scene_folder(name: str, data: Path | None, storage: Path, width: int) -> Path:
+    """The LLFF folder of a scene; without `data` that of a built-in one."""
+    return data / name if data else storage / f"scenes/{width}/{name}"
+
+
+def read_scene(name: str, data: Path | None, storage: Path, knobs: DataConfig) -> Scene:
+    """A scene of the folder `data`; without one a built-in scene, drawn when first used."""
+    folder = scene_folder(name, data, storage, knobs.width)
+    if data is None and not (folder / "poses_bounds.npy").exists():
+        write_capture(folder, make_capture(name, width=knobs.width, num_views=NUM_BUILT_IN_VIEWS))
+    return make_scene(read_capture(folder, knobs.width), knobs)

@@ -1,0 +1,55 @@
+"""A comparison in MLflow: one run with its numbers and its report as artifacts.
+
+The protocol stands in the name of every metric, so that MLflow's tables keep protocols apart.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
+
+from cbnerf.search.tracking import tracking_uri
+
+EXPERIMENT = "comparisons"
+
+
+def log_comparison(folder: Path, storage: Path) -> str:
+    """Log the report in `folder`; returns the id of its run."""
+    report = json.loads((folder / "report.json").read_text())
+    client = MlflowClient(tracking_uri(storage))
+    run = client.create_run(_open_experiment(client, storage), run_name=folder.name)
+    now = int(time.time() * 1000)
+    about = ("protocol", "resolution", "data", "device")
+    params = {name: report[name] for name in about}
+    params |= {"scenes": ",".join(report["scenes"]), "methods": ",".join(report["methods"])}
+    metrics = [
+        Metric(f"{report['protocol']}/{row}/{place}/{name}", value, now, 0)
+        for row, entry in report["rows"].items()
+        for place, values in _places(entry).items()
+        for name, value in values.items()
+    ]
+    client.log_batch(run.info.run_id, metrics[:900], [Param(k, str(v)) for k, v in params.items()])
+    for start in range(900, len(metrics), 900):  # MLflow takes 1000 at a time
+        client.log_batch(run.info.run_id, metrics[start : start + 900])
+    client.log_artifacts(run.info.run_id, str(folder))
+    client.set_terminated(run.info.run_id)
+    return run.info.run_id
+
+
+def _places(entry: dict) -> dict[str, dict[str, float]]:
+    """Metrics of each scene and of their mean."""
+    scenes = {scene: scored["summary"] for scene, scored in entry["scenes"].items()}
+    return {"mean": entry["mean"], **scenes}
+
+
+def _open_experiment(client: MlflowClient, storage: Path) -> str:
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is not None:
+        return found.experiment_id
+    artifacts = None
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        artifacts = (storage / "mlartifacts" / EXPERIMENT).as_uri()
+    return client.create_experiment(EXPERIMENT, artifact_location=artifacts)

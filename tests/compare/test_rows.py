@@ -1,0 +1,43 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cbnerf.compare.rows import enlarge, make_rows
+from cbnerf.config import METHODS, RESOLUTIONS, preset
+
+ALL = [
+    "nerf", "nerf bicubic", "nerf lanczos", "nerf-sr stage 1", "nerf-sr", "cb-nerf-paper",
+    "vq-vae of cb-nerf-paper", "cb-nerf stage 1", "cb-nerf", "vq-vae of cb-nerf", "residual-cnn",
+    "linear",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("resolution", RESOLUTIONS)
+def test_all_methods_give_all_rows_and_shared_fields_one(resolution: str):
+    methods = {name: preset(name, resolution) for name in METHODS}
+    assert [row.name for row in make_rows(methods, "holdout")] == ALL
+    assert [row.name for row in make_rows(methods, "table1")] == ALL
+
+
+def test_an_unseen_scene_has_no_reference_to_look_into():
+    rows = make_rows(METHODS, "unseen-scene")
+    assert [row.name for row in rows] == [name for name in ALL if name != "nerf-sr"]
+
+
+def test_the_control_without_codes_has_no_ceiling_of_codes():
+    names = [row.name for row in make_rows({"residual-cnn": METHODS["residual-cnn"]}, "holdout")]
+    assert names == ["residual-cnn stage 1", "residual-cnn"]
+
+
+@pytest.mark.parametrize("kernel", ["bicubic", "lanczos"])
+def test_images_are_enlarged_as_pillow_does(kernel: str):
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (6, 9, 3), generator=generator, dtype=torch.uint8)
+    expected = Image.fromarray(image.numpy()).resize(
+        (18, 12), {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}[kernel]
+    )
+    large = enlarge(image, 2, kernel)
+    assert np.array_equal(large.numpy(), np.asarray(expected))
+    flat = torch.full((4, 4, 3), 77, dtype=torch.uint8)
+    assert torch.equal(enlarge(flat, 4, kernel), torch.full((16, 16, 3), 77, dtype=torch.uint8))
