@@ -9,9 +9,9 @@ from torch import Tensor
 
 from cbnerf.codebook.autoencoder import STRIDE
 from cbnerf.codebook.health import CodebookHealth
-from cbnerf.codebook.pictures import color_codes, draw_agreement, draw_codes, draw_map, draw_usage
 from cbnerf.codebook.refiner import Refinement, Refiner
 from cbnerf.training.evaluation import image_strip
+from cbnerf.training.pictures import color_codes, draw_agreement, draw_codes, draw_map, draw_usage
 
 CODES_FILE, USAGE_FILE, MAP_FILE = "codes.png", "usage.png", "map.png"
 
