@@ -96,7 +96,7 @@ BAD = {
     "no worker": ("resources: {workers: 0}\n" + SPACE, "at least 1 worker"),
     "no CPU": ("resources: {cpus_per_worker: 0}\n" + SPACE, "some CPU"),
     "negative GPUs": ("resources: {gpus_per_worker: -1}\n" + SPACE, "gpus_per_worker"),
-    "unknown method": ("method: nerf2\n" + SPACE, "'nerf2' is not one of cb-nerf"),
+    "unknown method": ("method: nerf2\n" + SPACE, "'nerf2' is not one of nerf, nerf-sr"),
     "method is a list": ("method: [nerf]\n" + SPACE, "method = ['nerf']"),
     "unknown resolution": ("resolution: x3\n" + SPACE, "'x3' is not one of auto"),
     "unknown metric": ("metric: val/lpips\n" + SPACE, "'val/lpips' is not one of"),

@@ -266,7 +266,7 @@ BAD_LINES = {
     "data": (["--data", "nowhere"], "nowhere: no LLFF scenes"),
     "no file": (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
     "broken file": (["--config", "broken.yaml"], "broken.yaml: not readable as YAML"),
-    "method": (["--method", "nerf2"], "method 'nerf2' is not one of cb-nerf"),
+    "method": (["--method", "nerf2"], "method 'nerf2' is not one of nerf, nerf-sr"),
     "resolution": (["--resolution", "x9"], "resolution 'x9' is not one of auto"),
     "trials": (["--trials", "0"], "trials must be at least 1"),
     "name": (["--name", "a/b"], "'a/b' is not the name of a folder"),
