@@ -1,3 +1,5 @@
+import os
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -14,6 +16,25 @@ torch.set_num_threads(1)
 
 if find_spec("ray") is None:  # the core is tested without the search extra, too
     collect_ignore = ["search", "test_tune_configs.py"]
+
+EXIT_STATUS = pytest.StashKey[int]()
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    session.config.stash[EXIT_STATUS] = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Leave without the destructors of C++ libraries once Ray was started in this process.
+
+    After all tests had passed, a native thread was seen to read freed memory while the interpreter
+    went down (one run of several; ip in libstdc++'s _Hash_bytes, no Python frame).
+    """
+    if "ray" in sys.modules and EXIT_STATUS in config.stash:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(config.stash[EXIT_STATUS])
 
 
 @pytest.fixture(scope="session")
