@@ -60,6 +60,8 @@ class Drivers:
             [sys.executable, ROOT / "tune.py", *arguments],
             cwd=self.folder, env={**os.environ, name: value}, start_new_session=True, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            # A shell's background jobs ignore Ctrl-C, and so would what they start.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         if until is not None:
             while driver.poll() is None and not until():
