@@ -10,7 +10,6 @@ the ratios to cbnerf's quantizer. `-` stands for a pass that did not fit into `-
 
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -18,12 +17,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import tyro
+from provenance import provenance
 from torch import Tensor, nn
 
 from cbnerf.codebook.quantizer import VectorQuantizer, vq_loss
@@ -180,14 +179,18 @@ def main(options: Options) -> None:
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         print(json.dumps(asdict(measure(method, int(num_latents), int(size), options))))
         return
-    provenance = _provenance(options)
+    about = (
+        provenance(options.threads)
+        + f"\nD = {options.dim}, median of {options.repeats}, load {os.getloadavg()[0]:.1f} at the "
+        "start\n"
+    )
     cells: list[Cell] = []
     for num_latents in options.latents:
         for size in options.codes:
             for method in METHODS:
                 cells.append(measure_apart(method, num_latents, size, options))
                 print(cells[-1], flush=True)
-            _write(options.output, provenance, cells)
+            _write(options.output, about, cells)
     print((options.output / f"{_name()}.md").read_text())
 
 
@@ -195,12 +198,12 @@ def _name() -> str:
     return "gpu" if torch.cuda.is_available() else "cpu"
 
 
-def _write(output: Path, provenance: str, cells: list[Cell]) -> None:
+def _write(output: Path, about: str, cells: list[Cell]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     ours = {(cell.latents, cell.codes): cell for cell in cells if cell.method == "cbnerf"}
     lines = [
         "# Nearest codes: time and peak memory of one training pass\n",
-        provenance + "\n",
+        about,
         "| N | k | method | ms | MiB | time / cbnerf's | memory / cbnerf's |",
         "|---:|---:|---|---:|---:|---:|---:|",
     ]
@@ -214,28 +217,8 @@ def _write(output: Path, provenance: str, cells: list[Cell]) -> None:
         lines.append("| " + " | ".join(map(str, cells_of_row)) + " |")
     file = output / _name()
     file.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    plain = {"provenance": provenance, "cells": [asdict(cell) for cell in cells]}
+    plain = {"provenance": about, "cells": [asdict(cell) for cell in cells]}
     file.with_suffix(".json").write_text(json.dumps(plain, indent=1))
-
-
-def _provenance(options: Options) -> str:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    return (
-        f"`python {' '.join(sys.argv)}`: {date.today()}, commit {commit}, "
-        f"torch {torch.__version__}, {device}, {options.threads} thread(s), D = {options.dim}, "
-        f"median of {options.repeats}, load {os.getloadavg()[0]:.1f} at the start"
-    )
-
-
-def _processor() -> str:
-    """The CPU's model where Linux tells it."""
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text().splitlines() if about.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()
 
 
 def _number(value: float | None, unit: float) -> str:

@@ -7,7 +7,7 @@ the search).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,7 +61,7 @@ class Comparison:
         return next(iter(self.methods.values())).data
 
     def scene(self, name: str) -> Scene:
-        return _read_scene(name, self.data, self.storage, self.split)
+        return read_scene(name, self.data, self.storage, self.split)
 
     def others(self, name: str) -> list[str]:
         """The scenes that a refiner of this one is trained on, if not on itself."""
@@ -120,12 +120,6 @@ class Results(NamedTuple):
     shown: dict[str, Shown]
     """By scene."""
     about_lpips: str
-
-
-# Scenes do not change while a comparison runs.
-@lru_cache(maxsize=16)
-def _read_scene(name: str, data: Path | None, storage: Path, knobs: DataConfig) -> Scene:
-    return read_scene(name, data, storage, knobs)
 
 
 def run_comparison(

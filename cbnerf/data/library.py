@@ -4,6 +4,7 @@ A built-in scene is drawn once and kept as an LLFF folder in the storage, one fo
 """
 
 import os
+from functools import lru_cache
 from pathlib import Path
 
 from cbnerf.config import DataConfig
@@ -52,6 +53,8 @@ def scene_folder(name: str, data: Path | None, storage: Path, width: int) -> Pat
     return data / name if data else storage / f"scenes/{width}/{name}"
 
 
+# Trials and comparisons meet the same few scenes again and again, and do not change them.
+@lru_cache(maxsize=16)
 def read_scene(name: str, data: Path | None, storage: Path, knobs: DataConfig) -> Scene:
     """A scene of the folder `data`; without one a built-in scene, drawn when first used."""
     folder = scene_folder(name, data, storage, knobs.width)

@@ -28,11 +28,7 @@ class PatchSampler:
         patch_size: int,
         device: torch.device,
     ):
-        _, height, width, _ = photographs.shape
-        if patch_size > min(height, width):
-            raise ValueError(
-                f"refiner.patch_size = {patch_size} does not fit into {width}x{height} images"
-            )
+        check_patch_size(patch_size, photographs)
         pairs = torch.stack([renders, photographs], dim=1)
         self._pairs = pairs.movedim(-1, 2).contiguous().to(device)
         self._size = patch_size
@@ -57,6 +53,15 @@ class PatchSampler:
         ]
         cut = _turn(cut.float() / 255, noise.integers(8, batch_size))
         return PatchBatch(cut[:, 0], cut[:, 1])
+
+
+def check_patch_size(patch_size: int, images: UInt8[Tensor, "*views height width 3"]) -> None:
+    """A patch must fit into an image."""
+    height, width = images.shape[-3:-1]
+    if patch_size > min(height, width):
+        raise ValueError(
+            f"refiner.patch_size = {patch_size} does not fit into {width}x{height} images"
+        )
 
 
 def _turn(

@@ -13,10 +13,12 @@ from jaxtyping import Float, Float16, UInt8
 from torch import Tensor
 
 from cbnerf.config import Config, DataConfig
+from cbnerf.data.patches import check_patch_size
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
-from cbnerf.nerf.rays import Cameras, from_ndc, make_rays, project
+from cbnerf.nerf.rays import Cameras, project
+from cbnerf.nerf.warp import find_points
 from cbnerf.noise import Noise
 
 _WARP = 0.075
@@ -44,12 +46,8 @@ class ReferencePatchSampler:
         config: Config,
         device: torch.device,
     ):
-        height, width, _ = photograph.shape
         self._size, self._count = config.refiner.patch_size, config.refiner.references
-        if self._size > min(height, width):
-            raise ValueError(
-                f"refiner.patch_size = {self._size} does not fit into {width}x{height} images"
-            )
+        check_patch_size(self._size, photograph)
         pair = torch.cat([render, photograph], dim=2).movedim(-1, 0)
         self._pair = pair.to(device).float() / 255
 
@@ -123,14 +121,9 @@ def find_content(
     cameras: Cameras, view: int, depth: Float16[Tensor, "height width"], source: int
 ) -> Float[Tensor, "height width 2"]:
     """Where (u, v) the content of each pixel of a view stands in the view `source`."""
-    height, width = depth.shape
-    v, u = torch.meshgrid(
-        torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij"
-    )  # fmt: skip
-    rays = make_rays(cameras, torch.full((height, width), view), u, v)
     # Differs from reference: t is depth along the average camera's axis, not along the view's.
-    t = depth.float().clamp(max=0.999)[..., None]
-    return project(from_ndc(rays.origins + t * rays.directions, cameras), cameras, source)
+    t = depth.float().clamp(max=0.999)
+    return project(find_points(cameras, t, view), cameras, source)
 
 
 def move_tiles(

@@ -3,6 +3,8 @@
 Points lie in [-1, 1]^3 after `PlanesField` has divided x and y by the extent of the scene.
 """
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -68,10 +70,8 @@ def interpolate_planes(
     """
     device, channels = points.device, planes[0].shape[-1]
     table = torch.cat([plane.reshape(-1, channels) for plane in planes])
-    sizes = torch.tensor([plane.shape[:2] for plane in planes], device=device)
-    height, width = sizes.T[..., None].unbind(0)
-    first = (height * width).cumsum(0) - height * width
-    axes = torch.tensor(_AXES * (len(planes) // 3), device=device)
+    sizes = tuple((plane.shape[0], plane.shape[1]) for plane in planes)
+    height, width, first, axes = _layout(sizes, device)
 
     x, y = ((points.T[axis] + 1) / 2 for axis in axes.unbind(1))
     x, y = x * (width - 1), y * (height - 1)
@@ -85,6 +85,15 @@ def interpolate_planes(
     sampled = _WeightedSum.apply(table, cells.flatten(0, 1), shares.flatten(0, 1))
     xy, xz, yz = sampled.view(-1, 3, len(points), channels).unbind(1)
     return torch.cat((xy * xz * yz).unbind(0), dim=-1)
+
+
+# Kept, for copying it to a GPU at every step would make the host wait.
+@lru_cache(maxsize=64)
+def _layout(sizes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, ...]:
+    """Height, width and first cell of each plane in the table, and the two axes it lies along."""
+    height, width = torch.tensor(sizes, device=device).T[..., None].unbind(0)
+    first = (height * width).cumsum(0) - height * width
+    return height, width, first, torch.tensor(_AXES * (len(sizes) // 3), device=device)
 
 
 class _WeightedSum(torch.autograd.Function):

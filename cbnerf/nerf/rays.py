@@ -70,17 +70,6 @@ def to_ndc(rays: Rays, cameras: Cameras) -> Rays:
     return Rays(ndc_origins, ndc_directions)
 
 
-def from_ndc(points: Float[Tensor, "*points 3"], cameras: Cameras) -> Float[Tensor, "*points 3"]:
-    """World points from NDC points nearer than infinity (NeRF, appendix C, inverted)."""
-    height, width = cameras.size
-    x, y, z = points.unbind(-1)
-    depth = 2 / (1 - z)
-    return torch.stack(
-        [x * depth * width / (2 * cameras.focal), y * depth * height / (2 * cameras.focal), -depth],
-        dim=-1,
-    )
-
-
 def project(
     points: Float[Tensor, "*points 3"], cameras: Cameras, view: int
 ) -> Float[Tensor, "*points 2"]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cbnerf.nerf.rays import Cameras, make_world_rays
+from cbnerf.nerf.rays import Cameras, make_world_rays, project
 
 # Largest difference of t between two views of one thing: a fiftieth of the parallax of the near
 # plane, which is more than what the depth of a field trembles and less than most edges.
@@ -27,10 +27,10 @@ class WarpingError(NamedTuple):
     """Share of the pixels that the next frame sees, too."""
 
 
-def follow_pixels(
-    cameras: Cameras, depth: Float[Tensor, "height width"], view: int, other: int
-) -> Float[Tensor, "height width 2"]:
-    """Image points (u, v) in view `other` of what the pixels of `view` show; nan behind it."""
+def find_points(
+    cameras: Cameras, depth: Float[Tensor, "height width"], view: int
+) -> Float[Tensor, "height width 3"]:
+    """World points that the pixels of a view show."""
     height, width = depth.shape
     device = depth.device
     v, u = torch.meshgrid(
@@ -40,17 +40,17 @@ def follow_pixels(
     rays = make_world_rays(cameras, torch.full_like(u, view, dtype=torch.int64), u, v)
     z = -1 / (1 - depth.clamp(max=_FARTHEST))
     along = (z - rays.origins[..., 2]) / rays.directions[..., 2]
-    points = rays.origins + along[..., None] * rays.directions
+    return rays.origins + along[..., None] * rays.directions
+
+
+def follow_pixels(
+    cameras: Cameras, depth: Float[Tensor, "height width"], view: int, other: int
+) -> Float[Tensor, "height width 2"]:
+    """Image points (u, v) in view `other` of what the pixels of `view` show; nan behind it."""
+    points = find_points(cameras, depth, view)
     pose = cameras.camera_to_world[other]
-    x, y, backward = ((points - pose[:, 3]) @ pose[:, :3]).unbind(-1)
-    distance = torch.where(backward < 0, -backward, torch.nan)
-    return torch.stack(
-        [
-            cameras.center[0] + cameras.focal * x / distance,
-            cameras.center[1] - cameras.focal * y / distance,
-        ],
-        dim=-1,
-    )
+    ahead = (points - pose[:, 3]) @ pose[:, 2:3] < 0
+    return torch.where(ahead, project(points, cameras, other), torch.nan)
 
 
 def sample(

@@ -8,7 +8,6 @@ import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,7 +127,7 @@ def score_best(
 
 def load_scene(plan: Plan, name: str, data: DataConfig) -> Scene:
     """A scene of the plan; a built-in one is drawn and written as a folder when first used."""
-    return _read_scene(name, plan.data, plan.storage, data)
+    return read_scene(name, plan.data, plan.storage, data)
 
 
 def worker_group(plan: Plan) -> ScalingConfig:
@@ -149,12 +148,6 @@ def job_folder(plan: Plan, job: Job) -> Path:
         return job.folder
     scene = load_scene(plan, job.scene, job.config.data)
     return field_folder(plan.storage, job.config, scene)
-
-
-# Reused actors meet the same few scenes again and again.
-@lru_cache(maxsize=16)
-def _read_scene(name: str, folder: Path | None, storage: Path, data: DataConfig) -> Scene:
-    return read_scene(name, folder, storage, data)
 
 
 def _train(plan: Plan, job: Job, device: torch.device, report: Report) -> dict[str, float]:

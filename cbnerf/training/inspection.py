@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cbnerf.codebook.autoencoder import STRIDE
 from cbnerf.codebook.health import CodebookHealth
-from cbnerf.codebook.refiner import Refinement, Refiner
-from cbnerf.training.evaluation import image_strip
+from cbnerf.codebook.refiner import Refiner
+from cbnerf.training.evaluation import image_strip, to_unit
 from cbnerf.training.pictures import color_codes, draw_agreement, draw_codes, draw_map, draw_usage
 
 CODES_FILE, USAGE_FILE, MAP_FILE = "codes.png", "usage.png", "map.png"
@@ -29,13 +29,13 @@ def inspect_codebook(
 
     The map shows photograph | its codes | render | its codes | white where they agree.
     """
-    autoencoder = refiner.autoencoder
+    autoencoder = refiner.eval().autoencoder
     colors = color_codes(autoencoder.quantizer.codes())
     health = CodebookHealth(len(colors), device)
     strip: list[Tensor] = []
     for render, photograph in zip(renders, photographs, strict=True):
         render, photograph = _crop(render), _crop(photograph)
-        found = _find_codes(refiner, render.to(device), photograph.to(device))
+        found = refiner(to_unit(render, device), to_unit(photograph, device))
         health.add(found.high_res_indices, found.sr_indices)
         if not strip:
             high_res, sr = found.high_res_indices[0], found.sr_indices[0]
@@ -54,8 +54,3 @@ def inspect_codebook(
 def _crop(image: Tensor) -> Tensor:
     height, width, _ = image.shape
     return image[: height // STRIDE * STRIDE, : width // STRIDE * STRIDE]
-
-
-def _find_codes(refiner: Refiner, render: Tensor, photograph: Tensor) -> Refinement:
-    sr, high_res = (x.movedim(-1, 0)[None].float() / 255 for x in (render, photograph))
-    return refiner.eval()(sr, high_res)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from cbnerf.codebook.health import CodebookHealth
 from cbnerf.codebook.linear import LinearRefiner, fit_filter
-from cbnerf.codebook.reference import ReferenceRefiner
 from cbnerf.codebook.refiner import AnyRefiner, Refiner, build_refiner, refiner_losses
 from cbnerf.config import Config
 from cbnerf.data.patches import PatchSampler
@@ -82,13 +81,12 @@ def train_refiner(
             steps, metrics, Checkpoint("refiner", scene.name, steps, config, found, {}, {}, metrics)
         )
         return refiner
-    if isinstance(refiner, ReferenceRefiner):
-        if others:
-            raise ValueError("refiner.kind = reference needs a high-res photograph of its scene")
-        losses = _reference_losses(config, scene, renders, device)
-    else:
-        assert health is not None
+    if health is not None:
         losses = _code_losses(config, pairs, health, device)
+    elif others:
+        raise ValueError("refiner.kind = reference needs a high-res photograph of its scene")
+    else:
+        losses = _reference_losses(config, scene, renders, device)
 
     task = Task(
         stage="refiner",

@@ -39,6 +39,7 @@ def test_a_built_in_scene_is_drawn_once_and_then_read(tmp_path: Path):
     first = read_scene("mosaic", None, tmp_path, KNOBS)
     poses = scene_folder("mosaic", None, tmp_path, 64) / "poses_bounds.npy"
     written = poses.stat().st_mtime_ns
+    read_scene.cache_clear()
     again = read_scene("mosaic", None, tmp_path, KNOBS)
     assert poses.stat().st_mtime_ns == written
     assert first.images.shape == (13, 48, 64, 3) and torch.equal(first.images, again.images)

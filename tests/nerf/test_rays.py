@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cbnerf.nerf.rays import Cameras, Rays, make_rays, make_sub_pixel_rays, ndc_extent
+from cbnerf.nerf.rays import Cameras, Rays, make_rays, make_sub_pixel_rays, ndc_extent, project
 
 
 def random_pixels(cameras: Cameras, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -35,6 +35,18 @@ def test_points_of_a_ray_project_back_to_its_pixel(tiny_cameras: Cameras, t: flo
     assert (z < 0).all()  # in front of the camera
     torch.testing.assert_close(tiny_cameras.center[0] - tiny_cameras.focal * x / z, u, **CLOSE)
     torch.testing.assert_close(tiny_cameras.center[1] + tiny_cameras.focal * y / z, v, **CLOSE)
+
+
+def test_ndc_and_world_are_inverse(tiny_cameras: Cameras):
+    """A point of a ray, taken back to the world, is seen at the pixel that the ray went through."""
+    u, v = torch.tensor([3.5, 40.0, 60.5]), torch.tensor([2.5, 20.0, 47.0])
+    for view in (0, 4):
+        rays = make_rays(tiny_cameras, torch.full((3,), view), u, v)
+        for t in (0.0, 0.3, 0.9):
+            points = from_ndc(rays.origins + t * rays.directions, tiny_cameras)
+            torch.testing.assert_close(points[:, 2], torch.full((3,), -1 / (1 - t)))
+            seen = project(points, tiny_cameras, view)
+            torch.testing.assert_close(seen, torch.stack([u, v], dim=1), atol=1e-3, rtol=0)
 
 
 CLOSE = {"atol": 5e-3, "rtol": 1e-4}  # pixels; far points come from 1 - t in float32
