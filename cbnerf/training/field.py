@@ -26,9 +26,11 @@ def train_field(
     device: torch.device,
     report: Report,
     resume_from: Path | None = None,
+    until: int | None = None,
 ) -> FieldModel:
     """Train on low-res photographs only; validation views are scored at high resolution.
 
+    With `until` the training stops after that many of its steps, to be resumed.
     Reports `train/loss`, `train/psnr` (of low-res pixels, dB), `val/psnr` (dB) and `val/ssim`.
     """
     split = split_views(scene.num_views, config.data)
@@ -74,7 +76,7 @@ def train_field(
         evaluate=evaluate,
         cameras=cameras._asdict(),
     )
-    fit(task, device=device, report=report, resume_from=resume_from)
+    fit(task, device=device, report=report, resume_from=resume_from, until=until)
     return model
 
 

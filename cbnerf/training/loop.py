@@ -45,8 +45,19 @@ class Task(NamedTuple):
     cameras: dict[str, Any]
 
 
-def fit(task: Task, *, device: torch.device, report: Report, resume_from: Path | None) -> None:
-    """Train `task.model` in place for `task.optim.steps` steps."""
+def fit(
+    task: Task,
+    *,
+    device: torch.device,
+    report: Report,
+    resume_from: Path | None,
+    until: int | None = None,
+) -> None:
+    """Train `task.model` in place for `task.optim.steps` steps, or for the first `until` of them.
+
+    A training that stops early also reports there, and goes on from that checkpoint as if it had
+    never stopped.
+    """
     rank, world_size = process_rank(), num_processes()
     optim = task.optim
     if optim.batch_size % world_size:
@@ -61,7 +72,8 @@ def fit(task: Task, *, device: torch.device, report: Report, resume_from: Path |
     base_rates = [group["lr"] for group in task.param_groups]
     sums: dict[str, Tensor] = {}
     since = first_step
-    for step in range(first_step, optim.steps):
+    last_step = min(until or optim.steps, optim.steps)
+    for step in range(first_step, last_step):
         noise = Noise(task.config.seed, step, device, rank=rank, world_size=world_size)
         for group, base in zip(optimizer.param_groups, base_rates, strict=True):
             group["lr"] = base * learning_rate_factor(step, optim)
@@ -71,7 +83,7 @@ def fit(task: Task, *, device: torch.device, report: Report, resume_from: Path |
         optimizer.step()
         for name, value in losses.parts.items():
             sums[name] = sums.get(name, 0) + value.detach()
-        if is_evaluation_step(step + 1, optim):
+        if is_evaluation_step(step + 1, optim) or step + 1 == last_step:
             averages = {name: float(value) / (step + 1 - since) for name, value in sums.items()}
             _check_finite(averages, task.stage, step + 1)
             sums, since = {}, step + 1

@@ -35,11 +35,13 @@ def train_refiner(
     device: torch.device,
     report: Report,
     resume_from: Path | None = None,
+    until: int | None = None,
     others: Pairs = (),
 ) -> AnyRefiner:
     """Train on the training views' photographs and renders; score refined validation views.
 
-    With `others` those scenes alone are trained on, and nothing of `scene` (`unseen-scene`).
+    With `others` those scenes alone are trained on, and nothing of `scene` (`unseen-scene`). With
+    `until` the training stops after that many of its steps, to be resumed.
 
     Reports the losses as `train/...`, codebook health since the last report as `codebook/...` (of
     rank 0's patches), `val/psnr` (dB), `val/ssim`, and `val/gain` (dB), the change of PSNR against
@@ -99,7 +101,7 @@ def train_refiner(
         evaluate=evaluate,
         cameras={},
     )
-    fit(task, device=device, report=report, resume_from=resume_from)
+    fit(task, device=device, report=report, resume_from=resume_from, until=until)
     return refiner
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import torch
 
-from cbnerf.config import Config, load_config, save_config
+from cbnerf.config import Config, OptimConfig, load_config, save_config
 from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders, save_renders
 from cbnerf.data.scene import Scene
@@ -40,19 +40,30 @@ def ignore(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> N
 
 
 def run_field(
-    config: Config, scene: Scene, folder: Path, *, device: torch.device, report: Report = ignore
+    config: Config,
+    scene: Scene,
+    folder: Path,
+    *,
+    device: torch.device,
+    report: Report = ignore,
+    until: int | None = None,
 ) -> dict[str, float]:
-    """Train stage 1 and render all views; returns the last metrics and `seconds` of this run."""
+    """Train stage 1 and render all views; returns the last metrics and the `seconds` it took.
+
+    With `until` it stops after that many steps, and a later call goes on from there.
+    """
 
     def train(keep: Report, resume_from: Path | None) -> None:
-        model = train_field(config, scene, device=device, report=keep, resume_from=resume_from)
-        if process_rank() == 0:
+        model = train_field(
+            config, scene, device=device, report=keep, resume_from=resume_from, until=until
+        )
+        if process_rank() == 0 and _is_whole(until, config.field.optim):
             cameras = scene_cameras(scene, device)
             views = list(range(scene.num_views))
             renders = render_views(model, cameras, views, scene.scale)
             save_renders(renders, folder / RENDERS_FILE)
 
-    return _run(config, "field", folder, train, report, device)
+    return _run(config, "field", folder, train, report, device, until)
 
 
 def run_refiner(
@@ -64,25 +75,27 @@ def run_refiner(
     device: torch.device,
     report: Report = ignore,
     others: Pairs = (),
+    until: int | None = None,
 ) -> dict[str, float]:
     """Train stage 2 and write a strip (photograph | stage 1 | refined) of a validation view.
 
-    With `others` it is trained on those scenes alone (protocol `unseen-scene`).
+    With `others` it is trained on those scenes alone (protocol `unseen-scene`). With `until` it
+    stops after that many steps, and a later call goes on from there.
     """
 
     def train(keep: Report, resume_from: Path | None) -> None:
         refiner = train_refiner(
             config, scene, renders,
-            device=device, report=keep, resume_from=resume_from, others=others,
+            device=device, report=keep, resume_from=resume_from, others=others, until=until,
         )  # fmt: skip
-        if process_rank() == 0:
+        if process_rank() == 0 and _is_whole(until, config.refiner.optim):
             view = (split_views(scene.num_views, config.data).val or [0])[0]
             references = find_references(config, scene, renders, [view])
             refined = refine_views(refiner, renders.rgb[[view]], device, references)[0]
             strip = image_strip([scene.images[view], renders.rgb[view], refined])
             iio.imwrite(folder / STRIP_FILE, strip.numpy())
 
-    return _run(config, "refiner", folder, train, report, device)
+    return _run(config, "refiner", folder, train, report, device, until)
 
 
 def read_metrics(folder: Path) -> dict[str, float] | None:
@@ -100,6 +113,7 @@ def _run(
     train: Callable[[Report, Path | None], None],
     report: Report,
     device: torch.device,
+    until: int | None,
 ) -> dict[str, float]:
     finished = read_metrics(folder)
     if finished is not None:
@@ -107,26 +121,31 @@ def _run(
         return finished
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CHECKPOINT_FILES[stage]
-    started = time.monotonic()
-    # A folder may have been left between its last checkpoint and its results.
+    # A folder may have been left at any of its checkpoints, at the last one, too.
     last = load_checkpoint(path, stage, device).metrics if path.exists() else {}
+    before, started = last.get("seconds", 0.0), time.monotonic()
 
     def keep(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
         nonlocal last
-        last = metrics
+        last = metrics | {"seconds": before + time.monotonic() - started}
         if process_rank() == 0:
-            save_checkpoint(checkpoint, path)
+            save_checkpoint(checkpoint._replace(metrics=last), path)
         report(step, metrics, checkpoint)
 
     if process_rank() == 0 and not path.exists():
         save_config(config, folder / CONFIG_FILE)
     train(keep, path if path.exists() else None)
-    result = last | {"seconds": time.monotonic() - started}
-    if process_rank() == 0:
+    optim = config.field.optim if stage == "field" else config.refiner.optim
+    if process_rank() == 0 and _is_whole(until, optim):
+        last = last | {"seconds": before + time.monotonic() - started}  # with what `train` renders
         unfinished = folder / f".{METRICS_FILE}"
-        unfinished.write_text(json.dumps(result, indent=1))
+        unfinished.write_text(json.dumps(last, indent=1))
         unfinished.replace(folder / METRICS_FILE)
-    return result
+    return last
+
+
+def _is_whole(until: int | None, optim: OptimConfig) -> bool:
+    return until is None or until >= optim.steps
 
 
 def _check_knobs(config: Config, stage: Stage, folder: Path) -> None:
