@@ -1,0 +1,119 @@
+"""Record what a search would see: configurations x scenes x rungs x seeds, trained for real.
+
+    python benchmarks/search_table.py --configurations 44
+
+Random configurations of `tune_configs/codebook.yaml` (the first is the preset) on the eight built-in
+scenes. `benchmarks/search.py` replays searches against the table. A stopped recording goes on.
+"""
+
+import gzip
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+import tyro
+from provenance import provenance
+
+from cbnerf.config import Config, preset, with_overrides
+from cbnerf.data.library import read_scene
+from cbnerf.data.procedural import BUILT_IN_SCENES
+from cbnerf.data.renders import load_renders
+from cbnerf.search.spec import Choices, SearchSpec, load_spec
+from cbnerf.training.stages import RENDERS_FILE, run_field, run_refiner
+
+CPU = torch.device("cpu")
+
+
+@dataclass(kw_only=True)
+class Options:
+    configurations: int = 44
+    seeds: int = 2
+    steps: int = 243
+    """Of a refiner's whole training; the rungs are at a ninth and a third of it."""
+    resolution: str = "x2-128"
+    space: Path = Path("tune_configs/codebook.yaml")
+    storage: Path = Path("runs/search_table")
+    """Holds scenes, fields, refiners and the rows recorded so far."""
+    output: Path = Path("benchmarks/results/search/table.json.gz")
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(1)
+    spec = load_spec(options.space)
+    base = preset(spec.method, options.resolution)
+    base = with_overrides(
+        base, {"refiner.optim.steps": options.steps, "refiner.optim.evaluations": 1}
+    )
+    configurations = list(_draw(spec, options.configurations))
+    rows_file = options.storage / "rows.jsonl"
+    options.storage.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in rows_file.open()] if rows_file.exists() else []
+    done = {(row["configuration"], row["scene"], row["seed"]) for row in rows}
+    fields = {scene: _field(base, scene, options.storage) for scene in BUILT_IN_SCENES}
+    with rows_file.open("a") as file:
+        for number, overrides in enumerate(configurations):
+            for seed in range(options.seeds):
+                for scene in BUILT_IN_SCENES:
+                    if (number, scene, seed) in done:
+                        continue
+                    config = with_overrides(base, overrides | {"seed": seed})
+                    rungs = _climb(config, scene, options.storage)
+                    row = {"configuration": number, "scene": scene, "seed": seed, "rungs": rungs}
+                    rows.append(row)
+                    file.write(json.dumps(row) + "\n")
+                    file.flush()
+            print(f"configuration {number}", flush=True)
+    table = {
+        "about": provenance(1),
+        "configurations": configurations,
+        "fields": fields,
+        "rows": rows,
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_bytes(gzip.compress(json.dumps(table).encode(), mtime=0))
+
+
+def _draw(spec: SearchSpec, count: int) -> Iterator[dict[str, Any]]:
+    """The preset, then random points of the space."""
+    yield {}
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(count - 1):
+        trial = study.ask()
+        yield {
+            name: trial.suggest_categorical(name, domain.choices)
+            if isinstance(domain, Choices)
+            else trial.suggest_float(name, domain.low, domain.high, log=domain.log)
+            for name, domain in spec.space.items()
+        }
+
+
+def _field(base: Config, name: str, storage: Path) -> dict[str, float]:
+    scene = read_scene(name, None, storage, base.data)
+    return run_field(base, scene, storage / "fields" / name, device=CPU)
+
+
+def _climb(config: Config, name: str, storage: Path) -> list[dict[str, float]]:
+    """Metrics at each rung, with the CPU seconds from the rung below."""
+    scene = read_scene(name, None, storage, config.data)
+    renders = load_renders(storage / "fields" / name / RENDERS_FILE)
+    folder = storage / "refiner"
+    rungs = []
+    for part in (9, 3, 1):
+        started = time.process_time()
+        metrics = run_refiner(
+            config, scene, renders, folder, device=CPU, until=config.refiner.optim.steps // part
+        )
+        kept = {k: round(v, 5) for k, v in metrics.items() if k.startswith("val/")}
+        rungs.append(kept | {"seconds": round(time.process_time() - started, 2)})
+    for file in folder.iterdir():
+        file.unlink()
+    return rungs
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
