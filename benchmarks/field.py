@@ -42,7 +42,7 @@ class Options:
     """Training time of the MLP as a multiple of that of the planes; 0 leaves it out."""
     mlp_batch: int = 64
     """Low-res pixels of one update of the MLP; the published 512 leave a CPU too few updates."""
-    points: int = 12
+    points: int = 8
     """Points of each curve."""
     threads: int = 1
     output: Path = Path("benchmarks/results/field")
@@ -60,7 +60,7 @@ class Run(NamedTuple):
     seconds: float
     """Of training, evaluation left out (see `_clock`)."""
     curve: list[tuple[float, float]]
-    """(seconds, test PSNR)."""
+    """(seconds, PSNR of the first test view)."""
 
 
 class _TimeIsUp(Exception):
@@ -75,7 +75,7 @@ def _clock(device: torch.device) -> float:
 
 
 def train(config: Config, scene: Scene, budget: float = float("inf")) -> Run:
-    """Train a field and follow its test PSNR; stops at `budget` seconds of training."""
+    """Train a field and follow one test view; stops at `budget` seconds of training."""
     device = choose_device()
     split = split_views(scene.num_views, config.data)
     test, training = split.test, split.train[:: len(split.train) // len(split.test)]
@@ -90,16 +90,20 @@ def train(config: Config, scene: Scene, budget: float = float("inf")) -> Run:
         spent += _clock(device) - since
         model = build_field(config, cameras).to(device)
         model.load_state_dict(checkpoint.model)
-        renders = render_views(model.eval(), cameras, test, scene.scale).rgb
-        enlarged = _enlarge(renders, scene.scale)
-        seen = render_views(model, cameras, training, scene.scale).rgb
-        last = mean_scores(renders, targets, "test") | {
-            "bicubic": mean_scores(enlarged, targets, "test")["test/psnr"],
-            "train": mean_scores(seen, scene.images[training], "train")["train/psnr"],
-        }
-        curve.append((spent, last["test/psnr"]))
-        print(f"    {spent:7.1f} s  {last['test/psnr']:.2f} dB", flush=True)
-        if spent > budget:
+        # An MLP takes minutes to render all test views, so the curves follow one of them.
+        first = render_views(model.eval(), cameras, test[:1], scene.scale).rgb
+        curve.append((spent, mean_scores(first, targets[:1], "test")["test/psnr"]))
+        print(f"    {spent:7.1f} s  {curve[-1][1]:.2f} dB", flush=True)
+        over = spent > budget
+        if over or step == config.field.optim.steps:
+            renders = render_views(model, cameras, test, scene.scale).rgb
+            enlarged = _enlarge(renders, scene.scale)
+            seen = render_views(model, cameras, training, scene.scale).rgb
+            last = mean_scores(renders, targets, "test") | {
+                "bicubic": mean_scores(enlarged, targets, "test")["test/psnr"],
+                "train": mean_scores(seen, scene.images[training], "train")["train/psnr"],
+            }
+        if over:
             raise _TimeIsUp
         since = _clock(device)
 
@@ -186,7 +190,7 @@ def _write(options: Options, rows: dict[str, dict[str, Run]]) -> None:
     ]
     for scene, runs in rows.items():
         a, d, b = runs["planes"], runs["ceiling"], runs.get("mlp")
-        reached = seconds_to(a.curve, b.psnr) if b else None
+        reached = seconds_to(a.curve, b.curve[-1][1]) if b else None
         cells = [
             scene,
             f"{a.psnr:.2f} / {a.ssim:.3f}",
