@@ -2,8 +2,9 @@
 
     python benchmarks/search_table.py --configurations 44
 
-Random configurations of `tune_configs/codebook.yaml` (the first is the preset) on the eight built-in
-scenes. `benchmarks/search.py` replays searches against the table. A stopped recording goes on.
+Random configurations of `tune_configs/codebook.yaml` (the first is the preset) on the eight
+built-in scenes. `benchmarks/search.py` replays searches against the table. A stopped recording goes
+on.
 """
 
 import gzip
@@ -33,7 +34,7 @@ CPU = torch.device("cpu")
 class Options:
     configurations: int = 44
     seeds: int = 2
-    steps: int = 243
+    steps: int = 81
     """Of a refiner's whole training; the rungs are at a ninth and a third of it."""
     resolution: str = "x2-128"
     space: Path = Path("tune_configs/codebook.yaml")

@@ -1,5 +1,5 @@
 """The command line of the core: `cbnerf train-field`, `train-refiner`, `evaluate`, `inspect`,
-`compare`, `render`, `make-scenes`. Works without ray, optuna and mlflow.
+`compare`, `render`, `cache`, `make-scenes`. Works without ray, optuna and mlflow.
 """
 
 import argparse
@@ -7,11 +7,13 @@ import contextlib
 import importlib.util
 import io
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -36,6 +38,7 @@ from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene, make_scene
 from cbnerf.data.splits import split_views
 from cbnerf.nerf.path import spiral_path
+from cbnerf.training.cache import StageCache
 from cbnerf.training.checkpoint import Checkpoint
 from cbnerf.training.evaluation import Score, mean_score, refine_views, score_views
 from cbnerf.training.field import load_field
@@ -220,6 +223,45 @@ class Render:
 
 
 @dataclass(kw_only=True)
+class Cache:
+    """Look after the trained stages that studies and comparisons share."""
+
+    action: tyro.conf.Positional[Literal["list", "verify", "prune"]]
+    """`list` the entries, `verify` every byte of them, `prune` broken, idle and surplus ones."""
+    storage: Path = Path("runs")
+    """Folder that `tune.py` and `cbnerf compare` were given."""
+    days: float = math.inf
+    """With `prune`: remove entries not used for this many days."""
+    max_gb: float = math.inf
+    """With `prune`: remove the least recently used entries until this many gigabytes are left."""
+
+    def run(self) -> None:
+        cache = StageCache(self.storage / "cache")
+        if not cache.folder.is_dir():
+            raise ValueError(f"{cache.folder}: no such cache; give the --storage of a study")
+        if self.action == "prune":
+            removed = cache.prune(idle_days=self.days, max_bytes=self.max_gb * 1e9)
+            gone = sum(entry.num_bytes for entry in removed)
+            print(f"{cache.folder}: removed {len(removed)} entries, {gone / 1e6:.1f} MB")
+            return
+        entries = list(cache.entries(thorough=self.action == "verify"))
+        for entry in entries:
+            used = datetime.fromtimestamp(entry.last_used)
+            print(
+                f"{entry.state:<10}  {entry.num_bytes / 1e6:8.1f} MB  "
+                f"used {used:%Y-%m-%d %H:%M}  {entry.folder.name}"
+            )
+        total = sum(entry.num_bytes for entry in entries)
+        print(f"{cache.folder}: {len(entries)} entries, {total / 1e6:.1f} MB")
+        broken = [entry.folder.name for entry in entries if entry.state == "broken"]
+        if broken:
+            raise ValueError(
+                f"{cache.folder / broken[0]}: its files are not those of its manifest; it will be "
+                "trained again when it is needed, or remove it with `cbnerf cache prune`"
+            )
+
+
+@dataclass(kw_only=True)
 class MakeScenes:
     """Write the built-in scenes as LLFF scene folders."""
 
@@ -263,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parse_command(
     arguments: Sequence[str],
-) -> TrainField | TrainRefiner | Evaluate | Inspect | Compare | Render | MakeScenes:
+) -> TrainField | TrainRefiner | Evaluate | Inspect | Compare | Render | Cache | MakeScenes:
     """The command; `--preset` and `--resolution` choose what its other flags start from."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default=DEFAULT_METHOD)
@@ -282,6 +324,7 @@ def parse_command(
         | Annotated[Inspect, tyro.conf.subcommand("inspect")]
         | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Render, tyro.conf.subcommand("render")]
+        | Annotated[Cache, tyro.conf.subcommand("cache")]
         | Annotated[MakeScenes, tyro.conf.subcommand("make-scenes")]
     )
     boxed = io.StringIO()

@@ -24,9 +24,10 @@ from cbnerf.data.library import read_scene
 from cbnerf.data.references import reference_view
 from cbnerf.data.renders import load_renders
 from cbnerf.data.scene import Scene
-from cbnerf.training.cache import field_key, folder_of_field, refiner_folder
+from cbnerf.training.cache import StageCache
 from cbnerf.training.evaluation import score_views
 from cbnerf.training.field import load_field
+from cbnerf.training.keys import field_key, refiner_key
 from cbnerf.training.refiner import load_refiner
 from cbnerf.training.stages import (
     FIELD_FILE,
@@ -50,6 +51,10 @@ class Comparison:
     data: Path | None
     """Folder of LLFF scene folders; None means the built-in scenes."""
     storage: Path
+
+    @property
+    def cache(self) -> StageCache:
+        return StageCache(self.storage / "cache")
 
     @property
     def rows(self) -> list[Row]:
@@ -81,10 +86,8 @@ class Comparison:
     def folders(self, method: str, name: str) -> tuple[Path, Path]:
         """Where the field and the refiner of a method stand for a scene."""
         fields = [self._field_keys[method, used] for used in (name, *self.others(name))]
-        return (
-            folder_of_field(self.storage, name, fields[0]),
-            refiner_folder(self.storage, self.methods[method], name, fields),
-        )
+        refiner = refiner_key(self.methods[method], fields)
+        return self.cache.path("field", name, fields[0]), self.cache.path("refiner", name, refiner)
 
 
 class Cost(NamedTuple):
@@ -92,7 +95,7 @@ class Cost(NamedTuple):
 
     parameters: int
     seconds: float
-    """Of training, without earlier runs that were interrupted."""
+    """Of training, evaluations among it."""
 
 
 class Scored(NamedTuple):
@@ -159,33 +162,37 @@ def run_comparison(
 def _train_field(
     comparison: Comparison, method: str, name: str, device: torch.device, say: Callable[[str], None]
 ) -> None:
-    folder, _ = comparison.folders(method, name)
-    trained = read_metrics(folder) is None
-    metrics = run_field(comparison.methods[method], comparison.scene(name), folder, device=device)
-    if trained:
+    config, scene = comparison.methods[method], comparison.scene(name)
+
+    def train(folder: Path) -> None:
+        metrics = run_field(config, scene, folder, device=device)
         say(f"{name}: stage 1 of {method} trained in {metrics['seconds']:.0f} s")
+
+    comparison.cache.complete(comparison.folders(method, name)[0], train)
 
 
 def _train_refiner(
     comparison: Comparison, method: str, name: str, device: torch.device, say: Callable[[str], None]
 ) -> None:
     config, scene = comparison.methods[method], comparison.scene(name)
-    field, folder = comparison.folders(method, name)
+    field, entry = comparison.folders(method, name)
     renders = load_renders(field / RENDERS_FILE)
     others = []
     for other in comparison.others(name):
         other_field, _ = comparison.folders(method, other)
         others.append((comparison.scene(other), load_renders(other_field / RENDERS_FILE)))
-    report = ignore
-    if comparison.protocol == "table1":
-        report = History(config, scene, renders, folder, device)
-        report.catch_up()
-    trained = read_metrics(folder) is None
-    metrics = run_refiner(
-        config, scene, renders, folder, device=device, report=report, others=others
-    )
-    if trained:
+
+    def train(folder: Path) -> None:
+        report = ignore
+        if comparison.protocol == "table1":
+            report = History(config, scene, renders, folder, device)
+            report.catch_up()
+        metrics = run_refiner(
+            config, scene, renders, folder, device=device, report=report, others=others
+        )
         say(f"{name}: stage 2 of {method} trained in {metrics['seconds']:.0f} s")
+
+    comparison.cache.complete(entry, train)
 
 
 def _score_images(

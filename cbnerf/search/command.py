@@ -58,6 +58,12 @@ class Options:
     same command as before goes on without this flag, too.)"""
     storage: Path = Path("runs")
     """Folder for studies, cache and MLflow; on a cluster one that all machines share."""
+    concurrency: int | None = None
+    """Training runs at a time; as many as the machines hold if not given. With 1 the same seed
+    gives the same trials and values on a CPU, bit for bit."""
+    cache: str | None = None
+    """URI of a store that trained stages are shared through beyond `--storage`, such as
+    s3://bucket/cache."""
     address: str | None = None
     """Ray cluster to run on, such as `auto`; a local Ray is started if not given."""
     dry_run: bool = False
@@ -85,6 +91,8 @@ def _run(options: Options, default_config: Path) -> None:
     request = _load_request(options) if options.resume else _make_request(options, default_config)
     if options.trials is not None:
         request["spec"]["trials"] = options.trials
+    if options.concurrency is not None and options.concurrency < 1:
+        raise ValueError("--concurrency must be at least 1")
     _settle(request, options, has_gpu=False)  # Mistakes come out before Ray starts.
     with _ray(options.address):
         has_gpu = ray.cluster_resources().get("GPU", 0) > 0
@@ -96,7 +104,10 @@ def _run(options: Options, default_config: Path) -> None:
         check_space(plan.storage, needed=_bytes_needed(plan, views))
         plan.folder.mkdir(parents=True, exist_ok=True)
         (plan.folder / _REQUEST_FILE).write_text(yaml.safe_dump(request, sort_keys=False))
-        outcome = run_study(plan, print)
+        concurrency = options.concurrency
+        if concurrency is None and (options.address is None or plan.spec.resources.workers > 1):
+            concurrency = max(num_slots(plan), 1)  # A cluster may grow while single runs wait.
+        outcome = run_study(plan, print, concurrency)
     if outcome is None:
         raise ValueError(f"study {plan.name}: every configuration failed; see its runs in MLflow")
     print(f"\n{scene_table(outcome.scores)}\n")
@@ -151,6 +162,7 @@ def _settle(
         name=options.name,
         storage=options.storage,
         has_gpu=has_gpu,
+        cache_store=options.cache,
     )
     request["data"] = str(plan.data) if plan.data else None
     _check_same_request(plan, request)
@@ -201,10 +213,17 @@ def _describe(plan: Plan, views: dict[str, int | None]) -> None:
         f"method     {plan.method}, images {data.width} wide from {data.width // data.scale} wide"
     )
     print(
-        f"search     {spec.trials} configurations x {len(plan.scenes)} scenes = "
-        f"{plan.num_units} units over {', '.join(spec.space)}"
+        f"search     {spec.trials} configurations x {len(plan.scenes)} scenes "
+        f"over {', '.join(spec.space)}"
     )
-    print(f"stage 1    {len(plan.scenes)} fields, each trained once")
+    print(f"objective  {', '.join(spec.objectives)}; stopping by {spec.stopping.rule}"
+          f"{f' at {plan.rungs} rungs' if plan.rungs > 1 else ''}")  # fmt: skip
+    if plan.shares_fields:
+        print(f"stage 1    {len(plan.scenes)} fields, each trained once")
+    elif plan.stage == "field":
+        print("stage 1    is what is searched")
+    else:
+        print("stage 1    trained for each of its configurations and scenes")
     resources = ray.cluster_resources()
     print(
         f"machine    {resources.get('CPU', 0):.0f} CPUs, {resources.get('GPU', 0):.0f} GPUs: "
@@ -221,21 +240,30 @@ def _price(plan: Plan) -> None:
     estimate = calibrate(plan.base, scene, device)
     print(
         f"estimate   {estimate.field_seconds:.1f} s for a field, "
-        f"{estimate.unit_seconds:.1f} s for a unit (calibrated on {scene.name}, {device})"
+        f"{estimate.refiner_seconds:.1f} s for a refiner (calibrated on {scene.name}, {device})"
     )
-    slots = num_slots(plan)
-    for count in sorted({slots, 1, 4, 8} - {0}):
-        minutes = estimate.wall_seconds(plan, count) / 60
-        here = "  <- this machine" if count == slots else ""
-        print(f"           {minutes:8.1f} min with {count} runs at a time{here}")
-    print(f"           {estimate.run_hours(plan):8.2f} hours of training in all")
+    print(f"           at most, without what {plan.spec.stopping.rule} will stop:")
+    slots, per_gpu = num_slots(plan), 1
+    if plan.gpus_per_worker:
+        per_gpu = max(int(1 / (plan.gpus_per_worker * plan.spec.resources.workers)), 1)
+    what = "GPUs" if plan.gpus_per_worker else "runs at a time"
+    for count in (1, 4, 8):
+        minutes = estimate.wall_seconds(plan, count * per_gpu) / 60
+        print(f"           {minutes:8.1f} min with {count} {what}")
+    if slots:
+        minutes = estimate.wall_seconds(plan, slots) / 60
+        print(f"           {minutes:8.1f} min on this machine, {slots} runs at a time")
+    hours = estimate.run_hours(plan) / per_gpu
+    print(f"           {hours:8.2f} {'GPU-hours' if plan.gpus_per_worker else 'hours'} in all")
 
 
 def _bytes_needed(plan: Plan, views: dict[str, int | None]) -> int:
-    """Renders of all views, a checkpoint for each unit, and as much again for MLflow's copies."""
+    """Renders of all views, a checkpoint of each training, as much again for MLflow's copies."""
     width = plan.base.data.width
     pixels = sum(count or 20 for count in views.values()) * width * width * 3 // 4
-    return pixels * 5 + plan.num_units * 2 * 20_000_000 // (1 if width > 256 else 8)
+    return pixels * 5 + plan.spec.trials * len(plan.scenes) * 2 * 20_000_000 // (
+        1 if width > 256 else 8
+    )
 
 
 @contextmanager

@@ -23,12 +23,19 @@ class Estimate(NamedTuple):
     """Seconds of one training run, start-up apart."""
 
     field_seconds: float
-    unit_seconds: float
+    refiner_seconds: float
+
+    def unit_seconds(self, plan: Plan) -> float:
+        """One configuration on one scene, trained to its end."""
+        if plan.stage == "field":
+            return self.field_seconds
+        return self.refiner_seconds + (0 if plan.shares_fields else self.field_seconds)
 
     def wall_seconds(self, plan: Plan, slots: int) -> float:
-        """The whole study with `slots` training runs at a time."""
-        stage_1 = -(-len(plan.scenes) // slots) * self.field_seconds
-        return stage_1 + -(-plan.num_units // slots) * self.unit_seconds
+        """The whole study with `slots` training runs at a time, if no configuration is stopped."""
+        stage_1 = -(-len(plan.scenes) // slots) * self.field_seconds if plan.shares_fields else 0
+        num_trainings = plan.spec.trials * len(plan.scenes)
+        return stage_1 + -(-num_trainings // slots) * self.unit_seconds(plan)
 
     def run_hours(self, plan: Plan) -> float:
         """Hours of all training runs together."""
@@ -58,7 +65,9 @@ def calibrate(config: Config, scene: Scene, device: torch.device) -> Estimate:
     num_renders = scene.num_views + config.field.optim.evaluations * num_val
     return Estimate(
         field_seconds=_total(field, config.field.optim) + num_renders * render,
-        unit_seconds=_total(refiner, config.refiner.optim),
+        refiner_seconds=(
+            0 if config.refiner.kind == "none" else _total(refiner, config.refiner.optim)
+        ),
     )
 
 

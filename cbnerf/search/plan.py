@@ -6,6 +6,8 @@ from pathlib import Path
 from cbnerf.config import Config, preset, with_overrides
 from cbnerf.data.library import choose_scenes, locate_data, scene_folder
 from cbnerf.search.spec import SearchSpec
+from cbnerf.training.cache import StageCache
+from cbnerf.training.checkpoint import Stage
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,40 @@ class Plan:
     storage: Path
     """Holds studies, cache and MLflow's files; shared by all machines of a cluster."""
     gpus_per_worker: int | float
+    cache_store: str | None = None
+    """URI of a store of trained stages that other clusters share, such as s3://bucket/cache."""
+
+    @property
+    def cache(self) -> StageCache:
+        """Trained stages of this and of other studies."""
+        return StageCache(self.storage / "cache", self.cache_store)
 
     @property
     def folder(self) -> Path:
         return self.storage / "studies" / self.name
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that is searched: stage 2 where the method has one."""
+        return "field" if self.base.refiner.kind == "none" else "refiner"
+
+    @property
+    def shares_fields(self) -> bool:
+        """Whether all configurations refine the renders of the same fields."""
+        own = [name for name in self.spec.space if name.startswith(("field.", "seed"))]
+        return self.stage == "refiner" and not own
+
+    @property
+    def rungs(self) -> int:
+        """Rungs of a training; one where nothing is judged between them."""
+        stopping = self.spec.stopping
+        is_fitted = self.base.refiner.kind == "linear"  # in one step
+        return 1 if is_fitted or stopping.rule in ("none", "wilcoxon") else stopping.rungs
+
+    def steps(self, config: Config, rung: int) -> int:
+        """Training steps up to a rung, counted from 0."""
+        whole = (config.field if self.stage == "field" else config.refiner).optim.steps
+        return max(whole // self.spec.stopping.eta ** (self.rungs - 1 - rung), 1)
 
     @property
     def source(self) -> str:
@@ -36,8 +68,8 @@ class Plan:
 
     @property
     def num_units(self) -> int:
-        """Pairs of configuration and scene."""
-        return self.spec.trials * len(self.scenes)
+        """Triples of configuration, scene and rung, if no configuration is stopped."""
+        return self.spec.trials * len(self.scenes) * self.rungs
 
     def trial_folder(self, number: int, scene: str) -> Path:
         """Where a configuration leaves what it learned on a scene."""
@@ -56,6 +88,7 @@ def make_plan(
     name: str | None,
     storage: Path,
     has_gpu: bool,
+    cache_store: str | None = None,
 ) -> Plan:
     """Settle what `auto` means, find the scenes, and check all of it."""
     resolution = spec.resolution
@@ -65,6 +98,7 @@ def make_plan(
     if gpus == "auto":
         gpus = 0.25 if has_gpu else 0
     base = with_overrides(preset(spec.method, resolution), spec.fixed)
+    _check_space(base, spec)
     _check_batches(base, spec.resources.workers)
     folder, available = locate_data(data)
     chosen = choose_scenes(scenes, available, folder)
@@ -79,7 +113,21 @@ def make_plan(
         data=folder,
         storage=storage.resolve(),
         gpus_per_worker=gpus,
+        cache_store=cache_store,
     )
+
+
+def _check_space(base: Config, spec: SearchSpec) -> None:
+    """Refuse a space that cannot change what is scored."""
+    if base.refiner.kind == "none":
+        idle = [name for name in spec.space if not name.startswith(("field.", "seed"))]
+        if idle:
+            raise ValueError(
+                f"space: {idle[0]} is a knob of stage 2, and {spec.method} ends with stage 1; "
+                "search knobs of `field` (tune_configs/stage1.yaml) or another method"
+            )
+    elif "none" in getattr(spec.space.get("refiner.kind"), "choices", ()):
+        raise ValueError("space: refiner.kind: `none` has no stage 2 to be judged")
 
 
 def _check_batches(base: Config, workers: int) -> None:

@@ -1,9 +1,12 @@
 """The end of a study: best configuration as YAML and the table of its scenes."""
 
+import math
 from pathlib import Path
 
+from optuna.trial import FrozenTrial, TrialState
+
 from cbnerf.config import Config, save_config
-from cbnerf.search.searcher import Ledger
+from cbnerf.search.ledger import Ledger
 from cbnerf.search.tracking import NOT_COMPARABLE
 
 SceneScores = dict[str, dict[str, dict[str, float]]]
@@ -21,9 +24,9 @@ def scene_table(scores: SceneScores) -> str:
     mean = {
         stage: {
             name: sum(entry[stage][name] for entry in scores.values()) / len(scores)
-            for name in next(iter(scores.values()))[stage]
+            for name in values
         }
-        for stage in ("stage 1", "refined")
+        for stage, values in next(iter(scores.values())).items()
     }
     rows.append(_row("mean", mean, columns))
     return _align([header, *rows])
@@ -46,17 +49,25 @@ def write_report(ledger: Ledger, best: Config, number: int, scores: SceneScores)
 
 
 def configuration_table(ledger: Ledger) -> str:
-    """All configurations with their mean metric, best first, as a Markdown table."""
-    names = list(ledger.plan.spec.space)
+    """All configurations with their objectives, best first, as a Markdown table."""
+    names, objectives = list(ledger.plan.spec.space), ledger.plan.spec.objectives
     trials = ledger.study.get_trials(deepcopy=False)
-    trials.sort(key=lambda trial: trial.value if trial.value is not None else -1e9, reverse=True)
-    rows = [["#", f"mean {ledger.plan.spec.metric}", *names]]
+    trials.sort(key=lambda trial: trial.values[0] if trial.values else -math.inf, reverse=True)
+    rows = [["#", *objectives, "end", *names]]
     for trial in trials:
         if trial.params:
-            value = trial.state.name if trial.value is None else f"{trial.value:.3f}"
-            values = [_short(trial.params.get(name, "")) for name in names]
-            rows.append([str(trial.number), value, *values])
+            values = [f"{value:.5g}" for value in trial.values or []] or ["-"] * len(objectives)
+            knobs = [_short(trial.params.get(name, "")) for name in names]
+            rows.append([str(trial.number), *values, how_it_ended(ledger, trial), *knobs])
     return _align(rows)
+
+
+def how_it_ended(ledger: Ledger, trial: FrozenTrial) -> str:
+    """Of a configuration: what was stopped has expected values, not measured ones."""
+    if trial.number in ledger.stopped:
+        return f"stopped: {ledger.stopped[trial.number].reason}"
+    ends = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "beyond a limit"}
+    return ends.get(trial.state, trial.state.name.lower())
 
 
 def _short(value: object) -> str:
@@ -69,16 +80,13 @@ def _row(
     cells = [name]
     for prefix, metric in columns:
         before = entry["stage 1"].get(f"{prefix}/{metric}")
-        after = entry["refined"].get(f"{prefix}/{metric}")
+        after = entry.get("refined", {}).get(f"{prefix}/{metric}")
         digits = 2 if metric == "psnr" else 4
+        cells.append("-" if before is None else f"{before:.{digits}f}")
         if before is None or after is None:
-            cells += ["-", "-", "-"]
+            cells += ["-", "-"]
         else:
-            cells += [
-                f"{before:.{digits}f}",
-                f"{after:.{digits}f}",
-                f"{after - before:+.{digits}f}",
-            ]
+            cells += [f"{after:.{digits}f}", f"{after - before:+.{digits}f}"]
     return cells
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from cbnerf.config import METHODS, RESOLUTIONS, Config, cast, knob_type, load_yaml, with_overrides
 
@@ -57,6 +57,43 @@ class Resources:
             raise ValueError("resources.gpus_per_worker must not be negative")
 
 
+Rule = Literal["race", "asha", "wilcoxon", "none"]
+Sampler = Literal["tpe", "random"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stopping:
+    """When a configuration is given up."""
+
+    rule: Rule = "race"
+    """`race` stops what is unlikely to beat the best, `asha` keeps the best 1 / `eta` of each rung,
+    `wilcoxon` tests scenes of the top rung by signed ranks, `none` trains everything."""
+    rungs: int = 3
+    """Shares of a whole training at which configurations are judged; 1 judges by scenes alone."""
+    eta: int = 3
+    """Ratio between the steps of a rung and of the one below."""
+    threshold: float = 0.05
+    """`race` stops below this probability of being better than the best finished configuration,
+    `wilcoxon` below this p-value."""
+    margin: float = 0.0
+    """`race`: better by less than this share of 0.3 dB or 0.01 SSIM does not count."""
+
+    def __post_init__(self):
+        if self.rungs < 1 or self.eta < 2:
+            raise ValueError("stopping.rungs must be at least 1, stopping.eta at least 2")
+        if self.margin < 0:
+            raise ValueError("stopping.margin must not be negative")
+        if not 0 < self.threshold < 0.5:
+            raise ValueError("stopping.threshold must lie between 0 and 0.5")
+
+
+QUALITIES = ("val/psnr", "val/ssim")
+"""What can be maximised, as a mean over scenes."""
+COSTS = ("seconds", "parameters", "codebook.size")
+"""What can be minimised: training seconds of stage 2 (stage 1 where that is searched), parameters
+of the networks of stage 2, codes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SearchSpec:
     """What to search, by what measure, for how long."""
@@ -64,12 +101,17 @@ class SearchSpec:
     method: str = "cb-nerf"
     resolution: str = "auto"
     """`auto`: x2-504 where the cluster has GPUs, x2-128 elsewhere."""
-    metric: str = "val/psnr"
-    """`val/psnr` or `val/ssim`, mean over scenes of the last value; larger is better."""
+    objectives: tuple[str, ...] = ("val/psnr",)
+    """Of QUALITIES and COSTS; several give a Pareto front. The first must be a quality."""
+    limits: Mapping[str, float] = field(default_factory=dict)
+    """Upper bounds on `parameters` or `codebook.size`; what exceeds one is not trained."""
+    stopping: Stopping = Stopping()
     trials: int = 12
     """Configurations to try."""
     seed: int = 0
     """Of the sampler; training is seeded by the knob `seed`."""
+    sampler: Sampler = "tpe"
+    """Optuna's multivariate TPE, or independent draws."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Knobs that differ from the preset in every trial."""
     space: Space = field(default_factory=dict)
@@ -84,8 +126,19 @@ class SearchSpec:
             raise ValueError(
                 f"resolution {self.resolution!r} is not one of auto, {', '.join(RESOLUTIONS)}"
             )
-        if self.metric not in ("val/psnr", "val/ssim"):
-            raise ValueError(f"metric {self.metric!r} is not one of val/psnr, val/ssim")
+        for name in self.objectives:
+            if name not in QUALITIES + COSTS:
+                raise ValueError(f"objective {name!r} is not one of {', '.join(QUALITIES + COSTS)}")
+        if not self.objectives or self.objectives[0] not in QUALITIES:
+            raise ValueError(f"the first objective must be one of {', '.join(QUALITIES)}")
+        if len(set(self.objectives)) < len(self.objectives):
+            raise ValueError("objectives names one twice")
+        for name, limit in self.limits.items():
+            if name not in ("parameters", "codebook.size") or limit <= 0:
+                raise ValueError(
+                    f"limits: {name}: {limit} is not a positive bound on parameters or "
+                    "codebook.size"
+                )
         if self.trials < 1:
             raise ValueError("trials must be at least 1")
         if not self.space:
@@ -107,7 +160,7 @@ def load_spec(path: Path) -> SearchSpec:
 def parse_spec(content: Mapping[str, Any]) -> SearchSpec:
     """A specification from plain values, unknown names and wrong types refused."""
     values = dict(_known(SearchSpec, content, "the specification"))
-    for name in ("method", "resolution", "metric"):
+    for name in ("method", "resolution"):
         if not isinstance(values.get(name, ""), str):
             raise ValueError(f"{name} = {values[name]!r} is not a name")
     for name in ("trials", "seed"):
@@ -127,7 +180,36 @@ def parse_spec(content: Mapping[str, Any]) -> SearchSpec:
         raise ValueError("initial must be a list of `knob: value` mappings")
     values["initial"] = tuple(_parse_point(point, values["space"]) for point in initial)
     values["resources"] = _parse_resources(values.get("resources", {}))
+    values["stopping"] = _parse_stopping(values.get("stopping", {}))
+    _one_of("sampler", values.get("sampler", "tpe"), Sampler)
+    values["objectives"] = _parse_objectives(values.get("objectives", ["val/psnr"]))
+    values["limits"] = _mapping(values.get("limits", {}), "limits")
+    for name, limit in values["limits"].items():
+        if not _is_number(limit, int | float):
+            raise ValueError(f"limits: {name} = {limit!r} is not a number")
+    values["limits"] = {name: float(limit) for name, limit in values["limits"].items()}
     return SearchSpec(**values)
+
+
+def _parse_objectives(content: Any) -> tuple[str, ...]:
+    if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
+        raise ValueError(f"objectives must be a list of names, found {content!r}")
+    return tuple(content)
+
+
+def _parse_stopping(content: Any) -> Stopping:
+    entries = _known(Stopping, content, "stopping")
+    kinds = {"rungs": int, "eta": int, "threshold": float, "margin": float}
+    for name, value in entries.items():
+        if name in kinds and not _is_number(value, kinds[name]):
+            raise ValueError(f"stopping.{name} = {value!r} is not a number of its kind")
+    _one_of("stopping.rule", entries.get("rule", "race"), Rule)
+    return Stopping(**entries)
+
+
+def _one_of(name: str, value: Any, kind: Any) -> None:
+    if value not in get_args(kind):
+        raise ValueError(f"{name} = {value!r} is not one of {', '.join(get_args(kind))}")
 
 
 def _parse_point(point: Any, space: Space) -> dict[str, Any]:

@@ -16,11 +16,13 @@ from ray import tune
 from tqdm import tqdm
 
 from cbnerf.config import Config, with_overrides
+from cbnerf.search.judge import Metrics
+from cbnerf.search.ledger import Ledger, Unit
 from cbnerf.search.plan import Plan
 from cbnerf.search.report import SceneScores, write_report
-from cbnerf.search.searcher import Ledger, TuneSearcher, Unit, unit_metrics
+from cbnerf.search.searcher import TuneSearcher, unit_metrics
 from cbnerf.search.tracking import Tracker
-from cbnerf.search.trial import Job, job_folder, run_job, run_unit, score_best
+from cbnerf.search.trial import run_base_field, run_units, score_best
 
 
 class Outcome(NamedTuple):
@@ -36,18 +38,25 @@ class Outcome(NamedTuple):
     """Of MLflow."""
 
 
-def run_study(plan: Plan, say: Callable[[str], None]) -> Outcome | None:
-    """Run what is left of a study on the Ray that is initialised; None if all of it failed."""
+def run_study(
+    plan: Plan, say: Callable[[str], None], concurrency: int | None = None
+) -> Outcome | None:
+    """Run what is left of a study on the Ray that is initialised; None if all of it failed.
+
+    At most `concurrency` training runs stand at a time; without, as many as there is room for.
+    """
     seconds: dict[str, float] = {}
     with _timed(seconds, "storage"):
         ledger = Ledger(plan)
         tracker = Tracker(plan, ledger.id)
     try:
-        if ledger.num_booked < plan.num_units:
-            with _timed(seconds, "stage 1"):
-                _train_fields(plan, tracker)
+        _close_runs(ledger, tracker)
+        if not ledger.is_over:
+            if plan.shares_fields:
+                with _timed(seconds, "stage 1"):
+                    _train_fields(plan, tracker)
             with _timed(seconds, "search"):
-                _search(plan, ledger, tracker)
+                _search(plan, ledger, tracker, concurrency)
         else:
             say("all configurations of this study are done; nothing is trained again")
         best = ledger.best()
@@ -57,7 +66,7 @@ def run_study(plan: Plan, say: Callable[[str], None]) -> Outcome | None:
             config = with_overrides(plan.base, best.params)
             scores = _score_once(plan, config, best.number)
             files = write_report(ledger, config, best.number, scores)
-            tracker.log_report(files, {plan.spec.metric: best.value or 0.0})
+            tracker.log_report(files, dict(zip(plan.spec.objectives, best.values, strict=True)))
         return Outcome(best.number, scores, seconds, tracker.experiment_id)
     except BaseException:
         tracker.interrupt()
@@ -81,7 +90,7 @@ def num_slots(plan: Plan) -> int:
 
 
 def _train_fields(plan: Plan, tracker: Tracker) -> None:
-    run = _remote(plan, _run_field_job)
+    run = _remote(plan, run_base_field)
     pending = {run.remote(plan, scene): scene for scene in plan.scenes}
     with _progress(len(pending), "stage 1", "scene") as bar:
         while pending:
@@ -94,22 +103,31 @@ def _train_fields(plan: Plan, tracker: Tracker) -> None:
                 bar.write(f"  stage 1  {scene:<12} val {metrics['val/psnr']:.2f} dB")
 
 
-def _run_field_job(plan: Plan, scene: str) -> tuple[Path, dict[str, float]]:
-    job = Job("field", scene, plan.base)
-    metrics = run_job(plan, job)
-    return job_folder(plan, job), metrics
+def _close_runs(ledger: Ledger, tracker: Tracker) -> None:
+    """Runs of configurations that had ended when a study was killed before it could say so."""
+    for number in ledger.told:
+        if not tracker.is_closed(number):
+            _close_run(ledger, tracker, number)
 
 
-def _search(plan: Plan, ledger: Ledger, tracker: Tracker) -> None:
-    with _progress(plan.num_units, "search", "unit", done=ledger.num_booked) as bar:
+def _close_run(ledger: Ledger, tracker: Tracker, number: int) -> None:
+    if (stop := ledger.stopped.get(number)) is not None:
+        tracker.stop_configuration(number, stop.reason)
+    else:
+        tracker.end_configuration(number, ledger.whole_results(number))
+
+
+def _search(plan: Plan, ledger: Ledger, tracker: Tracker, concurrency: int | None) -> None:
+    workers = plan.spec.resources.workers
+    with _progress(plan.spec.trials, "search", "configuration", done=ledger.num_told) as bar:
         diary = _Diary(plan, ledger, tracker, bar)
         tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(run_unit, plan=plan), _trial_resources(plan)),
+            tune.with_resources(tune.with_parameters(run_units, plan=plan), _trial_resources(plan)),
             tune_config=tune.TuneConfig(
-                search_alg=TuneSearcher(ledger, diary.end_unit),
-                num_samples=plan.num_units - ledger.num_booked,
-                max_concurrent_trials=max(num_slots(plan), 1),
-                reuse_actors=plan.spec.resources.workers == 1,
+                search_alg=TuneSearcher(ledger, diary.end_unit, walk=workers > 1),
+                num_samples=plan.num_units - ledger.num_booked,  # At most; the searcher ends it.
+                max_concurrent_trials=concurrency,
+                reuse_actors=workers == 1,
             ),
             run_config=tune.RunConfig(
                 name="ray_tune",
@@ -167,44 +185,55 @@ class _Diary(tune.Callback):
         return {}  # Tune pickles callbacks; this one lives on the driver only.
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._tracker.start_configuration(Unit(**trial.config))
+        for unit in _units(trial):
+            self._tracker.start_unit(unit)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         if "step" in result:
-            self._tracker.log_step(Unit(**trial.config), unit_metrics(result), result["step"])
+            unit = _units(trial)[result["unit"]]
+            self._tracker.log_step(unit, unit_metrics(result), result["step"])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if "failure" in trial.last_result:
-            self._explain(Unit(**trial.config), trial.last_result["failure"])
+            self._explain(_units(trial), trial.last_result["failure"])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         # `trial.get_error` reads a copy in the storage, which Tune makes later.
         *_, last_line = Path(trial.error_file).read_text().strip().splitlines()
-        self._explain(Unit(**trial.config), last_line)
+        self._explain(_units(trial), last_line)
 
-    def end_unit(self, unit: Unit, metrics: dict[str, float] | None) -> None:
+    def end_unit(self, unit: Unit, metrics: Metrics | None) -> None:
         """Book a unit, in MLflow first: what the ledger has booked is never done again."""
         self._tracker.end_unit(unit, metrics)
-        results = self._ledger.results(unit.configuration) | {unit.scene: metrics}
-        complete = len(results) == len(self._plan.scenes)
-        if complete:
-            self._tracker.end_configuration(unit.configuration, results)
+        told = self._ledger.num_told
         self._ledger.book(unit, metrics)
-        self._bar.update()
-        if complete:
-            self._announce(unit)
+        if self._ledger.num_told > told:
+            self._end_configuration(unit)
 
-    def _explain(self, unit: Unit, reason: str) -> None:
+    def _end_configuration(self, unit: Unit) -> None:
+        number = unit.configuration
+        _close_run(self._ledger, self._tracker, number)
+        self._bar.update(self._ledger.num_told - self._bar.n)
+        self._announce(unit)
+
+    def _explain(self, units: list[Unit], reason: str) -> None:
         reason = " ".join(reason.split())[-300:]
-        self._tracker.explain_failure(unit, reason)
-        self._bar.write(f"  #{unit.configuration:02d}  {unit.scene} failed: {reason}")
+        for unit in units:
+            self._tracker.explain_failure(unit, reason)
+        scenes = ", ".join(unit.scene for unit in units)
+        self._bar.write(f"  #{units[0].configuration:02d}  {scenes} failed: {reason}")
 
     def _announce(self, unit: Unit) -> None:
-        best = self._ledger.best()
+        best, stop = self._ledger.best(), self._ledger.stopped.get(unit.configuration)
         trial = self._ledger.study.get_trials(deepcopy=False)[unit.configuration]
-        value = "failed" if trial.value is None else f"{trial.value:.3f}"
+        if stop is not None:
+            value = f"stopped, {stop.reason}"
+        elif trial.values is None:
+            value = "failed"
+        else:
+            value = " ".join(f"{value:.3f}" for value in trial.values)
         mark = " *" if best is not None and best.number == trial.number else ""
         knobs = " ".join(
             f"{name.split('.')[-1]}={setting:.3g}" if isinstance(setting, float)
@@ -212,6 +241,11 @@ class _Diary(tune.Callback):
             for name, setting in unit.overrides.items()
         )  # fmt: skip
         self._bar.write(f"  #{unit.configuration:02d}  {value}{mark}  {knobs}")
+
+
+def _units(trial: Any) -> list[Unit]:
+    """The units of a Tune trial."""
+    return [Unit(**unit) for unit in trial.config["units"]]
 
 
 def _progress(total: int, label: str, unit: str, *, done: int = 0) -> "tqdm[Any]":

@@ -15,10 +15,13 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 
 from cbnerf.config import flatten, with_overrides
+from cbnerf.search.judge import Metrics
+from cbnerf.search.ledger import Unit
 from cbnerf.search.plan import Plan
-from cbnerf.search.searcher import Unit
-from cbnerf.training.stages import CONFIG_FILE, FIELD_FILE, REFINER_FILE, STRIP_FILE
+from cbnerf.training.stages import CHECKPOINT_FILES, CONFIG_FILE, FIELD_FILE, STRIP_FILE
 
+_ENDED = "cbnerf.ended"
+"""Tag of a configuration's run: `finished`, `stopped` or `failed`."""
 NOT_COMPARABLE = "built-in scenes: not comparable with the paper"
 
 
@@ -53,7 +56,7 @@ class Tracker:
             self._client.log_artifact(run, str(folder / name))
         self._client.set_terminated(run)
 
-    def start_configuration(self, unit: Unit) -> None:
+    def start_unit(self, unit: Unit) -> None:
         """Open the runs of a unit's configuration and scene."""
         number = unit.configuration
         plan = self._plan
@@ -62,35 +65,39 @@ class Tracker:
             run = self._run(key, f"configuration {number:02d}", {"cbnerf.kind": "configuration"})
             about = {"method": plan.method, "resolution": plan.resolution}
             self._log(run, {}, params=about | dict(plan.spec.fixed) | unit.overrides)
-        child = self._run(
-            _unit_key(unit), f"{number:02d} {unit.scene}",
-            {"cbnerf.kind": "scene", "cbnerf.scene": unit.scene,
-             "cbnerf.field_run": self._fields.get(unit.scene, ""),
-             "mlflow.parentRunId": self._runs[key]},
-        )  # fmt: skip
-        self._log(child, {}, params={"scene": unit.scene, **unit.overrides})
+        if _unit_key(unit) not in self._opened:
+            child = self._run(
+                _unit_key(unit), f"{number:02d} {unit.scene}",
+                {"cbnerf.kind": "scene", "cbnerf.scene": unit.scene,
+                 "cbnerf.field_run": self._fields.get(unit.scene, ""),
+                 "mlflow.parentRunId": self._runs[key]},
+            )  # fmt: skip
+            self._log(child, {}, params={"scene": unit.scene, **unit.overrides})
 
-    def log_step(self, unit: Unit, metrics: dict[str, float], step: int) -> None:
+    def log_step(self, unit: Unit, metrics: Metrics, step: int) -> None:
         """One point of a unit's curves."""
         self._log(self._runs[_unit_key(unit)], metrics, step=step)
 
-    def end_unit(self, unit: Unit, metrics: dict[str, float] | None) -> None:
-        """Images and checkpoint of a finished unit; None marks it failed."""
+    def end_unit(self, unit: Unit, metrics: Metrics | None) -> None:
+        """Images and checkpoint of a whole training; None marks it failed."""
         run = self._runs[_unit_key(unit)]
         if metrics is None:
             self._client.set_terminated(run, "FAILED")
             return
+        if unit.rung < self._plan.rungs - 1:
+            return
         folder = self._plan.trial_folder(unit.configuration, unit.scene)
         config = with_overrides(self._plan.base, unit.overrides)
-        self._log_once(run, metrics, config.refiner.optim.steps)
-        strip = iio.imread(folder / STRIP_FILE)
-        self._client.log_image(run, strip, key=f"{unit.scene}/strip", step=0)
+        self._log_once(run, metrics, self._plan.steps(config, unit.rung))
         parent = self._runs[f"configuration/{unit.configuration}"]
-        self._client.log_image(parent, strip, key=f"{unit.scene}/strip", step=0)
-        about = {f"{unit.scene}/psnr": metrics["val/psnr"],
-                 f"{unit.scene}/gain": metrics["val/gain"]}  # fmt: skip
+        if (folder / STRIP_FILE).exists():  # stage 2 alone makes one
+            strip = iio.imread(folder / STRIP_FILE)
+            self._client.log_image(run, strip, key=f"{unit.scene}/strip", step=0)
+            self._client.log_image(parent, strip, key=f"{unit.scene}/strip", step=0)
+        about = {f"{unit.scene}/{name}": metrics[f"val/{name}"]
+                 for name in ("psnr", "gain") if f"val/{name}" in metrics}  # fmt: skip
         self._log_once(parent, about, 0)
-        for name in (CONFIG_FILE, REFINER_FILE):
+        for name in (CONFIG_FILE, CHECKPOINT_FILES[self._plan.stage]):
             self._client.log_artifact(run, str(folder / name))
         self._client.set_terminated(run)
 
@@ -98,16 +105,35 @@ class Tracker:
         """Why a unit failed, as the description of its run."""
         self._client.set_tag(self._runs[_unit_key(unit)], "mlflow.note.content", reason)
 
-    def end_configuration(self, number: int, results: dict[str, dict[str, float] | None]) -> None:
-        """Mean metrics over the scenes; a configuration that failed on one has none."""
+    def end_configuration(self, number: int, results: dict[str, Metrics | None]) -> None:
+        """Mean metrics over the scenes of whole trainings; one that failed on a scene has none."""
         run = self._runs[f"configuration/{number}"]
         finished = [metrics for metrics in results.values() if metrics is not None]
-        if len(finished) < len(results):
-            self._client.set_terminated(run, "FAILED")
+        if len(finished) < len(self._plan.scenes):
+            self._close(number, "failed", "FAILED")
             return
         means = {name: sum(m[name] for m in finished) / len(finished) for name in finished[0]}
         self._log_once(run, means, 0)
-        self._client.set_terminated(run)
+        self._close(number, "finished", "FINISHED")
+
+    def stop_configuration(self, number: int, reason: str) -> None:
+        """A configuration that was given up: its runs end as killed, with the reason."""
+        run = self._runs[f"configuration/{number}"]
+        self._client.set_tag(run, "mlflow.note.content", f"stopped: {reason}")
+        for key, child in self._runs.items():
+            if key.startswith(f"unit/{number}/"):
+                self._client.set_terminated(child, "KILLED")
+        self._close(number, "stopped", "KILLED")
+
+    def is_closed(self, number: int) -> bool:
+        """Whether the end of a configuration has been written down."""
+        run = self._client.get_run(self._runs[f"configuration/{number}"])
+        return _ENDED in run.data.tags
+
+    def _close(self, number: int, how: str, status: str) -> None:
+        run = self._runs[f"configuration/{number}"]
+        self._client.set_tag(run, _ENDED, how)
+        self._client.set_terminated(run, status)
 
     def log_report(self, files: list[Path], metrics: dict[str, float]) -> None:
         """The study's closing report."""

@@ -6,10 +6,10 @@ stand in folders of the shared storage, so a killed job goes on where its last c
 
 import os
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from ray import train, tune
@@ -20,20 +20,19 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from cbnerf.config import Config, DataConfig, with_overrides
 from cbnerf.data.library import read_scene
 from cbnerf.data.references import find_references
-from cbnerf.data.renders import load_renders
+from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
+from cbnerf.search.ledger import Unit
 from cbnerf.search.plan import Plan
-from cbnerf.training.cache import field_folder
-from cbnerf.training.checkpoint import Checkpoint
+from cbnerf.training.checkpoint import Checkpoint, knobs_of_stage
 from cbnerf.training.evaluation import mean_scores, refine_views
-from cbnerf.training.loop import Report
+from cbnerf.training.keys import field_key
 from cbnerf.training.processes import choose_device
 from cbnerf.training.refiner import load_refiner
 from cbnerf.training.stages import (
     REFINER_FILE,
     RENDERS_FILE,
-    ignore,
     read_metrics,
     run_field,
     run_refiner,
@@ -43,85 +42,54 @@ _LASTING = (FloatingPointError, ValueError)
 """What divergence and knobs that do not fit each other raise; no accidents."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One training run on one scene."""
+def run_units(about: Mapping[str, Any], plan: Plan) -> None:
+    """Tune's trainable: the units of one configuration, one after the other.
 
-    stage: Literal["field", "refiner"]
-    scene: str
-    config: Config
-    folder: Path | None = None
-    """Where a refiner leaves its results; a field's place is in the cache."""
-
-
-def run_unit(unit: Mapping[str, Any], plan: Plan) -> None:
-    """Tune's trainable: one configuration on one scene; reports its metrics step by step."""
-    config = with_overrides(plan.base, unit["overrides"])
-    folder = plan.trial_folder(unit["configuration"], unit["scene"])
+    Reports the curve of each as `{unit, step, ...}` and its end as `{unit, ended, ...}`.
+    """
+    units = [Unit(**unit) for unit in about["units"]]
     try:
-        run_job(plan, Job("field", unit["scene"], config), in_tune=True)
-        metrics = run_job(plan, Job("refiner", unit["scene"], config, folder), in_tune=True)
+        if plan.spec.resources.workers == 1:
+            for index, unit in enumerate(units):
+                _run_unit(plan, index, unit, choose_device(), tune.report)
+        else:
+            for unit in units:
+                _complete_field(plan, _config(plan, unit), unit.scene)
+            callbacks = [TuneReportCallback()]
+            _train_together(plan, "units", _walk_in_worker, {"units": about["units"]}, callbacks)
     except _LASTING as error:
         # Trying again would fail again.
         tune.report({"failure": str(error)})
-        return
-    tune.report({**metrics, "folder": str(folder)})
 
 
-def run_job(plan: Plan, job: Job, *, in_tune: bool = False) -> dict[str, float]:
-    """Train unless the job's folder is finished; the metrics of its end."""
-    folder = job_folder(plan, job)
-    finished = read_metrics(folder)
-    if finished is not None:
-        return finished
-    if plan.spec.resources.workers == 1:
-        device = choose_device()
-        report = _tune_report if in_tune and job.stage == "refiner" else ignore
-        return _train(plan, job, device, report)
-    # Reports wait for the controller's next look at its workers, every 2 s unless told.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    callbacks: list[Any] = [TuneReportCallback()] if in_tune and job.stage == "refiner" else []
-    trainer = TorchTrainer(
-        _train_in_worker,
-        train_loop_config={"plan": plan, "job": job},
-        scaling_config=worker_group(plan),
-        run_config=RunConfig(
-            name=f"{job.stage}-{job.scene}-{uuid.uuid4().hex[:8]}",
-            storage_path=str(plan.folder / "ray_train"),
-            failure_config=FailureConfig(max_failures=2),
-            callbacks=callbacks,
-        ),
-    )
-    try:
-        trainer.fit()
-    except WorkerGroupError as error:
-        for cause in error.worker_failures.values():
-            if isinstance(cause, _LASTING):
-                raise cause from None
-        raise
-    finished = read_metrics(folder)
-    assert finished is not None, folder
-    return finished
+def run_base_field(plan: Plan, scene_name: str) -> tuple[Path, dict[str, float]]:
+    """The stage-1 entry that all configurations share, and its metrics."""
+    entry = _complete_field(plan, plan.base, scene_name)
+    return entry, read_metrics(entry) or {}
 
 
 def score_best(
     plan: Plan, config: Config, configuration: int, scene_name: str
 ) -> dict[str, dict[str, float]]:
     """Validation and test metrics of stage 1 and of a trained configuration on one scene."""
-    run_job(plan, Job("field", scene_name, config))  # The cache may have been emptied since.
-    scene = load_scene(plan, scene_name, config.data)
-    renders = load_renders(field_folder(plan.storage, config, scene) / RENDERS_FILE)
-    device = choose_device()
-    refiner = load_refiner(plan.trial_folder(configuration, scene_name) / REFINER_FILE, device)
+    scene, device = load_scene(plan, scene_name, config.data), choose_device()
+    trained = plan.trial_folder(configuration, scene_name)
+    if plan.stage == "field":
+        renders, refiner = load_renders(trained / RENDERS_FILE), None
+    else:  # The cache may have been emptied since.
+        renders = load_renders(_complete_field(plan, config, scene_name) / RENDERS_FILE)
+        refiner = load_refiner(trained / REFINER_FILE, device)
     split = split_views(scene.num_views, config.data)
-    scores: dict[str, dict[str, float]] = {"stage 1": {}, "refined": {}}
+    scores: dict[str, dict[str, float]] = {"stage 1": {}}
     for prefix, views in (("val", split.val), ("test", split.test)):
         if views:
             before = renders.rgb[views]
             scores["stage 1"] |= mean_scores(before, scene.images[views], prefix)
-            references = find_references(config, scene, renders, views)
-            refined = refine_views(refiner, before, device, references)
-            scores["refined"] |= mean_scores(refined, scene.images[views], prefix)
+            if refiner is not None:
+                references = find_references(config, scene, renders, views)
+                refined = refine_views(refiner, before, device, references)
+                after = mean_scores(refined, scene.images[views], prefix)
+                scores["refined"] = scores.get("refined", {}) | after
     return scores
 
 
@@ -142,31 +110,100 @@ def worker_group(plan: Plan) -> ScalingConfig:
     )
 
 
-def job_folder(plan: Plan, job: Job) -> Path:
-    """Where a job leaves its results."""
-    if job.folder is not None:
-        return job.folder
-    scene = load_scene(plan, job.scene, job.config.data)
-    return field_folder(plan.storage, job.config, scene)
+def _run_unit(
+    plan: Plan, index: int, unit: Unit, device: torch.device, tell: Callable[[dict], None]
+) -> None:
+    config, folder = _config(plan, unit), plan.trial_folder(unit.configuration, unit.scene)
+    until = plan.steps(config, unit.rung)
+
+    def report(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
+        tell({**metrics, "unit": index, "step": step})
+
+    scene = load_scene(plan, unit.scene, config.data)
+    if plan.stage == "field":
+        metrics = run_field(config, scene, folder, device=device, report=report, until=until)
+    else:
+        renders = _read_renders(_complete_field(plan, config, unit.scene) / RENDERS_FILE)
+        metrics = run_refiner(
+            config, scene, renders, folder, device=device, report=report, until=until
+        )
+    tell({**metrics, "unit": index, "ended": True})
 
 
-def _train(plan: Plan, job: Job, device: torch.device, report: Report) -> dict[str, float]:
-    scene = load_scene(plan, job.scene, job.config.data)
-    entry = field_folder(plan.storage, job.config, scene)
-    if job.stage == "field":
-        return run_field(job.config, scene, entry, device=device, report=report)
-    assert job.folder is not None
-    renders = load_renders(entry / RENDERS_FILE)
-    return run_refiner(job.config, scene, renders, job.folder, device=device, report=report)
+def _complete_field(plan: Plan, config: Config, scene_name: str) -> Path:
+    """The cache entry of a trained field; trained now if nobody has trained it."""
+    stage_1 = knobs_of_stage(config, "field")
+
+    def train(folder: Path) -> None:
+        if plan.spec.resources.workers == 1:
+            scene = load_scene(plan, scene_name, config.data)
+            run_field(config, scene, folder, device=choose_device())
+        else:
+            about = {"config": config, "scene": scene_name, "folder": folder}
+            _train_together(plan, "field", _field_in_worker, about, [])
+
+    entry = plan.cache.path(
+        "field", scene_name, _field_key(plan.data, plan.storage, stage_1, scene_name)
+    )
+    return plan.cache.complete(entry, train)
 
 
-def _train_in_worker(loop_config: dict[str, Any]) -> None:
-    _train(loop_config["plan"], loop_config["job"], get_device(), _train_report)
+def _train_together(
+    plan: Plan,
+    what: str,
+    function: Callable[..., None],
+    about: dict[str, Any],
+    callbacks: list[Any],
+) -> None:
+    """Run a function on all workers of a group through Ray Train."""
+    # Reports wait for the controller's next look at its workers, every 2 s unless told.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    trainer = TorchTrainer(
+        function,
+        train_loop_config={"plan": plan, **about},
+        scaling_config=worker_group(plan),
+        run_config=RunConfig(
+            name=f"{what}-{uuid.uuid4().hex[:8]}",
+            storage_path=str(plan.folder / "ray_train"),
+            failure_config=FailureConfig(max_failures=2),
+            callbacks=callbacks,
+        ),
+    )
+    try:
+        trainer.fit()
+    except WorkerGroupError as error:
+        for cause in error.worker_failures.values():
+            if isinstance(cause, _LASTING):
+                raise cause from None
+        raise
 
 
-def _tune_report(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
-    tune.report({**metrics, "step": step})
+def _walk_in_worker(about: dict[str, Any]) -> None:
+    """All units by one group of workers, which starts once."""
+    for index, unit in enumerate(about["units"]):
+        _run_unit(about["plan"], index, Unit(**unit), get_device(), train.report)
+
+
+def _field_in_worker(about: dict[str, Any]) -> None:
+    plan, config = about["plan"], about["config"]
+    scene = load_scene(plan, about["scene"], config.data)
+    run_field(config, scene, about["folder"], device=get_device(), report=_train_report)
 
 
 def _train_report(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
     train.report({**metrics, "step": step})
+
+
+def _config(plan: Plan, unit: Unit) -> Config:
+    return with_overrides(plan.base, unit.overrides)
+
+
+# A process meets the same few scenes again and again; what it has read stays with it.
+@lru_cache(maxsize=16)
+def _read_renders(path: Path) -> Renders:
+    return load_renders(path)
+
+
+@lru_cache(maxsize=64)
+def _field_key(data: Path | None, storage: Path, stage_1: Config, scene_name: str) -> str:
+    return field_key(stage_1, read_scene(scene_name, data, storage, stage_1.data))

@@ -1,8 +1,4 @@
-"""The cache: a stage is trained once per scene, configuration, code and seed.
-
-An entry is a folder named by the hash of all that determines it. Studies keep their fields here,
-comparisons their refiners, too. `training.stages` says when an entry is finished.
-"""
+"""What determines a trained stage: scene, knobs, code and seed, as a hash that names it."""
 
 import hashlib
 import json
@@ -33,16 +29,6 @@ _REFINER_CODE = ("codebook", "data/patches.py", "data/references.py", "training/
 _STAGE_KNOBS = ("data.", "field.", "seed")
 
 
-def field_folder(storage: Path, config: Config, scene: Scene) -> Path:
-    """The cache entry of a scene's field, finished or not."""
-    return folder_of_field(storage, scene.name, field_key(config, scene))
-
-
-def folder_of_field(storage: Path, name: str, key: str) -> Path:
-    """The same by the name of the scene and the key."""
-    return storage / "cache" / f"field-{name}-{key}"
-
-
 def field_key(config: Config, scene: Scene) -> str:
     """Hash of photographs, cameras, the knobs of stage 1 and its code."""
     digest = hashlib.sha256()
@@ -55,12 +41,11 @@ def field_key(config: Config, scene: Scene) -> str:
     return digest.hexdigest()[:16]
 
 
-def refiner_folder(storage: Path, config: Config, name: str, fields: Sequence[str]) -> Path:
-    """The cache entry of a refiner of the scene `name`; `fields` are the keys of what it is made
+def refiner_key(config: Config, fields: Sequence[str]) -> str:
+    """Hash of all knobs, the code of both stages, and the `fields`, keys of what a refiner is made
     of: of the scene itself, then of the others that it is trained on instead, if any."""
     content = json.dumps([fields, flatten(config), _stage_code(_REFINER_CODE)], sort_keys=True)
-    key = hashlib.sha256(content.encode()).hexdigest()[:16]
-    return storage / "cache" / f"refiner-{name}-{key}"
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 @cache

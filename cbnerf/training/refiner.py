@@ -105,6 +105,12 @@ def train_refiner(
     return refiner
 
 
+def count_parameters(config: Config) -> int:
+    """Trainable parameters of the refiner of a configuration."""
+    with torch.random.fork_rng(devices=[]):
+        return sum(parameter.numel() for parameter in build_refiner(config).parameters())
+
+
 def load_refiner(path: Path, device: torch.device) -> AnyRefiner:
     """A trained refiner."""
     checkpoint = load_checkpoint(path, "refiner", device)

@@ -28,6 +28,7 @@ CPU = torch.device("cpu")
 SPEC = """
 resolution: tiny
 trials: 1
+stopping: {rule: race}
 fixed: {refiner.optim.batch_size: 4}
 space: {codebook.size: {choices: [64, 1024]}}
 resources: {workers: 2, cpus_per_worker: 1}
@@ -55,10 +56,10 @@ def metrics_of(folder: Path) -> dict[str, float]:
 
 
 def test_results_and_curves_of_two_processes_arrive(storage: Path):
-    (cached,) = (storage / "cache").iterdir()
+    (cached,) = (storage / "cache").glob("field-*")
     unit = storage / "studies" / "two" / "trials" / "0000" / "arcade"
     for folder, files in (
-        (cached, {"field.pt", "renders.npz"}),
+        (cached, {"field.pt", "renders.npz", "manifest.json"}),
         (unit, {"refiner.pt", "strip.png"}),
     ):
         assert files | {"config.yaml", "metrics.json"} == {file.name for file in folder.iterdir()}
@@ -68,14 +69,14 @@ def test_results_and_curves_of_two_processes_arrive(storage: Path):
     (run,) = client.search_runs([experiment.experiment_id], "tags.`cbnerf.kind` = 'scene'")
     assert run.info.status == "FINISHED"
     curve = client.get_metric_history(run.info.run_id, "val/psnr")
-    assert [point.step for point in curve] == [3, 5, 8, 10]
+    assert [point.step for point in curve] == [1, 3, 5, 8, 10]  # with the lowest rung
     assert curve[-1].value == metrics_of(unit)["val/psnr"]
     assert {"train/loss", "codebook/perplexity"} <= run.data.metrics.keys()
 
 
 def test_two_processes_train_what_one_trains(storage: Path, tmp_path: Path):
     """Same seed, same global batch; only the order of floating-point sums differs."""
-    (cached,) = (storage / "cache").iterdir()
+    (cached,) = (storage / "cache").glob("field-*")
     unit = storage / "studies" / "two" / "trials" / "0000" / "arcade"
     config = load_config(unit / "config.yaml")
     capture = read_capture(storage / "scenes" / "64" / "arcade", 64)

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from cbnerf.config import load_config, with_overrides
+from cbnerf.search.ledger import Ledger
 from cbnerf.search.report import configuration_table, scene_table, write_report
-from cbnerf.search.searcher import Ledger
 from cbnerf.search.tracking import NOT_COMPARABLE
 
 pytestmark = pytest.mark.search
@@ -56,15 +56,17 @@ def finish(ledger: Ledger, values: list[float | None]) -> None:
 
 
 def test_configurations_are_listed_best_first(tiny_plan):
-    ledger = Ledger(tiny_plan("arcade", trials=4))
+    ledger = Ledger(tiny_plan("arcade", trials=4, stopping={"rule": "none"}))
     finish(ledger, [20.0, None, 21.5])
     header, _, *rows = cells(configuration_table(ledger))
-    assert header == ["#", "mean val/psnr", *ledger.plan.spec.space]
-    assert [row[:2] for row in rows] == [["2", "21.500"], ["0", "20.000"], ["1", "FAIL"]]
+    assert header == ["#", "val/psnr", "end", *ledger.plan.spec.space]
+    assert [row[:3] for row in rows] == [
+        ["2", "21.5", "finished"], ["0", "20", "finished"], ["1", "-", "fail"],
+    ]  # fmt: skip
 
 
 def test_the_report_names_the_best_and_its_file_can_be_trained_from(tiny_plan):
-    ledger = Ledger(tiny_plan("arcade", trials=2))
+    ledger = Ledger(tiny_plan("arcade", trials=2, stopping={"rule": "none"}))
     finish(ledger, [20.0, 21.0])
     best = ledger.best()
     assert best is not None

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from cbnerf.search.spec import Choices, Range, Resources, load_spec, parse_spec
+from cbnerf.search.spec import Choices, Range, Resources, Stopping, load_spec, parse_spec
 
 pytestmark = pytest.mark.search
 
@@ -14,7 +14,9 @@ WITHOUT_SPACE = "method: cb-nerf\n"
 def test_a_specification_is_read_with_the_types_of_its_knobs(tmp_path: Path):
     file = tmp_path / "good.yaml"
     file.write_text(
-        "method: residual-cnn\nresolution: x2-252\nmetric: val/ssim\ntrials: 5\nseed: 3\n"
+        "method: residual-cnn\nresolution: x2-252\ntrials: 5\nseed: 3\n"
+        "objectives: [val/ssim, seconds]\nlimits: {parameters: 300000}\n"
+        "stopping: {rule: asha, rungs: 2, eta: 4, threshold: 0.1}\n"
         "fixed: {refiner.optim.lr: 1e-3}\n"  # PyYAML reads this one as text
         "space:\n"
         "  codebook.size: {low: 64, high: 4096, log: true}\n"
@@ -25,7 +27,9 @@ def test_a_specification_is_read_with_the_types_of_its_knobs(tmp_path: Path):
         "resources: {workers: 2, cpus_per_worker: 0.5, gpus_per_worker: 1}\n"
     )
     spec = load_spec(file)
-    assert (spec.method, spec.resolution, spec.metric) == ("residual-cnn", "x2-252", "val/ssim")
+    assert (spec.method, spec.resolution) == ("residual-cnn", "x2-252")
+    assert (spec.objectives, spec.limits) == (("val/ssim", "seconds"), {"parameters": 300_000.0})
+    assert spec.stopping == Stopping(rule="asha", rungs=2, eta=4, threshold=0.1)
     assert (spec.trials, spec.seed) == (5, 3)
     assert spec.fixed == {"refiner.optim.lr": 1e-3}
     assert spec.space == {
@@ -99,7 +103,17 @@ BAD = {
     "unknown method": ("method: nerf2\n" + SPACE, "'nerf2' is not one of nerf, nerf-sr"),
     "method is a list": ("method: [nerf]\n" + SPACE, "method = ['nerf']"),
     "unknown resolution": ("resolution: x3\n" + SPACE, "'x3' is not one of auto"),
-    "unknown metric": ("metric: val/lpips\n" + SPACE, "'val/lpips' is not one of"),
+    "unknown objective": ("objectives: [val/lpips]\n" + SPACE, "'val/lpips' is not one of"),
+    "objective is a name": ("objectives: val/psnr\n" + SPACE, "must be a list of names"),
+    "a cost first": ("objectives: [seconds]\n" + SPACE, "first objective must be one of val/psnr"),
+    "an objective twice": ("objectives: [val/psnr, val/psnr]\n" + SPACE, "names one twice"),
+    "unknown limit": ("limits: {watts: 3}\n" + SPACE, "limits: watts"),
+    "limit of wrong type": ("limits: {parameters: few}\n" + SPACE, "'few' is not a number"),
+    "unknown rule": ("stopping: {rule: luck}\n" + SPACE, "stopping.rule = 'luck' is not one of"),
+    "unknown key of stopping": ("stopping: {rung: 3}\n" + SPACE, "unknown key 'rung' in stopping"),
+    "no rungs": ("stopping: {rungs: 0}\n" + SPACE, "stopping.rungs must be at least 1"),
+    "a sure threshold": ("stopping: {threshold: 0.7}\n" + SPACE, "between 0 and 0.5"),
+    "unknown sampler": ("sampler: grid\n" + SPACE, "sampler = 'grid' is not one of"),
     "no trials": ("trials: 0\n" + SPACE, "trials must be at least 1"),
     "trials of wrong type": ("trials: many\n" + SPACE, "trials = 'many'"),
     "negative seed": ("seed: -1\n" + SPACE, "seed = -1"),

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "tune_configs" / "smoke.yaml"
 COMMAND = ["--config", str(SMOKE), "--scenes", "arcade,blinds"]
 NAME = "cb-nerf-tiny-arcade-blinds"
-UNITS = ("0/arcade", "0/blinds", "1/arcade", "1/blinds")
+UNITS = ("0/arcade/0", "0/blinds/0", "1/arcade/0", "1/blinds/0")
 
 
 @dataclass
@@ -186,7 +186,7 @@ def test_more_trials_extend_a_finished_study(story: Story):
     assert ended.status == 0, ended.errors
     assert story.repeated.trained.items() <= ended.trained.items()
     new = ended.bookings - story.repeated.bookings
-    assert new == {"2/arcade": 1, "2/blinds": 1}
+    assert new == {"2/arcade/0": 1, "2/blinds/0": 1}
 
 
 def experiment_of(folder: Path) -> tuple[str, str]:
@@ -220,7 +220,7 @@ def test_mlflow_holds_each_run_of_the_study_once(story: Story):
 
 
 def test_stage_1_is_trained_once(story: Story):
-    cache = sorted((story.folder / "runs" / "cache").iterdir())
+    cache = sorted((story.folder / "runs" / "cache").glob("field-*"))
     assert [entry.name.split("-")[1] for entry in cache] == ["arcade", "blinds"]
     first_unit = min(story.finished.trained.values())
     assert all((entry / "metrics.json").stat().st_mtime_ns < first_unit for entry in cache)
@@ -250,7 +250,7 @@ def test_a_study_survives_kill_and_ctrl_c_and_repeats_no_unit(tmp_path: Path):
     assert not interrupted.lingering
     assert finished.status == 0, finished.errors
     assert finished.bookings == {
-        f"{n}/{scene}": 1 for n in range(5) for scene in ("arcade", "blinds")
+        f"{n}/{scene}/0": 1 for n in range(5) for scene in ("arcade", "blinds")
     }
     for before in (killed, interrupted):
         assert before.trained.items() <= finished.trained.items()
@@ -275,6 +275,8 @@ BAD_LINES = {
     "method": (["--method", "nerf2"], "method 'nerf2' is not one of nerf, nerf-sr"),
     "resolution": (["--resolution", "x9"], "resolution 'x9' is not one of auto"),
     "trials": (["--trials", "0"], "trials must be at least 1"),
+    "concurrency": (["--concurrency", "0"], "--concurrency must be at least 1"),
+    "no stage 2": (["--method", "nerf"], "nerf ends with stage 1"),
     "name": (["--name", "a/b"], "'a/b' is not the name of a folder"),
     "resume": (["--resume"], "--resume: no study None"),
     "resume unknown": (["--resume", "--name", "x"], "it holds none"),
@@ -329,7 +331,7 @@ def test_a_dry_run_prices_the_study_and_leaves_none(
     assert call(monkeypatch, *COMMAND, "--dry-run") == 0
     output, errors = capfd.readouterr()
     assert errors == ""
-    assert f"study      {NAME}" in output and "2 configurations x 2 scenes = 4 units" in output
-    assert "s for a field" in output and "runs at a time  <- this machine" in output
+    assert f"study      {NAME}" in output and "2 configurations x 2 scenes over" in output
+    assert "s for a field" in output and "min on this machine, " in output
     assert not (tmp_path / "runs" / "studies").exists()
     assert not (tmp_path / "runs" / "mlflow.db").exists()

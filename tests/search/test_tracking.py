@@ -9,8 +9,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from cbnerf.search.ledger import Unit
 from cbnerf.search.plan import Plan
-from cbnerf.search.searcher import Unit
 from cbnerf.search.tracking import NOT_COMPARABLE, Tracker, tracking_uri
 
 pytestmark = [
@@ -19,6 +19,8 @@ pytestmark = [
 ]
 
 KNOBS = {"codebook.size": 64, "codebook.beta": 0.5}
+LAST = 2
+"""The rung of a whole training."""
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def files_of(plan: Plan, run: Run, folder: str = "") -> list[str]:
 
 def track_unit(tracker: Tracker, plan: Plan, leave: Callable[..., Any], unit: Unit, psnr: float):
     """What a study does for one unit."""
-    tracker.start_configuration(unit)
+    tracker.start_unit(unit)
     for step in (5, 10):
         tracker.log_step(unit, {"val/psnr": psnr * step / 10, "train/loss": 1 / step}, step)
     metrics = leave(plan, unit.configuration, unit.scene, unit.overrides, psnr)
@@ -62,7 +64,7 @@ def track_unit(tracker: Tracker, plan: Plan, leave: Callable[..., Any], unit: Un
 
 def track_configuration(tracker: Tracker, plan: Plan, leave: Callable[..., Any], number: int):
     results = {
-        scene: track_unit(tracker, plan, leave, Unit(number, scene, KNOBS), 20.0 + 2 * place)
+        scene: track_unit(tracker, plan, leave, Unit(number, scene, LAST, KNOBS), 20.0 + 2 * place)
         for place, scene in enumerate(plan.scenes)
     }
     tracker.end_configuration(number, results)
@@ -105,7 +107,7 @@ def test_stage_1_runs_are_linked_to_the_runs_that_use_them(plan: Plan, leave_uni
         (entry / name).write_text("x")
     for _ in range(2):  # A study that goes on logs the cached field again.
         tracker.log_field("arcade", entry, {"val/psnr": 19.0, "seconds": 3.0})
-    tracker.start_configuration(Unit(0, "arcade", KNOBS))
+    tracker.start_unit(Unit(0, "arcade", LAST, KNOBS))
     runs = runs_of(plan)
     field = runs["field/field-arcade-0123"]
     assert runs["unit/0/arcade"].data.tags["cbnerf.field_run"] == field.info.run_id
@@ -125,12 +127,12 @@ def test_runs_of_built_in_scenes_say_that_they_compare_with_nothing(plan: Plan, 
 def test_a_restarted_study_adds_to_its_runs(plan: Plan, leave_unit):
     first = Tracker(plan, "one")
     track_configuration(first, plan, leave_unit, 0)
-    first.start_configuration(Unit(1, "arcade", KNOBS))
-    first.log_step(Unit(1, "arcade", KNOBS), {"val/psnr": 5.0}, 5)
+    first.start_unit(Unit(1, "arcade", LAST, KNOBS))
+    first.log_step(Unit(1, "arcade", LAST, KNOBS), {"val/psnr": 5.0}, 5)
     before = runs_of(plan)
     second = Tracker(plan, "one")
-    second.start_configuration(Unit(1, "arcade", KNOBS))
-    second.log_step(Unit(1, "arcade", KNOBS), {"val/psnr": 9.0}, 10)
+    second.start_unit(Unit(1, "arcade", LAST, KNOBS))
+    second.log_step(Unit(1, "arcade", LAST, KNOBS), {"val/psnr": 9.0}, 10)
     after = runs_of(plan)
     assert {key: run.info.run_id for key, run in after.items()} == {
         key: run.info.run_id for key, run in before.items()
@@ -141,10 +143,10 @@ def test_a_restarted_study_adds_to_its_runs(plan: Plan, leave_unit):
 
 def test_ending_a_unit_twice_doubles_nothing(plan: Plan, leave_unit):
     """A kill between MLflow and the journal makes the next life end the unit once more."""
-    unit = Unit(0, "arcade", KNOBS)
+    unit = Unit(0, "arcade", LAST, KNOBS)
     metrics = track_unit(Tracker(plan, "one"), plan, leave_unit, unit, 20.0)
     second = Tracker(plan, "one")
-    second.start_configuration(unit)
+    second.start_unit(unit)
     second.end_unit(unit, metrics)
     run = runs_of(plan)["unit/0/arcade"]
     assert run.info.status == "FINISHED"
@@ -154,7 +156,7 @@ def test_ending_a_unit_twice_doubles_nothing(plan: Plan, leave_unit):
 def test_a_study_made_anew_leaves_the_runs_of_its_namesake_alone(plan: Plan, leave_unit):
     track_configuration(Tracker(plan, "one"), plan, leave_unit, 0)
     other = Tracker(plan, "two")
-    other.start_configuration(Unit(0, "arcade", {"codebook.size": 1024}))
+    other.start_unit(Unit(0, "arcade", LAST, {"codebook.size": 1024}))
     client = MlflowClient(tracking_uri(plan.storage))
     runs = client.search_runs([other.experiment_id], "tags.`cbnerf.key` = 'configuration/0'")
     assert {run.data.params["codebook.size"] for run in runs} == {"64", "1024"}
@@ -163,8 +165,8 @@ def test_a_study_made_anew_leaves_the_runs_of_its_namesake_alone(plan: Plan, lea
 def test_an_interrupt_marks_open_runs_as_killed(plan: Plan, leave_unit):
     tracker = Tracker(plan, "one")
     track_configuration(tracker, plan, leave_unit, 0)
-    unit = Unit(1, "arcade", KNOBS)
-    tracker.start_configuration(unit)
+    unit = Unit(1, "arcade", LAST, KNOBS)
+    tracker.start_unit(unit)
     tracker.interrupt()
     statuses = {key: run.info.status for key, run in runs_of(plan).items()}
     assert statuses == {
@@ -172,16 +174,16 @@ def test_an_interrupt_marks_open_runs_as_killed(plan: Plan, leave_unit):
         "configuration/1": "KILLED", "unit/1/arcade": "KILLED",
     }  # fmt: skip
     again = Tracker(plan, "one")
-    again.start_configuration(unit)
+    again.start_unit(unit)
     opened = runs_of(plan)
     assert {opened[key].info.status for key in ("configuration/1", "unit/1/arcade")} == {"RUNNING"}
 
 
 def test_a_failed_unit_fails_its_configuration_and_says_why(plan: Plan, leave_unit):
     tracker = Tracker(plan, "one")
-    good = track_unit(tracker, plan, leave_unit, Unit(0, "arcade", KNOBS), 20.0)
-    bad = Unit(0, "blinds", KNOBS)
-    tracker.start_configuration(bad)
+    good = track_unit(tracker, plan, leave_unit, Unit(0, "arcade", LAST, KNOBS), 20.0)
+    bad = Unit(0, "blinds", LAST, KNOBS)
+    tracker.start_unit(bad)
     tracker.end_unit(bad, None)
     tracker.explain_failure(bad, "train/loss not finite")
     tracker.end_configuration(0, {"arcade": good, "blinds": None})
@@ -201,3 +203,25 @@ def test_the_report_is_one_run_with_its_files(plan: Plan, tmp_path: Path):
     run = runs_of(plan)["report"]
     assert files_of(plan, run) == ["report.md"]
     assert steps_of(plan, run, "val/psnr") == [(0, 21.0)]
+
+
+def test_a_lower_rung_leaves_its_curve_and_nothing_else(plan: Plan):
+    tracker = Tracker(plan, "one")
+    unit = Unit(0, "arcade", 0, KNOBS)
+    tracker.start_unit(unit)
+    tracker.log_step(unit, {"val/psnr": 15.0}, 1)
+    tracker.end_unit(unit, {"val/psnr": 15.0, "seconds": 1.0})
+    child = runs_of(plan)["unit/0/arcade"]
+    assert child.info.status == "RUNNING" and not files_of(plan, child)
+    assert steps_of(plan, child, "val/psnr") == [(1, 15.0)]
+
+
+def test_a_stopped_configuration_ends_as_killed_and_says_why(plan: Plan):
+    tracker = Tracker(plan, "one")
+    tracker.start_unit(Unit(0, "arcade", 0, KNOBS))
+    assert not tracker.is_closed(0)
+    tracker.stop_configuration(0, "1.2% to beat #00 after 1 units")
+    runs = runs_of(plan)
+    assert {runs[key].info.status for key in ("configuration/0", "unit/0/arcade")} == {"KILLED"}
+    assert "1.2% to beat" in runs["configuration/0"].data.tags["mlflow.note.content"]
+    assert Tracker(plan, "one").is_closed(0)

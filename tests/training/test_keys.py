@@ -1,6 +1,5 @@
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +8,8 @@ import torch
 from cbnerf.config import flatten, preset, with_overrides
 from cbnerf.data.procedural import make_capture
 from cbnerf.data.scene import Scene, make_scene
-from cbnerf.training import cache
-from cbnerf.training.cache import field_folder, field_key, refiner_folder
+from cbnerf.training import keys
+from cbnerf.training.keys import field_key, refiner_key
 
 CONFIG = preset("cb-nerf", "tiny")
 
@@ -68,27 +67,21 @@ def test_photographs_and_cameras_change_the_key(scene: Scene, what: str):
 
 def test_the_code_of_stage_1_changes_the_key(scene: Scene, monkeypatch: pytest.MonkeyPatch):
     before = field_key(CONFIG, scene)
-    monkeypatch.setattr(cache, "_stage_code", lambda: "another version")
+    monkeypatch.setattr(keys, "_stage_code", lambda: "another version")
     assert field_key(CONFIG, scene) != before
 
 
-def test_equal_input_finds_the_same_entry(scene: Scene, tmp_path: Path):
+def test_equal_input_has_the_same_key(scene: Scene):
     again = make_scene(make_capture("arcade", width=32, num_views=3), CONFIG.data)
-    folder = field_folder(tmp_path, CONFIG, scene)
-    assert field_folder(tmp_path, preset("cb-nerf", "tiny"), again) == folder
-    assert folder.parent == tmp_path / "cache" and "arcade" in folder.name
+    assert field_key(preset("cb-nerf", "tiny"), again) == field_key(CONFIG, scene)
 
 
-def test_a_refiner_has_an_entry_for_its_knobs_and_for_all_that_it_learned_from(tmp_path: Path):
-    def folder(config=CONFIG, name: str = "fern", fields=("a",)) -> Path:
-        return refiner_folder(tmp_path, config, name, list(fields))
-
-    assert folder() == folder() and "fern" in folder().name
+def test_a_refiner_has_a_key_for_its_knobs_and_for_all_that_it_learned_from():
     others = [
-        folder(with_overrides(CONFIG, {"codebook.size": 7})),
-        folder(name="room"),
-        folder(fields=("b",)),
-        folder(fields=("a", "b")),
-        folder(fields=("b", "a")),
+        refiner_key(with_overrides(CONFIG, {"codebook.size": 7}), ["a"]),
+        refiner_key(CONFIG, ["b"]),
+        refiner_key(CONFIG, ["a", "b"]),
+        refiner_key(CONFIG, ["b", "a"]),
     ]
-    assert len({folder(), *others}) == 6
+    assert len({refiner_key(CONFIG, ["a"]), *others}) == 5
+    assert refiner_key(CONFIG, ["a"]) == refiner_key(CONFIG, ["a"])

@@ -1,0 +1,285 @@
+"""What a search costs: recorded trainings replayed under the platform's search and under others.
+
+    python benchmarks/search.py
+
+`search_table.py` has recorded what random configurations reach. Here whole searches run against
+that table in simulated time, with the ledger, judge and sampler that real searches run with; a
+proposed configuration gets the row of its nearest recorded neighbour. `naive` trains both stages of
+every scene for every configuration; all others train stage 1 once per scene.
+"""
+
+import gzip
+import heapq
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import optuna
+import tyro
+from provenance import provenance
+
+from cbnerf.config import flatten
+from cbnerf.search.ledger import Ledger
+from cbnerf.search.plan import Plan, make_plan
+from cbnerf.search.proposals import make_study
+from cbnerf.search.spec import Choices, Stopping, load_spec
+
+TARGET = 0.05
+"""dB below the best of the table that a search has to come within."""
+
+
+class Method(NamedTuple):
+    stopping: Stopping
+    sampler: str = "tpe"
+    cached: bool = True
+    """Stage 1 is trained once per scene instead of once per configuration and scene."""
+
+
+METHODS = {
+    "naive random": Method(Stopping(rule="none", rungs=1), "random", cached=False),
+    "naive TPE": Method(Stopping(rule="none", rungs=1), cached=False),
+    "cache + TPE": Method(Stopping(rule="none", rungs=1)),
+    "cache + TPE + ASHA": Method(Stopping(rule="asha")),
+    "cache + TPE + Wilcoxon": Method(Stopping(rule="wilcoxon", rungs=1, threshold=0.1)),
+    "cache + TPE + race (ours)": Method(Stopping()),
+}
+
+
+@dataclass(kw_only=True)
+class Options:
+    table: Path = Path("benchmarks/results/search/table.json.gz")
+    space: Path = Path("tune_configs/codebook.yaml")
+    trials: int = 60
+    """Configurations of a search."""
+    repetitions: int = 30
+    """Seeds of the sampler."""
+    workers: tuple[int, ...] = (1, 8, 64)
+    processes: int = 2
+    output: Path = Path("benchmarks/results/search")
+    """Receives replay.md and replay.json."""
+
+
+class Table(NamedTuple):
+    """Recorded trainings."""
+
+    points: np.ndarray
+    """[configurations, coordinates] in the unit cube of the space."""
+    psnr: np.ndarray
+    """[configurations, scenes, rungs, seeds] in dB."""
+    ssim: np.ndarray
+    seconds: np.ndarray
+    """From the rung below."""
+    field_seconds: np.ndarray
+    """[scenes]."""
+    scenes: tuple[str, ...]
+    truth: np.ndarray
+    """[configurations]: mean over scenes and seeds of the last rung."""
+
+
+class Trace(NamedTuple):
+    """One replayed search."""
+
+    busy: float
+    """Worker seconds until the best so far came, and stayed, within the target; inf if never."""
+    wall: float
+    """The same on the clock."""
+    total: float
+    """Worker seconds of the whole search."""
+    regret_area: float
+    """Mean regret in dB over the worker seconds of a naive search."""
+    wrong_stops: float
+    """Share of stopped configurations that were truly better than all finished before them."""
+
+
+def load_table(file: Path, plan: Plan) -> Table:
+    content = json.loads(gzip.decompress(file.read_bytes()))
+    defaults = flatten(plan.base)
+    points = np.array([_coordinates(plan, defaults | c) for c in content["configurations"]])
+    scenes = tuple(content["fields"])
+    rows = content["rows"]
+    seeds = 1 + max(row["seed"] for row in rows)
+    shape = (len(points), len(scenes), len(rows[0]["rungs"]), seeds)
+    arrays = {name: np.full(shape, np.nan) for name in ("val/psnr", "val/ssim", "seconds")}
+    for row in rows:
+        for name, array in arrays.items():
+            place = (row["configuration"], scenes.index(row["scene"]), slice(None), row["seed"])
+            array[place] = [rung[name] for rung in row["rungs"]]
+    whole = ~np.isnan(arrays["val/psnr"]).any(axis=(1, 2, 3))
+    psnr, ssim, seconds = (array[whole] for array in arrays.values())
+    field_seconds = np.array([content["fields"][scene]["seconds"] for scene in scenes])
+    truth = psnr[:, :, -1].mean(axis=(1, 2))
+    return Table(points[whole], psnr, ssim, seconds, field_seconds, scenes, truth)
+
+
+def _coordinates(plan: Plan, knobs: dict[str, Any]) -> np.ndarray:
+    """A configuration in the unit cube; each choice has an axis of its own."""
+    parts: list[float] = []
+    for name, domain in plan.spec.space.items():
+        value = knobs[name]
+        if isinstance(domain, Choices) and not isinstance(value, str):
+            order = sorted(domain.choices)
+            parts.append(order.index(value) / (len(order) - 1))
+        elif isinstance(domain, Choices):
+            parts += [0.5 * (value == choice) for choice in domain.choices]
+        else:
+            ends = np.array([domain.low, domain.high, value], float)
+            low, high, here = np.log(ends) if domain.log else ends
+            parts.append((here - low) / (high - low))
+    return np.array(parts)
+
+
+def replay(options: Options, name: str, workers: int, repetition: int) -> Trace:
+    """One search on the table in simulated time."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    method = METHODS[name]
+    spec = load_spec(options.space)
+    spec = replace(
+        spec, stopping=method.stopping, trials=options.trials, seed=repetition,
+        sampler=method.sampler,
+    )  # fmt: skip
+    plan = make_plan(
+        spec, scenes="all", data=None, name="replay", storage=Path("replay"), has_gpu=False
+    )
+    table = load_table(options.table, plan)
+    plan = replace(plan, scenes=table.scenes)
+    ledger = Ledger(plan, make_study(plan))
+    seed = repetition % table.psnr.shape[-1]
+    first_rung = table.psnr.shape[2] - plan.rungs
+    rows: dict[int, int] = {}
+    busy = float(table.field_seconds.sum()) if method.cached else 0.0
+    clock = busy / min(workers, len(table.scenes)) if method.cached else 0.0
+    running: list[tuple[float, int, Any]] = []
+    history: list[tuple[float, float, float]] = []
+    wrong, count = 0, 0
+    while not ledger.is_over:
+        while len(running) < workers and (unit := ledger.next_unit()):
+            row = rows.setdefault(unit.configuration, _nearest(plan, table, unit.overrides))
+            scene = table.scenes.index(unit.scene)
+            rungs = slice(unit.rung + first_rung if unit.rung else 0, unit.rung + first_rung + 1)
+            seconds = float(table.seconds[row, scene, rungs, seed].sum())
+            if not method.cached:
+                seconds += float(table.field_seconds[scene])
+            count += 1
+            heapq.heappush(running, (clock + seconds, count, (unit, scene, seconds)))
+        clock, _, (unit, scene, seconds) = heapq.heappop(running)
+        busy += seconds
+        row, rung = rows[unit.configuration], unit.rung + first_rung
+        before = ledger.best()
+        ledger.book(unit, {
+            "val/psnr": table.psnr[row, scene, rung, seed],
+            "val/ssim": table.ssim[row, scene, rung, seed],
+            "seconds": seconds,
+        })  # fmt: skip
+        best = ledger.best()
+        if unit.configuration in ledger.stopped and before is not None:
+            wrong += table.truth[row] > table.truth[rows[before.number]] + 1e-9
+        if best is not None:
+            regret = float(table.truth.max() - table.truth[rows[best.number]])
+            history.append((busy, clock, regret))
+    return _trace(history, busy, wrong / max(len(ledger.stopped), 1), table, options.trials)
+
+
+def _trace(
+    history: list[tuple[float, float, float]], busy: float, wrong: float, table: Table, trials: int
+) -> Trace:
+    at, clock, regret = map(np.array, zip(*history, strict=True))
+    late = np.flatnonzero(regret > TARGET)
+    reached = 0 if not len(late) else late[-1] + 1
+    found = reached < len(regret)
+    horizon = trials * float(
+        table.field_seconds.sum() + table.seconds.sum(axis=2).mean() * len(table.scenes)
+    )
+    grid = np.linspace(0, horizon, 2000)
+    worst = float(table.truth.max() - np.median(table.truth))
+    index = np.searchsorted(at, grid, side="right") - 1
+    curve = np.where(index >= 0, regret[index.clip(0)], worst)
+    return Trace(
+        float(at[reached]) if found else np.inf,
+        float(clock[reached]) if found else np.inf,
+        busy,
+        float(curve.mean()),
+        float(wrong),
+    )
+
+
+def _nearest(plan: Plan, table: Table, overrides: dict[str, Any]) -> int:
+    distance = table.points - _coordinates(plan, overrides)
+    return int((distance**2).sum(axis=1).argmin())
+
+
+def _job(job: tuple[Options, str, int, int]) -> Trace:
+    return replay(*job)
+
+
+def interval(values: np.ndarray, rng: np.random.Generator) -> tuple[float, float, float]:
+    """Mean with a 95 % bootstrap interval."""
+    draws = rng.choice(values, (2000, len(values))).mean(axis=1)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(values.mean()), float(low), float(high)
+
+
+def main(options: Options) -> None:
+    started = time.perf_counter()
+    traces: dict[tuple[int, str], list[Trace]] = {}
+    with ProcessPoolExecutor(options.processes) as pool:
+        for workers in options.workers:
+            for name in METHODS:
+                jobs = [(options, name, workers, r) for r in range(options.repetitions)]
+                traces[workers, name] = list(pool.map(_job, jobs))
+                print(f"{workers} workers, {name}: done", flush=True)
+    lines = list(_report(options, traces))
+    print("\n".join(lines), f"\n{time.perf_counter() - started:.0f} s")
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "replay.md").write_text("\n".join(lines) + "\n")
+    plain = [
+        {"workers": workers, "method": name, **trace._asdict()}
+        for (workers, name), found in traces.items()
+        for trace in found
+    ]
+    (options.output / "replay.json").write_text(json.dumps(plain))
+
+
+def _report(options: Options, traces: dict[tuple[int, str], list[Trace]]) -> Iterator[str]:
+    rng = np.random.default_rng(0)
+    yield "# Searches replayed on recorded trainings\n"
+    yield provenance(1)
+    yield (
+        f"{options.repetitions} repetitions of {options.trials} configurations; means with 95 % "
+        f"bootstrap intervals. *To target*: worker seconds until the best so far is, and stays, "
+        f"within {TARGET} dB of the table's best (the whole search where it never is).\n"
+    )
+    for workers in options.workers:
+        yield f"## {workers} workers\n"
+        yield (
+            "| method | to target, worker s | less than naive TPE | wall s | found | all, worker s "
+            "| less | mean regret, dB | wrong stops |"
+        )
+        yield "|---|---|---|---|---|---|---|---|---|"
+        naive = _to_target(traces[workers, "naive TPE"])
+        for name in METHODS:
+            found = traces[workers, name]
+            cost, low, high = interval(_to_target(found), rng)
+            total = np.mean([t.total for t in found])
+            all_naive = np.mean([t.total for t in traces[workers, "naive TPE"]])
+            walls = np.array([t.wall for t in found])
+            yield (
+                f"| {name} | {cost:.0f} ({low:.0f} - {high:.0f}) | {naive.mean() / cost:.1f}x "
+                f"| {np.median(walls):.0f} "
+                f"| {np.mean(np.isfinite(walls)):.0%} | {total:.0f} | {all_naive / total:.1f}x "
+                f"| {np.mean([t.regret_area for t in found]):.4f} "
+                f"| {np.mean([t.wrong_stops for t in found]):.1%} |"
+            )
+        yield ""
+
+
+def _to_target(traces: list[Trace]) -> np.ndarray:
+    return np.array([min(trace.busy, trace.total) for trace in traces])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

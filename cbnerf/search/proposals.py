@@ -1,0 +1,75 @@
+"""What is tried next: the Optuna study of a search and its sampler."""
+
+import uuid
+from typing import Any
+
+import optuna
+from numpy.random import SeedSequence
+from optuna.storages.journal import JournalFileBackend
+
+from cbnerf.config import flatten
+from cbnerf.search.plan import Plan
+from cbnerf.search.spec import QUALITIES, Choices
+
+
+def open_study(plan: Plan) -> optuna.Study:
+    """The study's journal in its folder, created with the points to try first."""
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    backend = JournalFileBackend(str(plan.folder / "optuna.journal"))
+    return make_study(plan, optuna.storages.JournalStorage(backend))
+
+
+def make_study(plan: Plan, storage: optuna.storages.BaseStorage | None = None) -> optuna.Study:
+    """The Optuna study of a plan; in memory if there is no storage."""
+    study = optuna.create_study(
+        study_name=plan.name,
+        storage=storage,
+        directions=[
+            "maximize" if name in QUALITIES else "minimize" for name in plan.spec.objectives
+        ],
+        load_if_exists=True,
+    )
+    for point in initial_points(plan):
+        study.enqueue_trial(point, skip_if_exists=True)
+    if "id" not in study.user_attrs:
+        study.set_user_attr("id", uuid.uuid4().hex)
+    return study
+
+
+def initial_points(plan: Plan) -> list[dict[str, Any]]:
+    """The preset's own values where they lie in the space, then the points of the YAML file."""
+    defaults = {
+        name: value
+        for name, value in flatten(plan.base).items()
+        if name in plan.spec.space and value in plan.spec.space[name]
+    }
+    points = [defaults] + [defaults | dict(point) for point in plan.spec.initial]
+    return [point for index, point in enumerate(points) if point not in points[:index]]
+
+
+def make_sampler(plan: Plan, number: int) -> optuna.samplers.BaseSampler:
+    """The sampler of one configuration.
+
+    What it proposes depends on the seed, the number and the trials so far alone, so that a search
+    that was killed goes on as it would have gone on.
+    """
+    seed = int(SeedSequence([plan.spec.seed, number]).generate_state(1)[0])
+    if plan.spec.sampler == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    return optuna.samplers.TPESampler(
+        seed=seed, n_startup_trials=min(max(4, plan.spec.trials // 4), 10)
+    )
+
+
+def suggest(trial: optuna.Trial, plan: Plan) -> dict[str, Any]:
+    """A value for each knob of the space."""
+    return {name: _suggest(trial, name, domain) for name, domain in plan.spec.space.items()}
+
+
+def _suggest(trial: optuna.Trial, name: str, domain: Any) -> Any:
+    if isinstance(domain, Choices):
+        return trial.suggest_categorical(name, domain.choices)
+    if isinstance(domain.low, int):
+        step = int(domain.step or 1)
+        return trial.suggest_int(name, domain.low, int(domain.high), step=step, log=domain.log)
+    return trial.suggest_float(name, domain.low, domain.high, step=domain.step, log=domain.log)

@@ -1,0 +1,137 @@
+"""When to give a configuration up: pure decisions on an array of values, without Ray or Optuna.
+
+Names of this file: `values[c, s, r]` is what configuration `c` reached on scene `s` at rung `r`,
+NaN where it has not been; larger is better; the last rung is a whole training. A configuration is
+worth the mean over scenes of its last rung. All configurations train with the same random numbers,
+so their differences are less noisy than their values.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import norm, wilcoxon
+
+Array = NDArray[np.floating]
+
+_PRIOR_WEIGHT = 3.0
+"""Configurations that the prior of the covariances counts for."""
+_PRIOR_CORRELATION = 0.8
+"""Between the effects at a rung and at the next, before any have been seen."""
+_LEARN_FROM = 200
+"""Latest configurations that the covariances are learned from."""
+_ITERATIONS = 8
+"""Of expectation maximisation."""
+
+
+class Verdict(NamedTuple):
+    """What is expected of a configuration."""
+
+    chance: float
+    """Probability that it will be better than its rival by more than the margin."""
+    expected: float
+    """Its expected value when it would be finished."""
+
+
+class Race:
+    """A paired Bayesian race against a finished rival.
+
+    The difference of a configuration to its rival is Gaussian: `d[s, r] = effect[r] +
+    interaction[s, r]`. The effects of a configuration at all rungs have a common mean and
+    covariance, the interactions (and noise) of each scene another covariance. Both are learned from
+    all configurations, unfinished ones among them, by expectation maximisation with an
+    inverse-Wishart prior; conditioned on what has been seen they tell the rest.
+    """
+
+    def __init__(self, values: Array, rival: int, *, scale: float):
+        """`scale` is a typical difference of two configurations, before any have been seen."""
+        _, self._num_scenes, self._num_rungs = values.shape
+        self._rival = values[rival]
+        steps = np.subtract.outer(np.arange(self._num_rungs), np.arange(self._num_rungs))
+        self._prior = scale**2 * _PRIOR_CORRELATION ** abs(steps)
+        self._mean = np.zeros(self._num_rungs)
+        self._effect, self._interaction = self._prior, self._prior / 4
+        others = np.delete(values, rival, axis=0)
+        started = others[~np.isnan(others).all(axis=(1, 2))][-_LEARN_FROM:]
+        self._learn((started - self._rival).reshape(len(started), self._rival.size))
+
+    def verdict(self, values: Array, margin: float = 0.0) -> Verdict:
+        """Expectation for a configuration, given its values so far."""
+        difference = (values - self._rival).ravel()
+        gain, left = self._conditioning(~np.isnan(difference))
+        mean = self._conditional_means(difference[None], gain)[0]
+        last = np.arange(self._num_rungs - 1, len(mean), self._num_rungs)
+        expected = mean[last].mean()
+        spread = np.sqrt(max(left[np.ix_(last, last)].mean(), 1e-18))
+        chance = norm.sf((margin - expected) / spread)
+        return Verdict(float(chance), float(self._rival[:, -1].mean() + expected))
+
+    def _conditioning(self, known: NDArray[np.bool_]) -> tuple[Array, Array]:
+        """What known entries tell of all: gain [all, known] and the covariance that is left."""
+        ones, eye = np.ones((self._num_scenes, self._num_scenes)), np.eye(self._num_scenes)
+        covariance = np.kron(ones, self._effect) + np.kron(eye, self._interaction)
+        between = covariance[np.ix_(known, known)] + 1e-12 * np.eye(known.sum())
+        gain = np.linalg.solve(between, covariance[known]).T
+        return gain, covariance - gain @ covariance[known]
+
+    def _conditional_means(self, differences: Array, gain: Array) -> Array:
+        """Means of all entries of differences that have the same entries known."""
+        mean = np.tile(self._mean, self._num_scenes)
+        known = ~np.isnan(differences[0])
+        return mean + (differences[:, known] - mean[known]) @ gain.T
+
+    def _learn(self, differences: Array) -> None:
+        """Expectation maximisation of the mean and of both covariances."""
+        if not len(differences):
+            return
+        patterns, members = np.unique(~np.isnan(differences), axis=0, return_inverse=True)
+        for _ in range(_ITERATIONS):
+            moments = [
+                self._moments(known, differences[members == index])
+                for index, known in enumerate(patterns)
+            ]
+            means, effects, interactions = (np.sum(m, axis=0) for m in zip(*moments, strict=True))
+            count = _PRIOR_WEIGHT + len(differences)
+            self._mean = means / count
+            self._effect = _positive((_PRIOR_WEIGHT * self._prior + effects) / count)
+            self._interaction = _positive((_PRIOR_WEIGHT * self._prior / 4 + interactions) / count)
+
+    def _moments(self, known: NDArray[np.bool_], differences: Array) -> tuple[Array, Array, Array]:
+        """Expected sums of means, of effects and of interactions (second moments)."""
+        scenes, rungs, count = self._num_scenes, self._num_rungs, len(differences)
+        gain, left = self._conditioning(known)
+        expected = self._conditional_means(differences, gain).reshape(count, scenes, rungs)
+        centred = expected - self._mean
+        second = count * left.reshape(scenes, rungs, scenes, rungs)
+        second = second + np.einsum("csr,ctq->srtq", centred, centred)
+        same = np.einsum("srsq->rq", second)
+        across = (second.sum(axis=(0, 2)) - same) / max(scenes * (scenes - 1), 1)
+        return expected.mean(axis=1).sum(axis=0), across, same / scenes - across
+
+
+def halving_keeps(values: Array, challenger: int, eta: int) -> bool:
+    """Asynchronous successive halving, stopping variant: whether a configuration is among the best
+    1 / `eta` of those that have come through the highest rung that it has come through."""
+    means = values.mean(axis=1)  # NaN unless all scenes are there
+    rungs = np.flatnonzero(~np.isnan(means[challenger]))
+    if not len(rungs):
+        return True
+    peers = means[~np.isnan(means[:, rungs[-1]]), rungs[-1]]
+    keep = max(len(peers) // eta, 1)
+    return bool(means[challenger, rungs[-1]] >= np.sort(peers)[-keep])
+
+
+def signed_ranks_keep(values: Array, challenger: int, rival: int, threshold: float) -> bool:
+    """Wilcoxon's signed-rank test of the scenes of the last rung, as in Optuna's WilcoxonPruner."""
+    differences = values[challenger, :, -1] - values[rival, :, -1]
+    differences = differences[~np.isnan(differences)]
+    if len(differences) < 2 or not differences.any():
+        return True
+    p_value = np.asarray(wilcoxon(differences, alternative="less"))[1]
+    return bool(p_value >= threshold)
+
+
+def _positive(matrix: Array) -> Array:
+    """The nearest covariance: symmetric, without negative eigenvalues."""
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    return (vectors * values.clip(1e-12)) @ vectors.T

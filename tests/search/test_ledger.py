@@ -1,0 +1,388 @@
+"""The ledger against a fake objective; no training. A *life* is one process of a search."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from optuna.trial import TrialState
+
+from cbnerf.search import study
+from cbnerf.search.judge import Metrics
+from cbnerf.search.ledger import Ledger, Unit
+from cbnerf.search.proposals import initial_points, open_study
+
+pytestmark = pytest.mark.search
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet() -> None:
+    study.quieten_libraries()
+
+
+def score(unit: Unit) -> Metrics | None:
+    """Best where beta is 1, in any scene."""
+    return {"val/psnr": 30 - math.log(unit.overrides["codebook.beta"]) ** 2 + len(unit.scene)}
+
+
+def live(
+    ledger: Ledger, *, units: int | None = None, objective: Callable[[Unit], Metrics | None] = score
+) -> list[Unit]:
+    """Run `units` units, or all that are left; returns those that were booked."""
+    done: list[Unit] = []
+    while units is None or len(done) < units:
+        unit = ledger.next_unit()
+        if unit is None:
+            break
+        ledger.book(unit, objective(unit))
+        done.append(unit)
+    return done
+
+
+@pytest.fixture
+def tiny_plan(tiny_plan):
+    """Plans that stop nothing and judge at the end, unless told."""
+
+    def make(scenes: str = "arcade,blinds", **spec):
+        return tiny_plan(scenes, **{"stopping": {"rule": "none", "rungs": 1}} | spec)
+
+    return make
+
+
+def pairs(units: list[Unit]) -> list[tuple[int, str]]:
+    return [(unit.configuration, unit.scene) for unit in units]
+
+
+def states(ledger: Ledger) -> list[TrialState]:
+    return [trial.state for trial in ledger.study.get_trials()]
+
+
+def test_each_pair_of_configuration_and_scene_is_handed_out_once(tiny_plan):
+    ledger = Ledger(tiny_plan("arcade,blinds", trials=4))
+    units = live(ledger)
+    assert pairs(units) == [(n, scene) for n in range(4) for scene in ("arcade", "blinds")]
+    assert ledger.next_unit() is None
+    assert ledger.num_booked == 8
+    assert all(unit.overrides.keys() == ledger.plan.spec.space.keys() for unit in units)
+
+
+def test_the_scenes_of_a_configuration_share_its_knobs(tiny_plan):
+    units = live(Ledger(tiny_plan("arcade,blinds", trials=4)))
+    for first, second in zip(units[::2], units[1::2], strict=True):
+        assert first.overrides == second.overrides
+
+
+def test_optuna_is_told_the_mean_over_scenes(tiny_plan):
+    ledger = Ledger(tiny_plan("arcade,blinds", trials=3))
+    values = {"arcade": 20.0, "blinds": 23.0}
+    live(ledger, objective=lambda u: {"val/psnr": values[u.scene] + u.configuration})
+    assert [trial.value for trial in ledger.study.get_trials()] == [21.5, 22.5, 23.5]
+    best = ledger.best()
+    assert best is not None and best.number == 2
+
+
+def test_the_chosen_metric_is_what_counts(tiny_plan):
+    ledger = Ledger(tiny_plan("arcade", trials=2, objectives=["val/ssim"]))
+
+    def contrary(unit: Unit) -> Metrics | None:
+        return {"val/psnr": 1.0 * unit.configuration, "val/ssim": -1.0 * unit.configuration}
+
+    live(ledger, objective=contrary)
+    best = ledger.best()
+    assert best is not None and best.number == 0
+
+
+@pytest.mark.parametrize("broken", [None, {"val/psnr": math.nan}, {"val/psnr": math.inf}])
+def test_a_configuration_that_fails_on_a_scene_is_never_the_best(tiny_plan, broken: Metrics | None):
+    ledger = Ledger(tiny_plan("arcade,blinds", trials=3))
+    fails = {(1, "arcade"), (2, "blinds")}
+    live(ledger, objective=lambda u: broken if u[:2] in fails else {"val/psnr": 9.0 + u[0]})
+    assert states(ledger) == [TrialState.COMPLETE, TrialState.FAIL, TrialState.FAIL]
+    best = ledger.best()
+    assert best is not None and best.number == 0
+    assert not live(Ledger(ledger.plan))
+
+
+def test_without_a_complete_configuration_there_is_no_best(tiny_plan):
+    ledger = Ledger(tiny_plan("arcade", trials=2))
+    assert ledger.best() is None
+    live(ledger, objective=lambda u: None)
+    assert ledger.best() is None
+
+
+@pytest.mark.parametrize("in_flight", [0, 1, 3])
+@pytest.mark.parametrize("booked", [0, 1, 2, 3, 5, 6])
+def test_a_killed_search_goes_on_where_it_stopped(tiny_plan, booked: int, in_flight: int):
+    """Wherever the first life ends, both lives together book each pair once."""
+    plan = tiny_plan("arcade,blinds", trials=3)
+    first = Ledger(plan)
+    before = live(first, units=booked)
+    for _ in range(in_flight):
+        first.next_unit()
+    second = Ledger(plan)
+    assert second.num_booked == booked
+    after = live(second)
+    every = [(number, scene) for number in range(3) for scene in plan.scenes]
+    assert sorted(pairs(before) + pairs(after)) == every
+    assert states(second) == [TrialState.COMPLETE] * 3
+    knobs = {}
+    for unit in before + after:
+        assert knobs.setdefault(unit.configuration, unit.overrides) == unit.overrides
+
+
+def test_a_search_goes_on_from_any_line_of_its_journal(tiny_plan):
+    """A kill may fall between any two writes: in the middle of asking, booking or telling."""
+    plan = tiny_plan("arcade,blinds", trials=3)
+    ledger = Ledger(plan)
+    live(ledger)
+    points = initial_points(plan)
+    journal = plan.folder / "optuna.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    for cut in range(len(lines)):
+        journal.write_bytes(b"".join(lines[:cut]))
+        again = Ledger(plan)
+        known = again.num_booked
+        units = live(again)
+        assert known + len(units) == 6, cut
+        assert states(again) == [TrialState.COMPLETE] * 3, cut
+        trials = again.study.get_trials()
+        assert all(trial.params.keys() == plan.spec.space.keys() for trial in trials), cut
+        assert trials[0].params.items() >= points[0].items(), cut
+
+
+def test_more_trials_extend_a_finished_search(tiny_plan):
+    plan = tiny_plan("arcade", trials=2)
+    live(Ledger(plan))
+    more = replace(plan, spec=replace(plan.spec, trials=5))
+    assert pairs(live(Ledger(more))) == [(2, "arcade"), (3, "arcade"), (4, "arcade")]
+    assert not live(Ledger(more))
+    assert not live(Ledger(plan))
+
+
+def test_the_preset_comes_first_then_the_initial_points(tiny_plan):
+    plan = tiny_plan("arcade", trials=3, initial=[{"codebook.size": 64}, {"codebook.beta": 0.25}])
+    units = live(Ledger(plan))
+    base = {"codebook.size": 1024, "codebook.beta": 0.25, "loss.lambda_recon": 10.0}
+    assert units[0].overrides == base
+    assert units[1].overrides == base | {"codebook.size": 64}
+    # The second point of the file is the preset again, so the third is the sampler's.
+    assert units[2].overrides not in (base, base | {"codebook.size": 64})
+
+
+def test_a_preset_outside_the_space_is_not_forced_into_it(tiny_plan):
+    space = {"codebook.size": {"choices": [64, 128]}, "codebook.beta": {"low": 0.1, "high": 0.3}}
+    plan = tiny_plan("arcade", trials=1, space=space)
+    (unit,) = live(Ledger(plan))
+    assert unit.overrides["codebook.size"] in (64, 128)
+    assert unit.overrides["codebook.beta"] == 0.25
+
+
+def test_proposals_stay_in_the_space_and_have_the_types_of_the_knobs(tiny_plan):
+    space = {
+        "codebook.dim": {"low": 4, "high": 64, "step": 4},
+        "codebook.size": {"low": 64, "high": 4096, "log": True},
+        "codebook.beta": {"low": 0.5, "high": 1.0, "step": 0.25},
+        "codebook.imitation": {"choices": ["vq", "ce"]},
+        "codebook.ema": {"choices": [True, False]},
+    }
+    for unit in live(Ledger(tiny_plan("arcade", trials=12, space=space)), objective=lambda u: None):
+        knobs = unit.overrides
+        assert type(knobs["codebook.dim"]) is int and knobs["codebook.dim"] in range(4, 65, 4)
+        assert type(knobs["codebook.size"]) is int and 64 <= knobs["codebook.size"] <= 4096
+        assert knobs["codebook.beta"] in (0.5, 0.75, 1.0)
+        assert knobs["codebook.imitation"] in ("vq", "ce") and type(knobs["codebook.ema"]) is bool
+
+
+def proposals(units: list[Unit]) -> list[float]:
+    return [unit.overrides["codebook.beta"] for unit in units]
+
+
+def test_the_seed_decides_the_proposals(tiny_plan, tmp_path: Path):
+    def run(folder: str, seed: int) -> list[float]:
+        plan = replace(tiny_plan("arcade", trials=8, seed=seed), storage=tmp_path / folder)
+        return proposals(live(Ledger(plan)))
+
+    first = run("a", 1)
+    assert run("b", 1) == first
+    assert run("c", 2) != first
+    assert len(set(first)) == 8
+
+
+def test_a_restarted_sampler_does_not_repeat_its_first_life(tiny_plan):
+    plan = tiny_plan("arcade", trials=3)
+    proposed = proposals(live(Ledger(plan)))
+    for trials in (5, 7, 9):
+        more = replace(plan, spec=replace(plan.spec, trials=trials))
+        proposed += proposals(live(Ledger(more)))
+    assert len(set(proposed)) == 9
+
+
+def test_a_search_finds_better_than_its_start(tiny_plan):
+    ledger = Ledger(tiny_plan("arcade", trials=30))
+    live(ledger)
+    best, start = ledger.best(), ledger.study.get_trials()[0].value
+    assert best is not None and best.value is not None and start is not None
+    assert best.value > start and abs(math.log(best.params["codebook.beta"])) < 0.5
+
+
+def test_a_study_made_anew_is_another_study(tiny_plan):
+    plan = tiny_plan("arcade")
+    first, again = Ledger(plan).id, Ledger(plan).id
+    (plan.folder / "optuna.journal").unlink()
+    assert again == first != Ledger(plan).id
+    assert open_study(plan).study_name == "test"
+
+
+RACE = {"rule": "race", "rungs": 3}
+
+
+def climb(unit: Unit) -> Metrics:
+    """The preset is best by a decibel, and it shows from the first rung on."""
+    worse = unit.configuration > 0
+    return {"val/psnr": 20.0 + unit.rung - worse + len(unit.scene) / 10, "seconds": 3.0**unit.rung}
+
+
+def test_a_configuration_climbs_rung_by_rung_through_the_scenes(tiny_plan):
+    units = live(Ledger(tiny_plan("arcade,blinds", trials=1, stopping=RACE)), objective=climb)
+    assert [(unit.rung, unit.scene) for unit in units] == [
+        (rung, scene) for rung in range(3) for scene in ("arcade", "blinds")
+    ]
+
+
+def test_a_race_stops_what_is_behind_and_says_what_it_would_have_reached(tiny_plan):
+    plan = tiny_plan("arcade,blinds,coral,lattice", trials=6, stopping=RACE)
+    ledger = Ledger(plan)
+    units = live(ledger, objective=climb)
+    assert sum(unit.configuration == 0 for unit in units) == 12
+    assert ledger.is_over and set(ledger.stopped) == {1, 2, 3, 4, 5}
+    assert len(units) < 12 + 5 * 6
+    best = ledger.best()
+    assert best is not None and best.number == 0
+    assert ledger.study.best_trial.number == 0
+    for number, stop in ledger.stopped.items():
+        trial = ledger.study.get_trials()[number]
+        assert trial.state == TrialState.COMPLETE and trial.values == stop.values
+        assert best.value is not None and stop.values[0] < best.value
+        assert "to beat #00" in stop.reason
+    # One decibel behind, of which the first units show only a part.
+    assert 0.3 < best.value - ledger.stopped[5].values[0] < 1.1
+
+
+def test_a_race_stops_nothing_that_is_ahead(tiny_plan):
+    def better(unit: Unit) -> Metrics:
+        return {"val/psnr": 20.0 + unit.rung + unit.configuration}
+
+    ledger = Ledger(tiny_plan("arcade,blinds", trials=5, stopping=RACE))
+    assert len(live(ledger, objective=better)) == 30 and not ledger.stopped
+
+
+@pytest.mark.parametrize("rule", ["race", "asha", "wilcoxon"])
+def test_any_rule_goes_on_from_any_line_of_its_journal(tiny_plan, rule: str):
+    """The second life ends as the first did: same knobs, same verdicts, no unit done twice."""
+    stopping = {"rule": rule, "rungs": 2, "threshold": 0.2}
+    plan = tiny_plan("arcade,blinds,coral,mosaic", trials=5, stopping=stopping)
+    first = Ledger(plan)
+    done = live(first, objective=climb)
+    ends = states(first)
+    assert first.stopped
+    journal = plan.folder / "optuna.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    for cut in range(5, len(lines), 3):
+        journal.write_bytes(b"".join(lines[:cut]))
+        asked = open_study(plan).get_trials()
+        if asked and 0 < len(asked[-1].params) < len(plan.spec.space):
+            continue  # in the middle of asking: the rest of the knobs is drawn anew
+        again = Ledger(plan)
+        known = again.num_booked
+        units = live(again, objective=climb)
+        assert known + len(units) == len(done), cut
+        assert units == done[known:], cut
+        assert again.stopped == first.stopped, cut
+        assert states(again) == ends, cut
+
+
+def test_a_lasting_failure_ends_a_configuration_at_once(tiny_plan):
+    ledger = Ledger(tiny_plan("arcade,blinds", trials=3, stopping=RACE))
+    fails = {"val/psnr": math.nan}
+    units = live(ledger, objective=lambda unit: fails if unit.configuration == 1 else climb(unit))
+    assert sum(unit.configuration == 1 for unit in units) == 1
+    assert states(ledger)[1] == TrialState.FAIL and ledger.is_over
+
+
+def test_a_unit_that_ends_after_its_configuration_was_stopped_changes_nothing(tiny_plan):
+    ledger = Ledger(tiny_plan("arcade,blinds,coral,lattice", trials=2, stopping=RACE))
+    while ledger.num_told < 1:
+        unit = ledger.next_unit()
+        assert unit is not None
+        ledger.book(unit, climb(unit))
+    held = [ledger.next_unit() for _ in range(3)]  # of configuration 1: the rest of the search
+    assert all(unit is not None and unit.configuration == 1 for unit in held)
+    while not ledger.is_over:
+        unit = ledger.next_unit()
+        assert unit is not None
+        ledger.book(unit, climb(unit))
+    before = ledger.stopped[1]
+    for unit in held:
+        assert unit is not None
+        ledger.book(unit, {"val/psnr": 99.0})
+    assert ledger.stopped[1] == before
+    best = ledger.best()
+    assert best is not None and best.number == 0
+
+
+def test_idle_workers_get_configurations_of_their_own_once_there_is_a_rival(tiny_plan):
+    ledger = Ledger(tiny_plan("arcade,blinds", trials=9, stopping=RACE))
+    at_first = [ledger.next_unit() for _ in range(4)]
+    assert [u.configuration for u in at_first if u] == [0, 0, 1, 1]
+    for unit in at_first[:2]:
+        assert unit is not None
+        ledger.book(unit, climb(unit))
+    while ledger.best() is None:
+        unit = ledger.next_unit()
+        assert unit is not None
+        ledger.book(unit, climb(unit))
+    later = [ledger.next_unit() for _ in range(3)]
+    assert [u.configuration for u in later if u] == [2, 3, 4]
+
+
+def test_a_walk_takes_a_rung_through_its_scenes(tiny_plan):
+    ledger = Ledger(tiny_plan("arcade,blinds", trials=2, stopping=RACE))
+    walk = ledger.next_walk()
+    assert [(u.configuration, u.scene, u.rung) for u in walk] == [(0, "arcade", 0), (0, "blinds", 0)]
+    for unit in walk:
+        ledger.book(unit, climb(unit))
+    assert [(u.configuration, u.rung) for u in ledger.next_walk()] == [(0, 1), (0, 1)]
+
+
+def test_what_lies_beyond_a_limit_is_told_and_never_trained(tiny_plan):
+    plan = tiny_plan("arcade", trials=12, limits={"codebook.size": 100})
+    ledger = Ledger(plan)
+    units = live(ledger)
+    assert units and all(unit.overrides["codebook.size"] == 64 for unit in units)
+    assert len(units) < 12 and ledger.is_over
+    trials = ledger.study.get_trials()
+    beyond = [t for t in trials if t.params["codebook.size"] > 100]
+    assert {t.state for t in beyond} == {TrialState.PRUNED}
+    assert all(t.constraints["codebook.size"] > 0 for t in beyond)
+    assert Ledger(plan).is_over
+
+
+def test_several_objectives_give_a_front_and_stop_only_what_costs_as_much(tiny_plan):
+    objectives = ["val/psnr", "codebook.size"]
+    plan = tiny_plan("arcade,blinds", trials=12, stopping=RACE, objectives=objectives)
+
+    def larger_is_better(unit: Unit) -> Metrics:
+        size, beta = unit.overrides["codebook.size"], unit.overrides["codebook.beta"]
+        return {"val/psnr": 20 + math.log2(size) / 5 - abs(math.log(beta)) + unit.rung}
+
+    ledger = Ledger(plan)
+    live(ledger, objective=larger_is_better)
+    trials, front = ledger.study.get_trials(), ledger.front()
+    assert front == sorted(front) and set(front) == {t.number for t in ledger.study.best_trials}
+    sizes = [trials[number].values[1] for number in front]
+    assert len(set(sizes)) == len(sizes)
+    for number, stop in ledger.stopped.items():
+        rival = int(stop.reason.split("#")[1].split()[0])
+        assert trials[rival].values[1] <= trials[number].values[1]
+        assert trials[rival].values[0] > stop.values[0]

@@ -1,0 +1,110 @@
+"""The race on drawn configurations, against closed forms and its own promises."""
+
+import numpy as np
+import pytest
+from numpy.random import default_rng
+
+from cbnerf.search.race import Race, halving_keeps, signed_ranks_keep
+
+NUM_SCENES, NUM_RUNGS = 8, 3
+
+
+def draw(seed: int, worse: np.ndarray, noise: float = 0.1) -> np.ndarray:
+    """Configurations that are `worse` than the best by so much on average over scenes."""
+    rng = default_rng(seed)
+    scenes = 20 + 3 * rng.normal(size=(1, NUM_SCENES, 1))
+    rungs = np.array([-0.6, -0.2, 0.0])
+    interaction = noise * rng.normal(size=(len(worse), NUM_SCENES, 1))
+    interaction -= interaction.mean(axis=1, keepdims=True)
+    late = 0.2 * noise * rng.normal(size=(len(worse), NUM_SCENES, NUM_RUNGS))
+    late -= late.mean(axis=1, keepdims=True)
+    return scenes + rungs - worse[:, None, None] + interaction + late
+
+
+def hidden(values: np.ndarray, configuration: int, known: int) -> np.ndarray:
+    """All but the first `known` units of a configuration unknown, rung by rung."""
+    values = values.copy()
+    by_rung = values[configuration].T.ravel()
+    by_rung[known:] = np.nan
+    values[configuration] = by_rung.reshape(NUM_RUNGS, NUM_SCENES).T
+    return values
+
+
+def test_nothing_known_is_an_even_chance_at_the_start():
+    values = np.full((2, NUM_SCENES, NUM_RUNGS), np.nan)
+    values[0] = draw(0, np.zeros(1))[0]
+    verdict = Race(values, 0, scale=0.3).verdict(values[1])
+    assert verdict.chance == pytest.approx(0.5)
+    assert verdict.expected == pytest.approx(values[0, :, -1].mean())
+
+
+def test_everything_known_leaves_no_doubt():
+    values = draw(0, np.array([0.0, 0.05, -0.05]))
+    race = Race(values, 0, scale=0.3)
+    for configuration, chance in ((1, 0.0), (2, 1.0)):
+        verdict = race.verdict(values[configuration])
+        assert verdict.chance == pytest.approx(chance, abs=1e-6)
+        assert verdict.expected == pytest.approx(values[configuration, :, -1].mean(), abs=1e-6)
+
+
+def test_a_margin_counts_in_standard_deviations_of_the_prior():
+    values = np.array([[[20.0]], [[np.nan]]])
+    verdict = Race(values, 0, scale=0.3).verdict(values[1])
+    # The prior of a difference: variance scale^2 of the effect, a quarter of it for interactions.
+    assert verdict.chance == pytest.approx(0.5)
+    margin = Race(values, 0, scale=0.3).verdict(values[1], margin=0.3 * 1.25**0.5)
+    assert margin.chance == pytest.approx(0.158655, abs=1e-5)
+
+
+def test_more_of_a_bad_configuration_makes_it_less_likely():
+    values = draw(1, np.array([0.0, 0.2, 0.3, 0.1, 0.4, 0.15]))
+    chances = []
+    for known in (0, 1, 4, 8, 16, 23):
+        seen = hidden(values, 2, known)
+        chances.append(Race(seen, 0, scale=0.3).verdict(seen[2]).chance)
+    assert chances[-1] < 1e-3 < chances[0]
+    assert all(late < early + 0.05 for early, late in zip(chances, chances[1:], strict=False))
+
+
+def test_scenes_need_not_be_equally_hard_nor_rungs_equally_high():
+    """Only differences count: adding a number to a scene or a rung changes no verdict."""
+    values = hidden(draw(2, np.array([0.0, 0.1, 0.2, 0.3])), 3, 5)
+    moved = values + default_rng(0).normal(size=(1, NUM_SCENES, NUM_RUNGS))
+    ours = Race(values, 0, scale=0.3).verdict(values[3])
+    theirs = Race(moved, 0, scale=0.3).verdict(moved[3])
+    assert ours.chance == pytest.approx(theirs.chance, rel=1e-6)
+
+
+@pytest.mark.parametrize("known", [2, 8])
+def test_stated_chances_come_true(known: int):
+    """Of configurations with a chance of p, p are better: calibration over many draws."""
+    stated, came_true = [], []
+    for seed in range(150):
+        rng = default_rng(1000 + seed)
+        worse = np.concatenate([[0.0], 0.3 * rng.normal(size=20)])
+        values = draw(seed, worse, noise=0.15)
+        seen = hidden(values, 20, known)
+        stated.append(Race(seen, 0, scale=0.3).verdict(seen[20]).chance)
+        came_true.append(values[20, :, -1].mean() > values[0, :, -1].mean())
+    assert np.mean(stated) == pytest.approx(np.mean(came_true), abs=0.05)
+    doubtful = np.array(stated) < 0.05
+    assert doubtful.sum() > 10
+    assert np.mean(np.array(came_true)[doubtful]) < 0.08
+
+
+def test_halving_keeps_a_share_of_those_that_came_as_far():
+    values = np.full((6, 2, 2), np.nan)
+    values[:, :, 0] = np.arange(6)[:, None]
+    values[5, :, 1] = 9
+    keeps = [halving_keeps(values, configuration, 3) for configuration in range(6)]
+    assert keeps == [False, False, False, False, True, True]
+    values[0, 1, 0] = np.nan  # not through the rung yet
+    assert halving_keeps(values, 0, 3)
+
+
+def test_signed_ranks_need_four_scenes_at_the_usual_level():
+    values = np.zeros((2, NUM_SCENES, 1))
+    values[1] = np.nan
+    for known in range(1, 6):
+        values[1, :known, 0] = -np.arange(1, known + 1)
+        assert signed_ranks_keep(values, 1, 0, threshold=0.1) == (known < 4)

@@ -1,0 +1,192 @@
+"""The cache with real processes, files and locks; training is a file written slowly."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cbnerf.cli import main
+from cbnerf.training.cache import StageCache
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> StageCache:
+    return StageCache(tmp_path / "cache")
+
+
+def writer(text: str = "weights", log: list[Path] | None = None) -> Callable[[Path], None]:
+    """Stands in for training: leaves a file, and notes that it ran."""
+
+    def train(folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "renders.npz").write_text(text)
+        if log is not None:
+            log.append(folder)
+
+    return train
+
+
+def states(cache: StageCache, *, thorough: bool = False) -> dict[str, str]:
+    return {entry.folder.name: entry.state for entry in cache.entries(thorough=thorough)}
+
+
+def test_an_entry_is_made_once(cache: StageCache):
+    log: list[Path] = []
+    entry = cache.path("field", "fern", "0123")
+    for _ in range(3):
+        assert cache.complete(entry, writer(log=log)) == entry
+    assert log == [entry] and (entry / "renders.npz").read_text() == "weights"
+    assert states(cache) == {"field-fern-0123": "whole"}
+
+
+def test_an_unfinished_entry_is_gone_on_with(cache: StageCache):
+    entry = cache.path("field", "fern", "0123")
+    entry.mkdir(parents=True)
+    (entry / "progress").write_text("half")
+    assert states(cache) == {"field-fern-0123": "unfinished"}
+    cache.complete(entry, writer())
+    assert (entry / "progress").read_text() == "half"
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_gone_on_with(cache: StageCache):
+    entry = cache.path("field", "fern", "0123")
+    entry.mkdir(parents=True)
+    (entry / "field.pt").write_bytes(b"half a checkpoint")
+    cache.complete(entry, writer())
+    assert not (entry / "field.pt").exists()
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "shorter": lambda entry: (entry / "renders.npz").write_text("weigh"),
+    "missing": lambda entry: (entry / "renders.npz").unlink(),
+    "manifest": lambda entry: (entry / "manifest.json").write_text("{"),
+    "manifest of another kind": lambda entry: (entry / "manifest.json").write_text("[1]"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_broken_entry_is_made_again(cache: StageCache, how: str):
+    entry = cache.complete(cache.path("field", "fern", "0123"), writer())
+    DAMAGES[how](entry)
+    assert states(cache) == {"field-fern-0123": "broken"}
+    log: list[Path] = []
+    cache.complete(entry, writer(log=log))
+    assert log == [entry] and states(cache) == {"field-fern-0123": "whole"}
+
+
+def test_a_flipped_bit_is_found_by_the_next_process(cache: StageCache):
+    entry = cache.complete(cache.path("field", "fern", "0123"), writer("weights"))
+    (entry / "renders.npz").write_text("Weights")
+    assert states(cache) == {"field-fern-0123": "whole"}
+    assert states(cache, thorough=True) == {"field-fern-0123": "broken"}
+    process = FORK.Process(target=cache.complete, args=(entry, writer("weights")))
+    process.start()
+    process.join()
+    assert (entry / "renders.npz").read_text() == "weights"
+
+
+def slow(folder: Path) -> None:
+    """Takes a second and a half, and says who is at it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / "log").open("a") as log:
+        log.write(f"{os.getpid()}\n")
+    (folder / "progress").write_text(str(os.getpid()))
+    time.sleep(1.5)
+    (folder / "renders.npz").write_text("weights")
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("die", [False, True])
+def test_one_process_makes_what_several_want_and_another_goes_on_if_it_dies(
+    cache: StageCache, die: bool
+):
+    entry = cache.path("field", "fern", "0123")
+    processes = [FORK.Process(target=cache.complete, args=(entry, slow)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    until((entry / "progress").exists)
+    until(lambda: (entry / "progress").read_text() != "")
+    assert states(cache) == {"field-fern-0123": "in use"}
+    assert not cache.remove(entry)
+    if die:
+        os.kill(int((entry / "progress").read_text()), signal.SIGKILL)
+    for process in processes:
+        process.join()
+    makers = (cache.folder / "log").read_text().split()
+    assert len(makers) == len(set(makers)) == 1 + die
+    assert states(cache) == {"field-fern-0123": "whole"}
+
+
+def test_a_store_brings_an_entry_to_another_cluster(tmp_path: Path):
+    pytest.importorskip("pyarrow")
+    store = (tmp_path / "store").as_uri()
+    here, there = (StageCache(tmp_path / name / "cache", store) for name in ("here", "there"))
+    here.complete(here.path("field", "fern", "0123"), writer())
+    log: list[Path] = []
+    entry = there.complete(there.path("field", "fern", "0123"), writer(log=log))
+    assert not log and (entry / "renders.npz").read_text() == "weights"
+    assert states(there, thorough=True) == {"field-fern-0123": "whole"}
+
+
+@pytest.mark.parametrize("damage", ["renders.npz", "manifest.json"])
+def test_a_damaged_store_is_not_believed(tmp_path: Path, damage: str):
+    pytest.importorskip("pyarrow")
+    store = (tmp_path / "store").as_uri()
+    here, there = (StageCache(tmp_path / name / "cache", store) for name in ("here", "there"))
+    here.complete(here.path("field", "fern", "0123"), writer())
+    (tmp_path / "store" / "field-fern-0123" / damage).write_text("{}")
+    log: list[Path] = []
+    entry = there.complete(there.path("field", "fern", "0123"), writer(log=log))
+    assert log == [entry]
+    assert sorted(f.name for f in there.folder.iterdir()) == [".locks", "field-fern-0123"]
+
+
+def test_pruning_takes_broken_then_idle_then_surplus_entries(cache: StageCache):
+    entries = {}
+    for age, name in enumerate(("new", "old", "older", "broken")):
+        entry = cache.complete(cache.path("field", name, "0"), writer("x" * 1000))
+        then = time.time() - 10 * 86_400 * age
+        os.utime(cache.folder / ".locks" / f"{entry.name}.lock", (then, then))
+        entries[name] = entry
+    (entries["broken"] / "renders.npz").write_text("")
+
+    def left() -> list[str]:
+        return [name for name, entry in entries.items() if entry.exists()]
+
+    cache.prune(idle_days=99.0, max_bytes=1e9)
+    assert left() == ["new", "old", "older"]
+    cache.prune(idle_days=15.0, max_bytes=1e9)
+    assert left() == ["new", "old"]
+    cache.prune(idle_days=99.0, max_bytes=1500.0)
+    assert left() == ["new"]
+
+
+def test_the_command_lists_verifies_and_prunes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    cache = StageCache(tmp_path / "cache")
+    entry = cache.complete(cache.path("field", "fern", "0123"), writer())
+    here = ["--storage", str(tmp_path)]
+    main(["cache", "list", *here])
+    listed = capsys.readouterr().out
+    assert listed.startswith("whole ") and "field-fern-0123" in listed and "1 entries" in listed
+    (entry / "renders.npz").write_text("Weights")
+    with pytest.raises(SystemExit, match="2"):
+        main(["cache", "verify", *here])
+    output = capsys.readouterr()
+    assert output.out.startswith("broken ") and "not those of its manifest" in output.err
+    main(["cache", "prune", *here, "--max-gb", "0"])
+    assert "removed 1 entries" in capsys.readouterr().out and not entry.exists()
+    with pytest.raises(SystemExit, match="2"):
+        main(["cache", "list", "--storage", str(tmp_path / "nowhere")])
+    assert "no such cache" in capsys.readouterr().err
