@@ -112,9 +112,8 @@ class Judge:
             case "wilcoxon":
                 return signed_ranks_keep(values, number, rival, threshold)
             case _:
-                verdict = self._race(quality, rival).verdict(
-                    values[number], self._stopping.margin * _SCALES[quality]
-                )
+                margin = self._stopping.margin * _SCALES[quality] / _SCALES["val/psnr"]
+                verdict = self._race(quality, rival).verdict(values[number], margin)
                 return verdict.chance >= threshold
 
     def _give_up(self, number: int, rival: int, costs: Metrics) -> Stop:

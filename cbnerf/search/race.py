@@ -20,7 +20,9 @@ _PRIOR_CORRELATION = 0.8
 """Between the effects at a rung and at the next, before any have been seen."""
 _LEARN_FROM = 200
 """Latest configurations that the covariances are learned from."""
-_ITERATIONS = 8
+_BOUND = 3.0
+"""Differences count up to so many times the scale."""
+_ITERATIONS = 4
 """Of expectation maximisation."""
 
 
@@ -49,15 +51,16 @@ class Race:
         self._rival = values[rival]
         steps = np.subtract.outer(np.arange(self._num_rungs), np.arange(self._num_rungs))
         self._prior = scale**2 * _PRIOR_CORRELATION ** abs(steps)
+        self._bound = _BOUND * scale
         self._mean = np.zeros(self._num_rungs)
         self._effect, self._interaction = self._prior, self._prior / 4
         others = np.delete(values, rival, axis=0)
         started = others[~np.isnan(others).all(axis=(1, 2))][-_LEARN_FROM:]
-        self._learn((started - self._rival).reshape(len(started), self._rival.size))
+        self._learn(self._differences(started))
 
     def verdict(self, values: Array, margin: float = 0.0) -> Verdict:
         """Expectation for a configuration, given its values so far."""
-        difference = (values - self._rival).ravel()
+        difference = self._differences(values[None])[0]
         gain, left = self._conditioning(~np.isnan(difference))
         mean = self._conditional_means(difference[None], gain)[0]
         last = np.arange(self._num_rungs - 1, len(mean), self._num_rungs)
@@ -65,6 +68,12 @@ class Race:
         spread = np.sqrt(max(left[np.ix_(last, last)].mean(), 1e-18))
         chance = norm.sf((margin - expected) / spread)
         return Verdict(float(chance), float(self._rival[:, -1].mean() + expected))
+
+    def _differences(self, values: Array) -> Array:
+        """[configurations, entries], bounded: how much a diverged training lies behind tells
+        nothing, and would drown what the others tell."""
+        differences = (values - self._rival).reshape(len(values), self._rival.size)
+        return differences.clip(-self._bound, self._bound)
 
     def _conditioning(self, known: NDArray[np.bool_]) -> tuple[Array, Array]:
         """What known entries tell of all: gain [all, known] and the covariance that is left."""

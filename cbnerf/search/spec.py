@@ -75,8 +75,8 @@ class Stopping:
     threshold: float = 0.05
     """`race` stops below this probability of being better than the best finished configuration,
     `wilcoxon` below this p-value."""
-    margin: float = 0.0
-    """`race`: better by less than this share of 0.3 dB or 0.01 SSIM does not count."""
+    margin: float = 0.03
+    """`race`: a lead below this does not count; in dB, and a thirtieth of it in SSIM."""
 
     def __post_init__(self):
         if self.rungs < 1 or self.eta < 2:

@@ -203,10 +203,11 @@ def _read_manifest(entry: Path) -> dict[str, dict[str, Any]]:
 
 def _has_its_files(entry: Path, *, hashed: bool) -> bool:
     try:
-        return all(
+        files = _read_manifest(entry)
+        return bool(files) and all(
             (entry / name).stat().st_size == about["bytes"]
             and (not hashed or _sha256(entry / name) == about["sha256"])
-            for name, about in _read_manifest(entry).items()
+            for name, about in files.items()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False  # files are missing, or the manifest itself is damaged

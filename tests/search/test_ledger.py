@@ -349,7 +349,10 @@ def test_idle_workers_get_configurations_of_their_own_once_there_is_a_rival(tiny
 def test_a_walk_takes_a_rung_through_its_scenes(tiny_plan):
     ledger = Ledger(tiny_plan("arcade,blinds", trials=2, stopping=RACE))
     walk = ledger.next_walk()
-    assert [(u.configuration, u.scene, u.rung) for u in walk] == [(0, "arcade", 0), (0, "blinds", 0)]
+    assert [(u.configuration, u.scene, u.rung) for u in walk] == [
+        (0, "arcade", 0),
+        (0, "blinds", 0),
+    ]
     for unit in walk:
         ledger.book(unit, climb(unit))
     assert [(u.configuration, u.rung) for u in ledger.next_walk()] == [(0, 1), (0, 1)]

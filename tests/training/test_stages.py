@@ -39,9 +39,7 @@ def run(stage: str, config: Config, tiny_scene: Scene, tiny_renders: Renders, tm
                 raise InterruptedError
 
         if stage == "field":
-            metrics = run_field(
-                config, tiny_scene, folder, device=CPU, report=report, until=until
-            )
+            metrics = run_field(config, tiny_scene, folder, device=CPU, report=report, until=until)
         else:
             metrics = run_refiner(
                 config, tiny_scene, tiny_renders, folder, device=CPU, report=report, until=until
