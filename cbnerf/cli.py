@@ -1,5 +1,5 @@
 """The command line of the core: `cbnerf train-field`, `train-refiner`, `evaluate`, `inspect`,
-`compare`, `render`, `cache`, `make-scenes`. Works without ray, optuna and mlflow.
+`compare`, `render`, `cache`, `report`, `make-scenes`. Works without ray, optuna and mlflow.
 """
 
 import argparse
@@ -262,6 +262,23 @@ class Cache:
 
 
 @dataclass(kw_only=True)
+class Report:
+    """Write the report of a study, finished or running (needs cbnerf[search])."""
+
+    study: tyro.conf.Positional[str]
+    """Name of the study."""
+    storage: Path = Path("runs")
+    """Folder that `tune.py` was given."""
+
+    def run(self) -> None:
+        if importlib.util.find_spec("optuna") is None:
+            raise ValueError("Optuna is not installed; pip install 'cbnerf[search]'")
+        from cbnerf.search.command import report_study
+
+        print(report_study(self.storage, self.study))
+
+
+@dataclass(kw_only=True)
 class MakeScenes:
     """Write the built-in scenes as LLFF scene folders."""
 
@@ -305,7 +322,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parse_command(
     arguments: Sequence[str],
-) -> TrainField | TrainRefiner | Evaluate | Inspect | Compare | Render | Cache | MakeScenes:
+) -> (
+    TrainField | TrainRefiner | Evaluate | Inspect | Compare | Render | Cache | Report | MakeScenes
+):
     """The command; `--preset` and `--resolution` choose what its other flags start from."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default=DEFAULT_METHOD)
@@ -325,6 +344,7 @@ def parse_command(
         | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Render, tyro.conf.subcommand("render")]
         | Annotated[Cache, tyro.conf.subcommand("cache")]
+        | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[MakeScenes, tyro.conf.subcommand("make-scenes")]
     )
     boxed = io.StringIO()

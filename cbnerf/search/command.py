@@ -16,14 +16,21 @@ from mlflow.exceptions import MlflowException
 from ray.exceptions import RayError
 from ray.tune import TuneError
 
-from cbnerf.config import load_yaml
+from cbnerf.config import load_yaml, with_overrides
 from cbnerf.data.library import DATA_VARIABLE, DEFAULT_DATA
 from cbnerf.data.llff import count_views
 from cbnerf.search.estimate import calibrate
+from cbnerf.search.ledger import Ledger
 from cbnerf.search.plan import Plan, make_plan
-from cbnerf.search.report import scene_table
+from cbnerf.search.report import scene_table, write_report
 from cbnerf.search.spec import parse_spec
-from cbnerf.search.study import check_space, num_slots, quieten_libraries, run_study
+from cbnerf.search.study import (
+    check_space,
+    known_scores,
+    num_slots,
+    quieten_libraries,
+    run_study,
+)
 from cbnerf.search.tracking import NOT_COMPARABLE, tracking_uri
 from cbnerf.search.trial import load_scene
 from cbnerf.training.processes import choose_device
@@ -103,7 +110,9 @@ def _run(options: Options, default_config: Path) -> None:
             return
         check_space(plan.storage, needed=_bytes_needed(plan, views))
         plan.folder.mkdir(parents=True, exist_ok=True)
-        (plan.folder / _REQUEST_FILE).write_text(yaml.safe_dump(request, sort_keys=False))
+        _check_same_resolution(plan)
+        settled = request | {"resolution": plan.resolution}
+        (plan.folder / _REQUEST_FILE).write_text(yaml.safe_dump(settled, sort_keys=False))
         concurrency = options.concurrency
         if concurrency is None and (options.address is None or plan.spec.resources.workers > 1):
             concurrency = max(num_slots(plan), 1)  # A cluster may grow while single runs wait.
@@ -116,7 +125,7 @@ def _run(options: Options, default_config: Path) -> None:
     phases = ", ".join(f"{phase} {spent:.0f} s" for phase, spent in outcome.seconds.items())
     print(f"time       {phases}")
     print(f"best       configuration {outcome.best}, {plan.folder / 'best.yaml'}")
-    print(f"report     {plan.folder / 'report.md'}")
+    print(f"report     {plan.folder / 'report.html'}")
     uri = tracking_uri(plan.storage)
     page = f"#/experiments/{outcome.experiment_id}/runs?{_CHARTS}"
     if uri.startswith("http"):
@@ -124,6 +133,19 @@ def _run(options: Options, default_config: Path) -> None:
     else:
         print(f"compare    mlflow ui --backend-store-uri {uri}")
         print(f"           and open http://127.0.0.1:5000/{page}")
+
+
+def report_study(storage: Path, name: str) -> Path:
+    """Write the report of a study that has a finished configuration, running or not; its page."""
+    request = _load_request(Options(storage=storage, name=name))
+    plan, _ = _settle(request, Options(storage=storage, name=name), has_gpu=False)
+    ledger = Ledger(plan, adopt=False)
+    best = ledger.best()
+    if best is None:
+        raise ValueError(f"study {name}: no configuration has finished yet")
+    config = with_overrides(plan.base, best.params)
+    *_, page = write_report(ledger, config, best.number, known_scores(ledger, best.number))
+    return page
 
 
 def _make_request(options: Options, default_config: Path) -> dict[str, Any]:
@@ -155,8 +177,11 @@ def _settle(
     request: dict[str, Any], options: Options, *, has_gpu: bool
 ) -> tuple[Plan, dict[str, int | None]]:
     """The plan and the number of views of its scenes, everything checked but the pixels."""
+    content = request["spec"]
+    if "resolution" in request:  # of a study that goes on, perhaps on other machines
+        content = content | {"resolution": request["resolution"]}
     plan = make_plan(
-        parse_spec(request["spec"]),
+        parse_spec(content),
         scenes=request["scenes"],
         data=Path(request["data"]) if request["data"] else None,
         name=options.name,
@@ -181,6 +206,17 @@ def _check_same_request(plan: Plan, request: dict[str, Any]) -> None:
         raise ValueError(
             f"study {plan.name} was started with other {', '.join(different)} "
             f"({file}); give another --name, or --resume to go on as it was"
+        )
+
+
+def _check_same_resolution(plan: Plan) -> None:
+    """`auto` means another size where there are GPUs."""
+    file = plan.folder / _REQUEST_FILE
+    before = load_yaml(file).get("resolution") if file.exists() else None
+    if before not in (None, plan.resolution):
+        raise ValueError(
+            f"study {plan.name} was started at {before} ({file}), and here `auto` means "
+            f"{plan.resolution}; give --resolution {before}, --resume or another --name"
         )
 
 

@@ -36,7 +36,7 @@ class Judge:
         shape = (num_configurations, len(plan.scenes), plan.rungs)
         self._values = {q: np.full(shape, np.nan) for q in self.qualities}
         self._seconds = np.full(shape, np.nan)
-        self._num_entered = 0
+        self._ended: list[int] = []
         self._races: dict[str, tuple[tuple[int, int], Race]] = {}
         self.finished: dict[int, Metrics] = {}
         """Objectives of the configurations that were trained to their end, by number."""
@@ -51,7 +51,10 @@ class Judge:
         for quality in self.qualities:
             self._values[quality][place] = metrics[quality]
         self._seconds[place] = metrics.get("seconds", math.nan)
-        self._num_entered += 1
+
+    def end(self, number: int) -> None:
+        """Nothing more will be done for a configuration; races learn from those that have ended."""
+        self._ended.append(number)
 
     def finish(self, number: int, costs: Metrics) -> list[float]:
         """Its objectives, once all of its entries are there: means over scenes."""
@@ -129,10 +132,10 @@ class Judge:
         return Stop(reason, [about[name] for name in self._objectives])
 
     def _race(self, quality: str, rival: int) -> Race:
-        """The race with all that is known now, so that a search that goes on judges alike."""
-        known = (rival, self._num_entered)
+        known = (rival, len(self._ended))
         if self._races.get(quality, (None,))[0] != known:
-            race = Race(self._values[quality], rival, scale=_SCALES[quality])
+            values = self._values[quality]
+            race = Race(values[self._ended], values[rival], scale=_SCALES[quality])
             self._races[quality] = (known, race)
         return self._races[quality][1]
 

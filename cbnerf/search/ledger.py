@@ -48,8 +48,10 @@ class _Open:
 class Ledger:
     """Hands out units, books their results, tells Optuna."""
 
-    def __init__(self, plan: Plan, study: optuna.Study | None = None):
-        self.plan = plan
+    def __init__(self, plan: Plan, study: optuna.Study | None = None, *, adopt: bool = True):
+        """With `adopt` it goes on with the configurations that a killed search had open; without
+        it writes nothing, and another process may be at the search."""
+        self.plan, self._adopt = plan, adopt
         self.study = study if study is not None else open_study(plan)
         self.stopped: dict[int, Stop] = {}
         """The configurations that were given up, by number."""
@@ -96,6 +98,14 @@ class Ledger:
         last = self.plan.rungs - 1
         return {s: m for (s, rung), m in self._results[configuration].items() if rung == last}
 
+    @property
+    def field_seconds(self) -> dict[str, float]:
+        """What stage 1 took, by scene, where all configurations share it."""
+        return self.study.user_attrs.get("field_seconds", {})
+
+    def note_field(self, scene: str, seconds: float) -> None:
+        self.study.set_user_attr("field_seconds", self.field_seconds | {scene: seconds})
+
     def best(self) -> FrozenTrial | None:
         """The configuration with the highest first objective of those trained to their end."""
         best = self._judge.best()
@@ -104,6 +114,13 @@ class Ledger:
     def front(self) -> list[int]:
         """Numbers of the finished configurations that no other one beats in all objectives."""
         return self._judge.front()
+
+    def how_it_ended(self, trial: FrozenTrial) -> str:
+        """Of a configuration; what was stopped has expected objectives, not measured ones."""
+        if trial.number in self.stopped:
+            return f"stopped: {self.stopped[trial.number].reason}"
+        ends = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "beyond a limit"}
+        return ends.get(trial.state, trial.state.name.lower())
 
     def next_unit(self) -> Unit | None:
         """The next unit to run; None when there is none now, or never more (`is_over`)."""
@@ -149,7 +166,7 @@ class Ledger:
                 self._enter(number, place, booked[key])
         if (key := f"{number}/stopped") in booked:
             self.stopped[number] = Stop(*booked[key])
-        if trial.state == TrialState.RUNNING:
+        if trial.state == TrialState.RUNNING and self._adopt:
             # A search killed while it asked has stored some of the knobs; the rest comes now.
             # Optuna has no public way to go on with a trial it has handed out.
             self.study.sampler = make_sampler(self.plan, number)
@@ -158,6 +175,8 @@ class Ledger:
         elif trial.state == TrialState.COMPLETE and number not in self.stopped:
             objectives = zip(self.plan.spec.objectives, trial.values, strict=True)
             self._judge.finished[number] = dict(objectives)
+        if trial.state.is_finished():
+            self._judge.end(number)
 
     def _ask(self) -> _Open | None:
         """A new configuration, if there may be one more."""
@@ -224,6 +243,7 @@ class Ledger:
 
     def _tell(self, one: _Open, **outcome: Any) -> None:
         del self._open[one.number]
+        self._judge.end(one.number)
         self.study.tell(one.number, **outcome)
 
 

@@ -45,18 +45,20 @@ class Race:
     inverse-Wishart prior; conditioned on what has been seen they tell the rest.
     """
 
-    def __init__(self, values: Array, rival: int, *, scale: float):
-        """`scale` is a typical difference of two configurations, before any have been seen."""
-        _, self._num_scenes, self._num_rungs = values.shape
-        self._rival = values[rival]
+    def __init__(self, values: Array, rival: Array, *, scale: float):
+        """`values` are those of the configurations to learn from, `rival` [s, r] is complete;
+        `scale` is a typical difference of two configurations, before any have been seen."""
+        self._rival = rival
+        self._num_scenes, self._num_rungs = rival.shape
         steps = np.subtract.outer(np.arange(self._num_rungs), np.arange(self._num_rungs))
         self._prior = scale**2 * _PRIOR_CORRELATION ** abs(steps)
         self._bound = _BOUND * scale
         self._mean = np.zeros(self._num_rungs)
-        self._effect, self._interaction = self._prior, self._prior / 4
-        others = np.delete(values, rival, axis=0)
-        started = others[~np.isnan(others).all(axis=(1, 2))][-_LEARN_FROM:]
-        self._learn(self._differences(started))
+        self._set_covariance(self._prior, self._prior / 4)
+        differences = self._differences(values)
+        started = ~np.isnan(differences).all(axis=1)
+        behind = started & (differences != 0).any(axis=1)  # without the rival itself
+        self._learn(differences[behind][-_LEARN_FROM:])
 
     def verdict(self, values: Array, margin: float = 0.0) -> Verdict:
         """Expectation for a configuration, given its values so far."""
@@ -75,10 +77,14 @@ class Race:
         differences = (values - self._rival).reshape(len(values), self._rival.size)
         return differences.clip(-self._bound, self._bound)
 
+    def _set_covariance(self, effect: Array, interaction: Array) -> None:
+        """Of all entries of a difference, scene by scene."""
+        ones, eye = np.ones((self._num_scenes, self._num_scenes)), np.eye(self._num_scenes)
+        self._covariance = np.kron(ones, effect) + np.kron(eye, interaction)
+
     def _conditioning(self, known: NDArray[np.bool_]) -> tuple[Array, Array]:
         """What known entries tell of all: gain [all, known] and the covariance that is left."""
-        ones, eye = np.ones((self._num_scenes, self._num_scenes)), np.eye(self._num_scenes)
-        covariance = np.kron(ones, self._effect) + np.kron(eye, self._interaction)
+        covariance = self._covariance
         between = covariance[np.ix_(known, known)] + 1e-12 * np.eye(known.sum())
         gain = np.linalg.solve(between, covariance[known]).T
         return gain, covariance - gain @ covariance[known]
@@ -102,8 +108,10 @@ class Race:
             means, effects, interactions = (np.sum(m, axis=0) for m in zip(*moments, strict=True))
             count = _PRIOR_WEIGHT + len(differences)
             self._mean = means / count
-            self._effect = _positive((_PRIOR_WEIGHT * self._prior + effects) / count)
-            self._interaction = _positive((_PRIOR_WEIGHT * self._prior / 4 + interactions) / count)
+            self._set_covariance(
+                _positive((_PRIOR_WEIGHT * self._prior + effects) / count),
+                _positive((_PRIOR_WEIGHT * self._prior / 4 + interactions) / count),
+            )
 
     def _moments(self, known: NDArray[np.bool_], differences: Array) -> tuple[Array, Array, Array]:
         """Expected sums of means, of effects and of interactions (second moments)."""

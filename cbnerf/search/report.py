@@ -3,9 +3,8 @@
 import math
 from pathlib import Path
 
-from optuna.trial import FrozenTrial, TrialState
-
 from cbnerf.config import Config, save_config
+from cbnerf.search.charts import html_report
 from cbnerf.search.ledger import Ledger
 from cbnerf.search.tracking import NOT_COMPARABLE
 
@@ -33,10 +32,12 @@ def scene_table(scores: SceneScores) -> str:
 
 
 def write_report(ledger: Ledger, best: Config, number: int, scores: SceneScores) -> list[Path]:
-    """Write `best.yaml` and `report.md` into the study's folder; returns both."""
+    """Write `best.yaml`, `report.md` and `report.html` into the study's folder; returns all."""
     plan = ledger.plan
     best_file, report_file = plan.folder / "best.yaml", plan.folder / "report.md"
+    page = plan.folder / "report.html"
     save_config(best, best_file)
+    page.write_text(html_report(ledger, best_file.read_text(), number, scene_table(scores)))
     warning = "" if plan.data else f"\n**{NOT_COMPARABLE}**\n"
     report_file.write_text(
         f"# Study {plan.name}\n\n"
@@ -45,7 +46,7 @@ def write_report(ledger: Ledger, best: Config, number: int, scores: SceneScores)
         f"val selects, test is scored once; PSNR in dB, gain = refined - stage 1.\n\n"
         f"## Configurations\n\n{configuration_table(ledger)}\n"
     )
-    return [best_file, report_file]
+    return [best_file, report_file, page]
 
 
 def configuration_table(ledger: Ledger) -> str:
@@ -58,16 +59,8 @@ def configuration_table(ledger: Ledger) -> str:
         if trial.params:
             values = [f"{value:.5g}" for value in trial.values or []] or ["-"] * len(objectives)
             knobs = [_short(trial.params.get(name, "")) for name in names]
-            rows.append([str(trial.number), *values, how_it_ended(ledger, trial), *knobs])
+            rows.append([str(trial.number), *values, ledger.how_it_ended(trial), *knobs])
     return _align(rows)
-
-
-def how_it_ended(ledger: Ledger, trial: FrozenTrial) -> str:
-    """Of a configuration: what was stopped has expected values, not measured ones."""
-    if trial.number in ledger.stopped:
-        return f"stopped: {ledger.stopped[trial.number].reason}"
-    ends = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "beyond a limit"}
-    return ends.get(trial.state, trial.state.name.lower())
 
 
 def _short(value: object) -> str:

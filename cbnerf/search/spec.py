@@ -75,7 +75,7 @@ class Stopping:
     threshold: float = 0.05
     """`race` stops below this probability of being better than the best finished configuration,
     `wilcoxon` below this p-value."""
-    margin: float = 0.03
+    margin: float = 0.02
     """`race`: a lead below this does not count; in dB, and a thirtieth of it in SSIM."""
 
     def __post_init__(self):

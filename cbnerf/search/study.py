@@ -21,6 +21,7 @@ from cbnerf.search.ledger import Ledger, Unit
 from cbnerf.search.plan import Plan
 from cbnerf.search.report import SceneScores, write_report
 from cbnerf.search.searcher import TuneSearcher, unit_metrics
+from cbnerf.search.spec import QUALITIES
 from cbnerf.search.tracking import Tracker
 from cbnerf.search.trial import run_base_field, run_units, score_best
 
@@ -54,7 +55,7 @@ def run_study(
         if not ledger.is_over:
             if plan.shares_fields:
                 with _timed(seconds, "stage 1"):
-                    _train_fields(plan, tracker)
+                    _train_fields(plan, ledger, tracker)
             with _timed(seconds, "search"):
                 _search(plan, ledger, tracker, concurrency)
         else:
@@ -89,7 +90,7 @@ def num_slots(plan: Plan) -> int:
     return int(slots)
 
 
-def _train_fields(plan: Plan, tracker: Tracker) -> None:
+def _train_fields(plan: Plan, ledger: Ledger, tracker: Tracker) -> None:
     run = _remote(plan, run_base_field)
     pending = {run.remote(plan, scene): scene for scene in plan.scenes}
     with _progress(len(pending), "stage 1", "scene") as bar:
@@ -98,6 +99,7 @@ def _train_fields(plan: Plan, tracker: Tracker) -> None:
             folder, metrics = ray.get(done)
             scene = pending.pop(done)
             tracker.log_field(scene, folder, metrics)
+            ledger.note_field(scene, metrics["seconds"])
             bar.update()
             if "val/psnr" in metrics:
                 bar.write(f"  stage 1  {scene:<12} val {metrics['val/psnr']:.2f} dB")
@@ -163,13 +165,34 @@ def _remote(plan: Plan, function: Callable[..., Any]) -> Any:
 
 def _score_once(plan: Plan, config: Config, number: int) -> SceneScores:
     """Scores of the best configuration; the test views of a configuration are scored once."""
-    file = plan.folder / f"scores-{number:04d}.json"
+    file = _scores_file(plan, number)
     if not file.exists():
         score = _remote(plan, score_best)
         answers = [score.remote(plan, config, number, scene) for scene in plan.scenes]
         scores = dict(zip(plan.scenes, ray.get(answers), strict=True))
         file.write_text(json.dumps(scores, indent=1))
     return json.loads(file.read_text())
+
+
+def known_scores(ledger: Ledger, number: int) -> SceneScores:
+    """Scores of a configuration; before the end of its study those of the validation views."""
+    file = _scores_file(ledger.plan, number)
+    if file.exists():
+        return json.loads(file.read_text())
+    scores: SceneScores = {}
+    for scene, metrics in ledger.whole_results(number).items():
+        metrics = metrics or {}
+        values = {name: metrics[name] for name in QUALITIES}
+        if "val/gain" in metrics:
+            before = {"val/psnr": metrics["val/psnr"] - metrics["val/gain"]}
+            scores[scene] = {"stage 1": before, "refined": values}
+        else:
+            scores[scene] = {"stage 1": values}
+    return scores
+
+
+def _scores_file(plan: Plan, number: int) -> Path:
+    return plan.folder / f"scores-{number:04d}.json"
 
 
 class _Diary(tune.Callback):

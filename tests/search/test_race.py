@@ -33,14 +33,14 @@ def hidden(values: np.ndarray, configuration: int, known: int) -> np.ndarray:
 def test_nothing_known_is_an_even_chance_at_the_start():
     values = np.full((2, NUM_SCENES, NUM_RUNGS), np.nan)
     values[0] = draw(0, np.zeros(1))[0]
-    verdict = Race(values, 0, scale=0.3).verdict(values[1])
+    verdict = Race(values[1:], values[0], scale=0.3).verdict(values[1])
     assert verdict.chance == pytest.approx(0.5)
     assert verdict.expected == pytest.approx(values[0, :, -1].mean())
 
 
 def test_everything_known_leaves_no_doubt():
     values = draw(0, np.array([0.0, 0.05, -0.05]))
-    race = Race(values, 0, scale=0.3)
+    race = Race(values[1:], values[0], scale=0.3)
     for configuration, chance in ((1, 0.0), (2, 1.0)):
         verdict = race.verdict(values[configuration])
         assert verdict.chance == pytest.approx(chance, abs=1e-6)
@@ -49,10 +49,10 @@ def test_everything_known_leaves_no_doubt():
 
 def test_a_margin_counts_in_standard_deviations_of_the_prior():
     values = np.array([[[20.0]], [[np.nan]]])
-    verdict = Race(values, 0, scale=0.3).verdict(values[1])
+    verdict = Race(values[1:], values[0], scale=0.3).verdict(values[1])
     # The prior of a difference: variance scale^2 of the effect, a quarter of it for interactions.
     assert verdict.chance == pytest.approx(0.5)
-    margin = Race(values, 0, scale=0.3).verdict(values[1], margin=0.3 * 1.25**0.5)
+    margin = Race(values[1:], values[0], scale=0.3).verdict(values[1], margin=0.3 * 1.25**0.5)
     assert margin.chance == pytest.approx(0.158655, abs=1e-5)
 
 
@@ -61,7 +61,7 @@ def test_more_of_a_bad_configuration_makes_it_less_likely():
     chances = []
     for known in (0, 1, 4, 8, 16, 23):
         seen = hidden(values, 2, known)
-        chances.append(Race(seen, 0, scale=0.3).verdict(seen[2]).chance)
+        chances.append(Race(seen[1:], seen[0], scale=0.3).verdict(seen[2]).chance)
     assert chances[-1] < 1e-3 < chances[0]
     assert all(late < early + 0.05 for early, late in zip(chances, chances[1:], strict=False))
 
@@ -70,8 +70,8 @@ def test_scenes_need_not_be_equally_hard_nor_rungs_equally_high():
     """Only differences count: adding a number to a scene or a rung changes no verdict."""
     values = hidden(draw(2, np.array([0.0, 0.1, 0.2, 0.3])), 3, 5)
     moved = values + default_rng(0).normal(size=(1, NUM_SCENES, NUM_RUNGS))
-    ours = Race(values, 0, scale=0.3).verdict(values[3])
-    theirs = Race(moved, 0, scale=0.3).verdict(moved[3])
+    ours = Race(values[1:], values[0], scale=0.3).verdict(values[3])
+    theirs = Race(moved[1:], moved[0], scale=0.3).verdict(moved[3])
     assert ours.chance == pytest.approx(theirs.chance, rel=1e-6)
 
 
@@ -84,7 +84,7 @@ def test_stated_chances_come_true(known: int):
         worse = np.concatenate([[0.0], 0.3 * rng.normal(size=20)])
         values = draw(seed, worse, noise=0.15)
         seen = hidden(values, 20, known)
-        stated.append(Race(seen, 0, scale=0.3).verdict(seen[20]).chance)
+        stated.append(Race(seen[1:], seen[0], scale=0.3).verdict(seen[20]).chance)
         came_true.append(values[20, :, -1].mean() > values[0, :, -1].mean())
     assert np.mean(stated) == pytest.approx(np.mean(came_true), abs=0.05)
     doubtful = np.array(stated) < 0.05
