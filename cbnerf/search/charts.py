@@ -1,5 +1,6 @@
 """The report of a study as one self-contained page: tables, Optuna's charts, race and cost."""
 
+import warnings
 from collections.abc import Iterator
 from html import escape
 
@@ -32,12 +33,12 @@ def html_report(ledger: Ledger, best_yaml: str, number: int, table: str) -> str:
         f"<pre>{escape(table)}</pre>",
         f"<details><summary>best.yaml</summary><pre>{escape(best_yaml)}</pre></details>",
     ]
-    script: bool = True
-    for title, about, figure in _figures(ledger):
+    for index, (title, about, figure) in enumerate(_figures(ledger)):
         figure.update_layout(title=None, margin={"t": 30})
-        chart = to_html(figure, full_html=False, include_plotlyjs=script)
+        chart = to_html(
+            figure, full_html=False, include_plotlyjs=index == 0, div_id=f"chart-{index}"
+        )
         parts.append(f"<h2>{escape(title)}</h2><p>{escape(about)}</p>{chart}")
-        script = False
     body = "\n".join(parts)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(plan.name)}</title>'
@@ -64,22 +65,25 @@ def _figures(ledger: Ledger) -> Iterator[tuple[str, str, go.Figure]]:
         )
         yield "Parallel coordinates", f"One line per configuration, coloured by {first}.", figure
         about = "Share of each knob in what separates good configurations (PED-ANOVA)."
-        yield "Importances", about, _importances(ledger)
+        yield "Importances", about, importances(ledger)
     yield "Race", "Units of each configuration, and what became of it.", _race(ledger)
     if ledger.field_seconds:
         about = "Training seconds: measured, and what the same configurations would have taken."
         yield "Cost", about, _cost(ledger)
 
 
-def _importances(ledger: Ledger) -> go.Figure:
-    """Overall and for each scene, from the configurations that got that far."""
+def importances(ledger: Ledger) -> go.Figure:
+    """PED-ANOVA's share of each knob in what makes a configuration good, overall and by scene."""
     figure = go.Figure()
     evaluator, first = PedAnovaImportanceEvaluator(), ledger.plan.spec.objectives[0]
-    targets = {"all scenes": lambda trial: trial.values[0]}
+    # PED-ANOVA asks what makes a target low.
+    targets = {"all scenes": lambda trial: -trial.values[0]}
     for scene in ledger.plan.scenes:
-        targets[scene] = lambda trial, s=scene: _value_on(ledger, trial, s, first)
+        targets[scene] = lambda trial, s=scene: -_value_on(ledger, trial, s, first)
     for name, target in targets.items():
-        shares = get_param_importances(ledger.study, evaluator=evaluator, target=target)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # That it does.
+            shares = get_param_importances(ledger.study, evaluator=evaluator, target=target)
         visible = True if name == "all scenes" else "legendonly"
         bar = go.Bar(x=list(shares), y=list(shares.values()), name=name, visible=visible)
         figure.add_trace(bar)

@@ -11,12 +11,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
-from cbnerf.config import load_config
+from cbnerf.cli import Report
+from cbnerf.config import load_config, load_yaml
 from cbnerf.search import command
+from cbnerf.search.ledger import Ledger
+from cbnerf.search.plan import make_plan
+from cbnerf.search.spec import parse_spec
 
 pytestmark = [
     pytest.mark.search,
@@ -26,6 +31,9 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "tune_configs" / "smoke.yaml"
 COMMAND = ["--config", str(SMOKE), "--scenes", "arcade,blinds"]
+SMALL = ["--scenes", "arcade,blinds", "--resolution", "tiny"]
+RACE = ["--config", str(ROOT / "tune_configs" / "cpu.yaml"), *SMALL]
+OTHERS = [file for file in sorted((ROOT / "tune_configs").glob("*.yaml")) if file != SMOKE]
 NAME = "cb-nerf-tiny-arcade-blinds"
 UNITS = ("0/arcade/0", "0/blinds/0", "1/arcade/0", "1/blinds/0")
 
@@ -148,7 +156,7 @@ def test_the_end_tells_all_that_a_user_wants_to_know(story: Story):
     table = [line for line in lines if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in table[2:]] == ["arcade", "blinds", "mean"]
     assert any(line.startswith("time       ") and "stage 1" in line for line in lines)
-    assert f"report     {story.study / 'report.md'}" in lines
+    assert f"report     {story.study / 'report.html'}" in lines
     best = [line for line in lines if line.startswith("best       configuration ")]
     assert len(best) == 1 and best[0].endswith(str(story.study / "best.yaml"))
     store, experiment = experiment_of(story.folder)
@@ -179,6 +187,15 @@ def test_a_finished_study_trains_nothing_again(story: Story):
         return [line for line in ended.output.splitlines() if line.startswith("|")]
 
     assert table(again) == table(story.finished)
+
+
+def test_a_report_can_be_written_again(story: Story, capfd: pytest.CaptureFixture[str]):
+    page = story.study / "report.html"
+    before = page.read_text()
+    page.unlink()
+    Report(study=NAME, storage=story.folder / "runs").run()
+    assert capfd.readouterr().out.strip() == str(page)
+    assert page.read_text() == before
 
 
 def test_more_trials_extend_a_finished_study(story: Story):
@@ -255,6 +272,69 @@ def test_a_study_survives_kill_and_ctrl_c_and_repeats_no_unit(tmp_path: Path):
     for before in (killed, interrupted):
         assert before.trained.items() <= finished.trained.items()
     check_runs(tmp_path, configurations=5)
+
+
+@pytest.mark.slow
+def test_a_race_that_is_killed_goes_on_where_it_was(tmp_path: Path):
+    drivers = Drivers(tmp_path)
+    arguments = [*RACE, "--name", NAME, "--trials", "5"]
+    try:
+        killed = drivers.run(
+            *arguments, until=lambda: len(drivers.bookings()) >= 4, by=signal.SIGKILL
+        )
+        finished = drivers.run(*arguments)
+    finally:
+        drivers.end_all()
+    assert killed.status == -signal.SIGKILL
+    assert finished.status == 0, finished.errors
+    assert killed.bookings.keys() < finished.bookings.keys()
+    assert set(finished.bookings.values()) == {1}
+    values = trials_of(tmp_path / "runs")
+    assert len(values) == 5 and all(value is not None for _, value, _ in values)
+    store, experiment = experiment_of(tmp_path)
+    runs = MlflowClient(store).search_runs([experiment])
+    assert {run.info.status for run in runs} <= {"FINISHED", "KILLED"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", OTHERS, ids=lambda file: file.stem)
+def test_every_search_of_tune_configs_comes_to_its_report(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    arguments = ["--config", str(file), *SMALL, "--trials", "3", "--name", NAME]
+    assert call(monkeypatch, *arguments) == 0, capfd.readouterr().err
+    study = tmp_path / "runs" / "studies" / NAME
+    assert {"best.yaml", "report.md", "report.html"} <= {entry.name for entry in study.iterdir()}
+    assert len(trials_of(tmp_path / "runs")) == 3
+
+
+@pytest.mark.slow
+def test_one_at_a_time_the_same_seed_repeats_a_race_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    arguments = [*RACE, "--name", NAME, "--trials", "4", "--concurrency", "1"]
+    for storage in ("first", "second"):
+        assert call(monkeypatch, *arguments, "--storage", storage) == 0, capfd.readouterr().err
+    first, second = (trials_of(tmp_path / storage) for storage in ("first", "second"))
+    assert first == second
+
+
+def trials_of(storage: Path) -> list[tuple[dict[str, Any], list[float] | None, dict[str, Any]]]:
+    """Knobs, objectives and values of the units of each configuration, but for their seconds."""
+    request = load_yaml(storage / "studies" / NAME / "request.yaml")
+    plan = make_plan(
+        parse_spec(request["spec"]), scenes=request["scenes"], data=None, name=NAME,
+        storage=storage, has_gpu=False,
+    )  # fmt: skip
+    ledger = Ledger(plan, adopt=False)
+    trials = []
+    for trial in ledger.study.get_trials():
+        units = {
+            place: metrics and {name: v for name, v in metrics.items() if name != "seconds"}
+            for place, metrics in ledger.results(trial.number).items()
+        }
+        trials.append((trial.params, trial.values, units))
+    return trials
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
