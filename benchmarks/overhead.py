@@ -1,0 +1,154 @@
+"""What the platform adds to training: per unit, per report, per start of an actor.
+
+    python benchmarks/overhead.py
+
+A study of many tiny units runs one at a time, as `tune.py` runs it, on a real Ray with a real
+MLflow store. A unit's *gap* is the time from the booking of the unit before to its own, less its
+training: Tune's turn-around, reading scene and renders, MLflow, Optuna. What reports cost comes
+from the same units with more evaluations, less what these take without the platform.
+"""
+
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median, quantiles
+from typing import Any, NamedTuple
+
+import ray
+import torch
+import tyro
+from provenance import provenance
+
+from cbnerf.config import Config, with_overrides
+from cbnerf.data.renders import load_renders
+from cbnerf.search.ledger import Ledger, Unit
+from cbnerf.search.plan import Plan, make_plan
+from cbnerf.search.spec import parse_spec
+from cbnerf.search.study import quieten_libraries, run_study
+from cbnerf.search.tracking import Tracker
+from cbnerf.search.trial import load_scene
+from cbnerf.training.stages import RENDERS_FILE, run_refiner
+
+FEW, MANY = 1, 11
+"""Evaluations, and so reports, of a unit."""
+
+
+@dataclass(kw_only=True)
+class Options:
+    scenes: str = "arcade,blinds"
+    configurations: int = 20
+    output: Path = Path("benchmarks/results/overhead")
+    name: str = "cpu"
+
+
+class Booking(NamedTuple):
+    at: float
+    training: float
+    driver: float
+    """Seconds that ledger and tracker have taken so far."""
+
+
+def watch(bookings: list[Booking]) -> None:
+    """From now on each booked unit leaves an entry, and what driver-side calls take is summed."""
+    spent = 0.0
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal spent
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent += time.perf_counter() - started
+
+        return call
+
+    for owner, names in {
+        Tracker: ("start_unit", "log_step", "end_unit", "end_configuration"),
+        Ledger: ("next_unit",),
+    }.items():
+        for name in names:
+            setattr(owner, name, timed(getattr(owner, name)))
+    book = timed(Ledger.book)
+
+    def book_and_note(ledger: Ledger, unit: Unit, metrics: dict[str, float] | None) -> None:
+        book(ledger, unit, metrics)
+        bookings.append(Booking(time.perf_counter(), (metrics or {})["seconds"], spent))
+
+    Ledger.book = book_and_note  # type: ignore[method-assign]
+
+
+def study(options: Options, storage: Path, evaluations: int) -> Plan:
+    spec = parse_spec({
+        "resolution": "tiny", "trials": options.configurations, "stopping": {"rule": "none"},
+        "fixed": {"refiner.optim.steps": MANY, "refiner.optim.evaluations": evaluations},
+        "space": {"refiner.optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}},
+    })  # fmt: skip
+    plan = make_plan(
+        spec, scenes=options.scenes, data=None, name=f"overhead-{evaluations}", storage=storage,
+        has_gpu=False,
+    )  # fmt: skip
+    run_study(plan, print, 1)
+    return plan
+
+
+def alone(plan: Plan, config: Config, folder: Path) -> float:
+    """Median seconds of a unit without the platform."""
+    seconds = []
+    scene = load_scene(plan, plan.scenes[0], config.data)
+    (entry,) = plan.cache.folder.glob(f"field-{scene.name}-*")
+    renders = load_renders(entry / RENDERS_FILE)
+    for repetition in range(10):
+        target = folder / f"{config.refiner.optim.evaluations}-{repetition}"
+        metrics = run_refiner(config, scene, renders, target, device=torch.device("cpu"))
+        seconds.append(metrics["seconds"])
+    return median(seconds)
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    quieten_libraries()
+    bookings: list[Booking] = []
+    watch(bookings)
+    gaps, drivers, training, bare = {}, {}, {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        storage = Path(folder)
+        ray.init(address="local", num_cpus=2, log_to_driver=False, logging_level=logging.ERROR)
+        for evaluations in (FEW, MANY):
+            bookings.clear()
+            plan = study(options, storage, evaluations)
+            pairs = list(zip(bookings, bookings[1:], strict=False))
+            gaps[evaluations] = [b.at - a.at - b.training for a, b in pairs]
+            drivers[evaluations] = [b.driver - a.driver for a, b in pairs]
+            training[evaluations] = median(b.training for b in bookings[2:])
+            bare[evaluations] = alone(plan, with_overrides(plan.base, {}), storage / "alone")
+        ray.shutdown()
+    reports = MANY - FEW
+    evaluation = (bare[MANY] - bare[FEW]) / reports
+    report = (training[MANY] - training[FEW]) / reports - evaluation
+    gap, driver = gaps[FEW][1:], drivers[FEW][1:]  # the first one meets a cold actor
+    lines = [
+        "# What the platform adds to training\n",
+        provenance(1),
+        f"{len(gap)} units one at a time on a reused actor, {options.scenes} at `tiny`.\n",
+        "| | seconds |",
+        "|---|---|",
+        f"| from a unit's end to the next one's training, median | {median(gap):.3f} |",
+        f"| the same, 90th percentile | {quantiles(gap, n=10)[-1]:.3f} |",
+        f"| of these MLflow and Optuna on the driver, mean | {mean(driver):.3f} |",
+        f"| a unit's own training, for comparison | {training[FEW]:.3f} |",
+        f"| a report, beyond its evaluation and checkpoint | {report:.4f} |",
+        f"| an evaluation and a checkpoint | {evaluation:.4f} |",
+    ]
+    print("\n".join(lines))
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / f"{options.name}.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
