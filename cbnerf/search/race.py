@@ -6,22 +6,24 @@ worth the mean over scenes of its last rung. All configurations train with the s
 so their differences are less noisy than their values.
 """
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm, wilcoxon
+from scipy.stats import t as student
+from scipy.stats import wilcoxon
 
 Array = NDArray[np.floating]
 
-_PRIOR_WEIGHT = 3.0
+_PRIOR_WEIGHT = 2.0
 """Configurations that the prior of the covariances counts for."""
-_PRIOR_CORRELATION = 0.8
+_PRIOR_CORRELATION = 0.7
 """Between the effects at a rung and at the next, before any have been seen."""
 _LEARN_FROM = 200
 """Latest configurations that the covariances are learned from."""
-_BOUND = 3.0
-"""Differences count up to so many times the scale."""
+_BOUND = 4.0
+"""Differences count up to so many spreads from their median."""
 _ITERATIONS = 4
 """Of expectation maximisation."""
 
@@ -42,7 +44,8 @@ class Race:
     interaction[s, r]`. The effects of a configuration at all rungs have a common mean and
     covariance, the interactions (and noise) of each scene another covariance. Both are learned from
     all configurations, unfinished ones among them, by expectation maximisation with an
-    inverse-Wishart prior; conditioned on what has been seen they tell the rest.
+    inverse-Wishart prior; conditioned on what has been seen they tell the rest. As covariances
+    learned from few are uncertain, chances are those of Student's t.
     """
 
     def __init__(self, values: Array, rival: Array, *, scale: float):
@@ -50,32 +53,33 @@ class Race:
         `scale` is a typical difference of two configurations, before any have been seen."""
         self._rival = rival
         self._num_scenes, self._num_rungs = rival.shape
+        differences = values - rival
+        started = ~np.isnan(differences).all(axis=(1, 2))
+        behind = started & (differences != 0).any(axis=(1, 2))  # without the rival itself
+        differences = differences[behind][-_LEARN_FROM:]
+        self._degrees = _PRIOR_WEIGHT + len(differences)
+        spread, self._bounds = _typical(differences, scale)
         steps = np.subtract.outer(np.arange(self._num_rungs), np.arange(self._num_rungs))
-        self._prior = scale**2 * _PRIOR_CORRELATION ** abs(steps)
-        self._bound = _BOUND * scale
+        self._prior = spread**2 * _PRIOR_CORRELATION ** abs(steps)
         self._mean = np.zeros(self._num_rungs)
         self._set_covariance(self._prior, self._prior / 4)
-        differences = self._differences(values)
-        started = ~np.isnan(differences).all(axis=1)
-        behind = started & (differences != 0).any(axis=1)  # without the rival itself
-        self._learn(differences[behind][-_LEARN_FROM:])
+        self._learn(self._bounded(differences))
 
     def verdict(self, values: Array, margin: float = 0.0) -> Verdict:
         """Expectation for a configuration, given its values so far."""
-        difference = self._differences(values[None])[0]
+        difference = self._bounded(values[None] - self._rival)[0]
         gain, left = self._conditioning(~np.isnan(difference))
         mean = self._conditional_means(difference[None], gain)[0]
         last = np.arange(self._num_rungs - 1, len(mean), self._num_rungs)
         expected = mean[last].mean()
         spread = np.sqrt(max(left[np.ix_(last, last)].mean(), 1e-18))
-        chance = norm.sf((margin - expected) / spread)
+        chance = student.sf((margin - expected) / spread, self._degrees)
         return Verdict(float(chance), float(self._rival[:, -1].mean() + expected))
 
-    def _differences(self, values: Array) -> Array:
-        """[configurations, entries], bounded: how much a diverged training lies behind tells
-        nothing, and would drown what the others tell."""
-        differences = (values - self._rival).reshape(len(values), self._rival.size)
-        return differences.clip(-self._bound, self._bound)
+    def _bounded(self, differences: Array) -> Array:
+        """[configurations, entries]: how far a diverged training lies behind tells nothing, and
+        would drown what the others tell."""
+        return differences.clip(*self._bounds).reshape(len(differences), self._rival.size)
 
     def _set_covariance(self, effect: Array, interaction: Array) -> None:
         """Of all entries of a difference, scene by scene."""
@@ -124,6 +128,31 @@ class Race:
         same = np.einsum("srsq->rq", second)
         across = (second.sum(axis=(0, 2)) - same) / max(scenes * (scenes - 1), 1)
         return expected.mean(axis=1).sum(axis=0), across, same / scenes - across
+
+
+def _typical(differences: Array, scale: float) -> tuple[float, tuple[Array, Array]]:
+    """Spread of configurations at the first rung, and bounds of differences at each rung.
+
+    Medians, as some configurations diverge; `scale` counts for as many as the prior does.
+    """
+    weight, num_rungs = _PRIOR_WEIGHT / (_PRIOR_WEIGHT + len(differences)), differences.shape[-1]
+    middle, reach = np.zeros(num_rungs), np.full(num_rungs, scale)
+    effect: float = scale
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # rungs that nobody has reached
+        if len(differences):
+            firsts = np.nanmean(differences[:, :, 0], axis=1)
+            effect = float(_deviation(firsts, axis=0))
+            middle = np.nan_to_num(np.nanmedian(differences, axis=(0, 1)))
+            reach = np.fmax(_deviation(differences, axis=(0, 1)), scale)
+    spread = scale**weight * max(effect, scale / 100) ** (1 - weight)
+    return spread, (middle - _BOUND * reach, middle + _BOUND * reach)
+
+
+def _deviation(values: Array, axis: int | tuple[int, ...]) -> Array:
+    """Standard deviation of a Gaussian with the values' median absolute deviation."""
+    middle = np.nanmedian(values, axis=axis, keepdims=True)
+    return np.asarray(1.4826 * np.nanmedian(abs(values - middle), axis=axis))
 
 
 def halving_keeps(values: Array, challenger: int, eta: int) -> bool:
