@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cbnerf.search.plan import Plan
-from cbnerf.search.race import Race, halving_keeps, signed_ranks_keep
+from cbnerf.search.race import Race, Verdict, halving_keeps, signed_ranks_keep
 from cbnerf.search.spec import QUALITIES
 
 Metrics = dict[str, float]
@@ -115,21 +115,24 @@ class Judge:
             case "wilcoxon":
                 return signed_ranks_keep(values, number, rival, threshold)
             case _:
-                margin = self._stopping.margin * _SCALES[quality] / _SCALES["val/psnr"]
-                verdict = self._race(quality, rival).verdict(values[number], margin)
-                return verdict.chance >= threshold
+                return self._verdict(quality, number, rival).chance >= threshold
 
     def _give_up(self, number: int, rival: int, costs: Metrics) -> Stop:
         about = dict(costs)
         chances = []
         for quality in self.qualities:
-            verdict = self._race(quality, rival).verdict(self._values[quality][number])
+            verdict = self._verdict(quality, number, rival)
             bound = math.nextafter(self.finished[rival][quality], -math.inf)
             about[quality] = min(verdict.expected, bound)
             chances.append(verdict.chance)
         num_units = int((~np.isnan(self._seen(number))).sum())
-        reason = f"{max(chances):.1%} to beat #{rival:02d} after {num_units} units"
+        margin = f" by {self._stopping.margin:g}" if self._stopping.margin else ""
+        reason = f"{max(chances):.1%} to beat #{rival:02d}{margin} after {num_units} units"
         return Stop(reason, [about[name] for name in self._objectives])
+
+    def _verdict(self, quality: str, number: int, rival: int) -> Verdict:
+        margin = self._stopping.margin * _SCALES[quality] / _SCALES["val/psnr"]
+        return self._race(quality, rival).verdict(self._values[quality][number], margin)
 
     def _race(self, quality: str, rival: int) -> Race:
         known = (rival, len(self._ended))
