@@ -60,10 +60,11 @@ def _figures(ledger: Ledger) -> Iterator[tuple[str, str, go.Figure]]:
         yield "Pareto front", "No configuration is better in all objectives.", figure
     if len(complete) >= _ENOUGH and len(ledger.plan.spec.space) > 1:
         first = objectives[0]
-        figure = charts.plot_parallel_coordinate(
-            study, target=lambda trial: trial.values[0], target_name=first
-        )
-        yield "Parallel coordinates", f"One line per configuration, coloured by {first}.", figure
+        # Given a target, Optuna takes low for good; it knows the direction of a single objective.
+        target = None if len(objectives) == 1 else lambda trial: -trial.values[0]
+        figure = charts.plot_parallel_coordinate(study, target=target, target_name=first)
+        about = f"One line per configuration, the darker the better in {first}."
+        yield "Parallel coordinates", about, figure
         about = "Share of each knob in what separates good configurations (PED-ANOVA)."
         yield "Importances", about, importances(ledger)
     yield "Race", "Units of each configuration, and what became of it.", _race(ledger)
