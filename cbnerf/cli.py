@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,6 +31,7 @@ from cbnerf.config import (
     load_config,
     preset,
 )
+from cbnerf.data.library import default_storage
 from cbnerf.data.llff import read_capture, write_capture
 from cbnerf.data.procedural import BUILT_IN_SCENES, make_capture
 from cbnerf.data.references import find_references
@@ -228,7 +229,7 @@ class Cache:
 
     action: tyro.conf.Positional[Literal["list", "verify", "prune"]]
     """`list` the entries, `verify` every byte of them, `prune` broken, idle and surplus ones."""
-    storage: Path = Path("runs")
+    storage: Path = field(default_factory=default_storage)
     """Folder that `tune.py` and `cbnerf compare` were given."""
     days: float = math.inf
     """With `prune`: remove entries not used for this many days."""
@@ -267,7 +268,7 @@ class Report:
 
     study: tyro.conf.Positional[str]
     """Name of the study."""
-    storage: Path = Path("runs")
+    storage: Path = field(default_factory=default_storage)
     """Folder that `tune.py` was given."""
 
     def run(self) -> None:

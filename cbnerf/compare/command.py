@@ -1,6 +1,6 @@
 """What `cbnerf compare` is asked for, checked before anything is trained."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ import yaml
 from cbnerf.compare.protocols import Protocol, adapt
 from cbnerf.compare.run import Comparison
 from cbnerf.config import METHODS, Config, load_config, preset, with_overrides
-from cbnerf.data.library import choose_scenes, locate_data
+from cbnerf.data.library import choose_scenes, default_storage, locate_data
 
 
 @dataclass(kw_only=True)
@@ -29,8 +29,8 @@ class Request:
     data: Path | None = None
     """Folder of LLFF scene folders; else $CBNERF_DATA, else data/nerf_llff_data, else the
     built-in scenes."""
-    storage: Path = Path("runs")
-    """Folder for the cache that trained stages are kept in."""
+    storage: Path = field(default_factory=default_storage)
+    """Folder for the cache of trained stages, $CBNERF_STORAGE or runs if not given."""
     output: Path | None = None
     """Folder for the report; in the storage if not given."""
     knobs: tuple[str, ...] = ()

@@ -14,8 +14,14 @@ from cbnerf.data.scene import Scene, make_scene
 
 DATA_VARIABLE = "CBNERF_DATA"
 DEFAULT_DATA = Path("data/nerf_llff_data")
+STORAGE_VARIABLE = "CBNERF_STORAGE"
 PAPER_SCENES = ("fern", "flower", "fortress", "horns", "leaves", "orchids", "room", "trex")
 NUM_BUILT_IN_VIEWS = 13
+
+
+def default_storage() -> Path:
+    """Where studies, trained stages and built-in scenes are kept if no folder is given."""
+    return Path(os.environ.get(STORAGE_VARIABLE) or "runs")
 
 
 def locate_data(data: Path | None) -> tuple[Path | None, list[str]]:

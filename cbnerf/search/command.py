@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 from ray.tune import TuneError
 
 from cbnerf.config import load_yaml, with_overrides
-from cbnerf.data.library import DATA_VARIABLE, DEFAULT_DATA
+from cbnerf.data.library import DATA_VARIABLE, DEFAULT_DATA, default_storage
 from cbnerf.data.llff import count_views
 from cbnerf.search.estimate import calibrate
 from cbnerf.search.ledger import Ledger
@@ -63,14 +63,18 @@ class Options:
     resume: bool = False
     """Go on with the study `--name` as it was started, without repeating its other options. (The
     same command as before goes on without this flag, too.)"""
-    storage: Path = Path("runs")
-    """Folder for studies, cache and MLflow; on a cluster one that all machines share."""
+    storage: Path = field(default_factory=default_storage)
+    """Folder for studies, cache and MLflow, $CBNERF_STORAGE or runs if not given; on a cluster one
+    that all machines share."""
     concurrency: int | None = None
     """Training runs at a time; as many as the machines hold if not given. With 1 the same seed
     gives the same trials and values on a CPU, bit for bit."""
     cache: str | None = None
     """URI of a store that trained stages are shared through beyond `--storage`, such as
     s3://bucket/cache."""
+    gpus: float | None = None
+    """GPUs of each process of a training run, overriding the specification; may be a part of one.
+    Needed where machines with GPUs only join once trainings wait for them."""
     address: str | None = None
     """Ray cluster to run on, such as `auto`; a local Ray is started if not given."""
     dry_run: bool = False
@@ -98,6 +102,10 @@ def _run(options: Options, default_config: Path) -> None:
     request = _load_request(options) if options.resume else _make_request(options, default_config)
     if options.trials is not None:
         request["spec"]["trials"] = options.trials
+    if options.gpus is not None:
+        request["spec"]["resources"] = request["spec"].get("resources", {}) | {
+            "gpus_per_worker": options.gpus
+        }
     if options.concurrency is not None and options.concurrency < 1:
         raise ValueError("--concurrency must be at least 1")
     _settle(request, options, has_gpu=False)  # Mistakes come out before Ray starts.

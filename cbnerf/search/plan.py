@@ -91,12 +91,12 @@ def make_plan(
     cache_store: str | None = None,
 ) -> Plan:
     """Settle what `auto` means, find the scenes, and check all of it."""
-    resolution = spec.resolution
-    if resolution == "auto":
-        resolution = "x2-504" if has_gpu else "x2-128"
     gpus = spec.resources.gpus_per_worker
     if gpus == "auto":
         gpus = 0.25 if has_gpu else 0
+    resolution = spec.resolution
+    if resolution == "auto":
+        resolution = "x2-504" if gpus else "x2-128"
     base = with_overrides(preset(spec.method, resolution), spec.fixed)
     _check_space(base, spec)
     _check_batches(base, spec.resources.workers)

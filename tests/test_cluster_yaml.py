@@ -1,0 +1,165 @@
+"""cluster.yaml and its overlays, held against Ray's own checks, the project and the shell."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.search
+pytest.importorskip("ray")
+
+ROOT = Path(__file__).parents[1]
+CLUSTERS = ROOT / "clusters"
+OVERLAYS = {"aws": None, "gcp": CLUSTERS / "gcp.yaml", "hosts": CLUSTERS / "hosts.yaml"}
+COMMANDS = (
+    "initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands",
+    "head_start_ray_commands", "worker_start_ray_commands",
+)  # fmt: skip
+SECRETS = r"AKIA|BEGIN [A-Z ]*PRIVATE|(password|secret|token)\w*=\w"
+SCRIPTS = sorted(CLUSTERS.glob("*.sh"))
+
+
+def merged(overlay: Path | None) -> dict[str, Any]:
+    """cluster.yaml with the keys of an overlay, by the line that README.md gives."""
+    if overlay is None:
+        return yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    readme = (ROOT / "README.md").read_text()
+    (line,) = re.findall(r"^python -c .*cluster\.yaml clusters/.*$", readme, re.MULTILINE)
+    command = re.sub(r"clusters/\w+\.yaml", str(overlay.relative_to(ROOT)), line)
+    command = command.partition(">")[0].replace("python", sys.executable, 1)
+    answer = subprocess.run(shlex.split(command), cwd=ROOT, capture_output=True, check=True)
+    return yaml.safe_load(answer.stdout)
+
+
+@pytest.fixture(params=OVERLAYS)
+def cluster(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return merged(OVERLAYS[request.param])
+
+
+def commands(cluster: dict[str, Any]) -> list[str]:
+    return [command for kind in COMMANDS for command in cluster.get(kind, [])]
+
+
+def test_ray_accepts_it(cluster: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    if cluster["provider"]["type"] == "gcp":
+        cluster["provider"]["project_id"] = "somebodys-project"
+    validate_config(prepare_config(cluster))
+
+
+def test_trainings_never_run_on_the_head_of_a_cloud_and_spot_comes_first():
+    for kind in ("aws", "gcp"):
+        nodes = merged(OVERLAYS[kind])["available_node_types"]
+        assert nodes["head"]["resources"] == {"CPU": 0}
+        spot, fallback = nodes["gpu_spot"], nodes["gpu_on_demand"]
+        assert spot["resources"] == fallback["resources"]
+        assert spot["resources"]["GPU"] == 1
+        assert spot["priority"] > fallback["priority"]
+        assert spot["min_workers"] == fallback["min_workers"] == 0
+        assert "spot" in str(spot["node_config"]).lower()
+        assert "spot" not in str(fallback["node_config"]).lower()
+
+
+def test_aws_would_understand_its_machines():
+    botocore = pytest.importorskip("botocore.session")
+    from botocore.validate import ParamValidator
+
+    shape = (
+        botocore.Session()
+        .get_service_model("ec2", api_version=None)
+        .operation_model("RunInstances")
+        .input_shape
+    )
+    for node in merged(None)["available_node_types"].values():
+        asked = {"MinCount": 1, "MaxCount": 1, **node["node_config"]}
+        report = ParamValidator().validate(asked, shape)
+        assert not report.has_errors(), report.generate_report()
+
+
+def test_commands_and_scripts_are_valid_bash(cluster: dict[str, Any]):
+    for text in [*commands(cluster), *(script.read_text() for script in SCRIPTS)]:
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+def test_files_that_commands_name_are_synced(cluster: dict[str, Any]):
+    assert cluster["file_mounts"] == {"~/cbnerf": "."}
+    named = {n for command in commands(cluster) for n in re.findall(r"~/cbnerf/(\S+)\b", command)}
+    assert named >= {f"clusters/{script.name}" for script in SCRIPTS}
+    assert all((ROOT / name).exists() for name in named)
+    for heavy in (".venv", ".git", "runs", "data"):
+        assert heavy in cluster["rsync_exclude"]
+
+
+def test_machines_install_the_versions_that_were_tested(cluster: dict[str, Any]):
+    installs = [command for command in commands(cluster) if "pip install" in command]
+    assert installs and all("-c constraints.txt" in command for command in installs)
+
+
+def test_what_is_served_is_served_to_localhost_alone(cluster: dict[str, Any]):
+    texts = "\n".join([*commands(cluster), *(script.read_text() for script in SCRIPTS)])
+    assert not re.search(r"(?<!\d)0\.0\.0\.0", texts)
+    assert "--dashboard-host 127.0.0.1" in texts
+    hosts = re.findall(r"--host (\S+)", texts)
+    assert hosts == ["127.0.0.1"]
+
+
+def test_no_file_holds_a_secret():
+    for file in [ROOT / "cluster.yaml", *CLUSTERS.iterdir()]:
+        for line in file.read_text().splitlines():
+            assert not re.search(
+                r"AKIA|BEGIN [A-Z ]*PRIVATE|(password|secret|token)\w*=\w", line, re.I
+            )
+
+
+def test_the_next_steps_parse():
+    from cbnerf.search.command import Options
+
+    text = (CLUSTERS / "next_steps.txt").read_text()
+    tyro = pytest.importorskip("tyro")
+    (arguments,) = re.findall(r"python tune\.py ([^']*)'", text)
+    options = tyro.cli(Options, args=arguments.split())
+    assert (options.address, options.gpus) == ("auto", 0.25)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A home directory as a head has it, around this project and this environment."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "cbnerf").symlink_to(ROOT)
+    (home / "venv" / "bin").mkdir(parents=True)
+    (home / "venv" / "bin" / "activate").write_text(f"PATH={Path(sys.executable).parent}:$PATH\n")
+    return home
+
+
+def in_shell(home: Path, command: str, **variables: str) -> str:
+    environment = {"PATH": os.environ["PATH"], "HOME": str(home), **variables}
+    answer = subprocess.run(
+        ["bash", "-euc", command], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout
+
+
+def test_settings_point_the_search_at_the_shared_folder(home: Path):
+    command = ". ~/cbnerf/clusters/settings.sh; echo $CBNERF_STORAGE $MLFLOW_TRACKING_URI"
+    assert in_shell(home, command) == "/mnt/cbnerf http://127.0.0.1:5000\n"
+    (home / "cbnerf.secrets").write_text("export MLFLOW_BACKEND_STORE_URI=postgresql://db\n")
+    command = ". ~/cbnerf/clusters/settings.sh; echo $MLFLOW_BACKEND_STORE_URI"
+    assert in_shell(home, command) == "postgresql://db\n"
+
+
+def test_a_folder_that_is_already_shared_is_left_alone(home: Path):
+    storage = home / "shared"
+    in_shell(
+        home, "bash ~/cbnerf/clusters/share_folder.sh", CBNERF_NFS="mounted",
+        CBNERF_STORAGE=str(storage),
+    )  # fmt: skip
+    assert storage.is_dir()
