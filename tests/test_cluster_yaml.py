@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -93,8 +94,24 @@ def test_files_that_commands_name_are_synced(cluster: dict[str, Any]):
     named = {n for command in commands(cluster) for n in re.findall(r"~/cbnerf/(\S+)\b", command)}
     assert named >= {f"clusters/{script.name}" for script in SCRIPTS}
     assert all((ROOT / name).exists() for name in named)
-    for heavy in (".venv", ".git", "runs", "data"):
-        assert heavy in cluster["rsync_exclude"]
+
+
+def test_all_of_the_project_is_synced_and_nothing_heavy(tmp_path: Path):
+    if not shutil.which("rsync"):
+        pytest.skip("needs rsync")
+    project, copy = tmp_path / "project", tmp_path / "copy"
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    heavy = [".venv/lib/big.so", ".git/index", "runs/cache/x", "data/nerf_llff_data/x",
+             "cbnerf/__pycache__/x.pyc"]  # fmt: skip
+    for name in [*tracked, *heavy]:
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).touch()
+    excluded = [f"--exclude={pattern}" for pattern in merged(None)["rsync_exclude"]]
+    subprocess.run(["rsync", "-a", *excluded, f"{project}/", copy], check=True)
+    synced = {str(file.relative_to(copy)) for file in copy.rglob("*") if file.is_file()}
+    assert synced == set(tracked)
 
 
 def test_machines_install_the_versions_that_were_tested(cluster: dict[str, Any]):
@@ -123,7 +140,7 @@ def test_the_next_steps_parse():
 
     text = (CLUSTERS / "next_steps.txt").read_text()
     tyro = pytest.importorskip("tyro")
-    (arguments,) = re.findall(r"python tune\.py ([^']*)'", text)
+    (arguments,) = re.findall(r"tune\.py ([^']*)'", text)
     options = tyro.cli(Options, args=arguments.split())
     assert (options.address, options.gpus) == ("auto", 0.25)
 

@@ -14,7 +14,7 @@ from cbnerf.config import Config, flatten, load_yaml
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMPARE_COMMANDS = re.findall(r"cbnerf compare ([^#\n`]*)", README)
-TUNE_COMMANDS = re.findall(r"python tune\.py ([^#\n`']*)", README)
+TUNE_COMMANDS = re.findall(r"python (?:~/cbnerf/)?tune\.py ([^#\n`']*)", README)
 
 
 def block_after(mark: str) -> str:

@@ -67,8 +67,9 @@ class Options:
     """Folder for studies, cache and MLflow, $CBNERF_STORAGE or runs if not given; on a cluster one
     that all machines share."""
     concurrency: int | None = None
-    """Training runs at a time; as many as the machines hold if not given. With 1 the same seed
-    gives the same trials and values on a CPU, bit for bit."""
+    """Training runs at a time; as many as the machines hold if not given, and on a cluster as many
+    again wait for machines to join. With 1 the same seed gives the same trials and values on a
+    CPU, bit for bit."""
     cache: str | None = None
     """URI of a store that trained stages are shared through beyond `--storage`, such as
     s3://bucket/cache."""
@@ -116,14 +117,15 @@ def _run(options: Options, default_config: Path) -> None:
         if options.dry_run:
             _price(plan)
             return
+        _check_room(plan, options.address)
         check_space(plan.storage, needed=_bytes_needed(plan, views))
         plan.folder.mkdir(parents=True, exist_ok=True)
         _check_same_resolution(plan)
         settled = request | {"resolution": plan.resolution}
         (plan.folder / _REQUEST_FILE).write_text(yaml.safe_dump(settled, sort_keys=False))
         concurrency = options.concurrency
-        if concurrency is None and (options.address is None or plan.spec.resources.workers > 1):
-            concurrency = max(num_slots(plan), 1)  # A cluster may grow while single runs wait.
+        if concurrency is None and options.address is None:
+            concurrency = num_slots(plan)
         outcome = run_study(plan, print, concurrency)
     if outcome is None:
         raise ValueError(f"study {plan.name}: every configuration failed; see its runs in MLflow")
@@ -276,6 +278,18 @@ def _describe(plan: Plan, views: dict[str, int | None]) -> None:
     if num_slots(plan) == 0:
         print("           (none fits now; waiting for machines to join)")
     sys.stdout.flush()
+
+
+def _check_room(plan: Plan, address: str | None) -> None:
+    """No machine joins a local Ray, so what does not fit now never will."""
+    if address is None and num_slots(plan) == 0:
+        spec, has = plan.spec.resources, ray.cluster_resources()
+        raise ValueError(
+            f"a training run needs {spec.workers * spec.cpus_per_worker} "
+            f"CPUs and {spec.workers * plan.gpus_per_worker} GPUs, this machine has "
+            f"{has.get('CPU', 0):.0f} and {has.get('GPU', 0):.0f}; lower `resources`, or give "
+            "--address of a cluster"
+        )
 
 
 def _price(plan: Plan) -> None:

@@ -19,11 +19,15 @@ Ended = Callable[[Unit, Metrics | None], None]
 class TuneSearcher(Searcher):
     """Hands the ledger's units to Tune as `{"units": [...]}` and books what it hears of them."""
 
-    def __init__(self, ledger: Ledger, ended: Ended, *, walk: bool = False):
-        """With `walk` a trial goes through all scenes of a rung, else it has one unit."""
+    def __init__(
+        self, ledger: Ledger, ended: Ended, *, limit: Callable[[], int], walk: bool = False
+    ):
+        """At most `limit()` trials are under way or wait for room, at any time. With `walk` a trial
+        goes through all scenes of a rung, else it has one unit."""
         super().__init__()  # Given a metric, Tune would end the study at a unit without it.
         self._ledger = ledger
         self._ended = ended
+        self._limit = limit
         self._walk = walk
         self._units: dict[str, list[Unit]] = {}
         self._ended_units: dict[str, set[int]] = {}
@@ -32,7 +36,7 @@ class TuneSearcher(Searcher):
         return self  # Tune copies searchers; there is only one study.
 
     def suggest(self, trial_id: str) -> dict[str, Any] | Literal["FINISHED"] | None:  # type: ignore[override]
-        units = self._next()
+        units = self._next() if len(self._units) < self._limit() else []
         if not units:
             return Searcher.FINISHED if self._ledger.is_over else None  # type: ignore[return-value]
         self._units[trial_id], self._ended_units[trial_id] = units, set()

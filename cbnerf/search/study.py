@@ -1,5 +1,6 @@
 """Run a study: stage 1 of every scene, then the search, then the report."""
 
+import functools
 import json
 import logging
 import os
@@ -25,6 +26,9 @@ from cbnerf.search.spec import QUALITIES
 from cbnerf.search.tracking import Tracker
 from cbnerf.search.trial import run_base_field, run_units, score_best
 
+_FIRST_WAITING = 8
+"""Training runs that wait while no machine has joined."""
+
 
 class Outcome(NamedTuple):
     """How a study ended."""
@@ -44,7 +48,8 @@ def run_study(
 ) -> Outcome | None:
     """Run what is left of a study on the Ray that is initialised; None if all of it failed.
 
-    At most `concurrency` training runs stand at a time; without, as many as there is room for.
+    At most `concurrency` training runs stand at a time; without, as many as there is room for, and
+    as many again wait, so that an autoscaler sees that there is work for more machines.
     """
     seconds: dict[str, float] = {}
     with _timed(seconds, "storage"):
@@ -126,9 +131,10 @@ def _search(plan: Plan, ledger: Ledger, tracker: Tracker, concurrency: int | Non
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(run_units, plan=plan), _trial_resources(plan)),
             tune_config=tune.TuneConfig(
-                search_alg=TuneSearcher(ledger, diary.end_unit, walk=workers > 1),
+                search_alg=TuneSearcher(
+                    ledger, diary.end_unit, limit=_limit(plan, concurrency), walk=workers > 1
+                ),
                 num_samples=plan.num_units - ledger.num_booked,  # At most; the searcher ends it.
-                max_concurrent_trials=concurrency,
                 reuse_actors=workers == 1,
             ),
             run_config=tune.RunConfig(
@@ -140,6 +146,18 @@ def _search(plan: Plan, ledger: Ledger, tracker: Tracker, concurrency: int | Non
             ),
         )
         tuner.fit()
+
+
+def _limit(plan: Plan, concurrency: int | None) -> Callable[[], int]:
+    if concurrency is not None:
+        return lambda: concurrency
+
+    # Asked at every turn of Tune's loop, while machines join and go in minutes.
+    @functools.lru_cache(maxsize=1)
+    def room(when: int) -> int:
+        return max(2 * num_slots(plan), _FIRST_WAITING)
+
+    return lambda: room(int(time.monotonic() // 10))
 
 
 def _trial_resources(plan: Plan) -> dict[str, float]:
@@ -216,6 +234,7 @@ class _Diary(tune.Callback):
     ) -> None:
         if "step" in result:
             unit = _units(trial)[result["unit"]]
+            self._tracker.note_node(unit, result["hostname"])
             self._tracker.log_step(unit, unit_metrics(result), result["step"])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -295,4 +314,6 @@ def quieten_libraries() -> None:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    # How many trials may wait is up to the searcher.
+    os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "100000")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")

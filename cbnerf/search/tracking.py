@@ -41,6 +41,7 @@ class Tracker:
         self.experiment_id = self._open_experiment()
         self._fields: dict[str, str] = {}
         self._opened: set[str] = set()
+        self._nodes: dict[str, str] = {}
         self._runs = {run.data.tags["cbnerf.key"]: run.info.run_id for run in self._existing_runs()}
 
     def log_field(self, scene: str, folder: Path, metrics: dict[str, float]) -> None:
@@ -77,6 +78,13 @@ class Tracker:
     def log_step(self, unit: Unit, metrics: Metrics, step: int) -> None:
         """One point of a unit's curves."""
         self._log(self._runs[_unit_key(unit)], metrics, step=step)
+
+    def note_node(self, unit: Unit, name: str) -> None:
+        """The machine that a unit runs on."""
+        run = self._runs[_unit_key(unit)]
+        if self._nodes.get(run) != name:
+            self._nodes[run] = name
+            self._client.set_tag(run, "cbnerf.node", name)
 
     def end_unit(self, unit: Unit, metrics: Metrics | None) -> None:
         """Images and checkpoint of a whole training; None marks it failed."""

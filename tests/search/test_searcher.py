@@ -64,7 +64,9 @@ def test_tune_runs_every_unit_and_books_its_last_report(tiny_plan, local_ray, wa
     tune.Tuner(
         quadratic,
         tune_config=tune.TuneConfig(
-            search_alg=TuneSearcher(ledger, book, walk=walk), num_samples=8, reuse_actors=True
+            search_alg=TuneSearcher(ledger, book, limit=lambda: 2, walk=walk),
+            num_samples=8,
+            reuse_actors=True,
         ),
         run_config=tune.RunConfig(storage_path=str(plan.folder), verbose=0),
     ).fit()
@@ -77,6 +79,17 @@ def test_tune_runs_every_unit_and_books_its_last_report(tiny_plan, local_ray, wa
         else:
             expected = -((math.log(trial.params["codebook.beta"]) - 0.3) ** 2)
             assert trial.value == pytest.approx(expected)
+
+
+def test_no_more_trials_stand_than_the_limit_says_at_that_time(tiny_plan):
+    plan = tiny_plan("arcade,blinds", trials=6, stopping=NO_STOPPING)
+    ledger, limit = Ledger(plan), 1
+    searcher = TuneSearcher(ledger, ledger.book, limit=lambda: limit)
+    assert searcher.suggest("a") and searcher.suggest("b") is None
+    limit = 3
+    assert searcher.suggest("b") and searcher.suggest("c") and searcher.suggest("d") is None
+    searcher.on_trial_complete("a", {"val/psnr": 20.0, "unit": 0, "ended": True})
+    assert searcher.suggest("d") and searcher.suggest("e") is None
 
 
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's

@@ -388,6 +388,17 @@ def test_a_broken_scene_folder_is_named_before_anything_is_trained(
     assert not (tmp_path / "runs").exists()
 
 
+def test_what_never_fits_on_this_machine_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    big = SMOKE.read_text() + "\nresources: {cpus_per_worker: 1000}\n"
+    (tmp_path / "big.yaml").write_text(big)
+    assert call(monkeypatch, "--config", "big.yaml", "--scenes", "arcade") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "needs 1000 CPUs" in line and "--address" in line
+    assert not (tmp_path / "runs").exists()
+
+
 def test_another_search_under_the_same_name_is_refused(
     story: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
