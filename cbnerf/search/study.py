@@ -1,6 +1,5 @@
 """Run a study: stage 1 of every scene, then the search, then the report."""
 
-import functools
 import json
 import logging
 import os
@@ -126,14 +125,13 @@ def _close_run(ledger: Ledger, tracker: Tracker, number: int) -> None:
 
 def _search(plan: Plan, ledger: Ledger, tracker: Tracker, concurrency: int | None) -> None:
     workers = plan.spec.resources.workers
+    limit = _Room(plan) if concurrency is None else lambda: concurrency
     with _progress(plan.spec.trials, "search", "configuration", done=ledger.num_told) as bar:
         diary = _Diary(plan, ledger, tracker, bar)
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(run_units, plan=plan), _trial_resources(plan)),
             tune_config=tune.TuneConfig(
-                search_alg=TuneSearcher(
-                    ledger, diary.end_unit, limit=_limit(plan, concurrency), walk=workers > 1
-                ),
+                search_alg=TuneSearcher(ledger, diary.end_unit, limit=limit, walk=workers > 1),
                 num_samples=plan.num_units - ledger.num_booked,  # At most; the searcher ends it.
                 reuse_actors=workers == 1,
             ),
@@ -148,16 +146,18 @@ def _search(plan: Plan, ledger: Ledger, tracker: Tracker, concurrency: int | Non
         tuner.fit()
 
 
-def _limit(plan: Plan, concurrency: int | None) -> Callable[[], int]:
-    if concurrency is not None:
-        return lambda: concurrency
+class _Room:
+    """Twice as many training runs as the machines hold, looked up every few seconds: Tune asks at
+    every turn of its loop, while machines join and go in minutes."""
 
-    # Asked at every turn of Tune's loop, while machines join and go in minutes.
-    @functools.lru_cache(maxsize=1)
-    def room(when: int) -> int:
-        return max(2 * num_slots(plan), _FIRST_WAITING)
+    def __init__(self, plan: Plan):
+        self._plan, self._size, self._until = plan, 0, 0.0
 
-    return lambda: room(int(time.monotonic() // 10))
+    def __call__(self) -> int:
+        if time.monotonic() > self._until:
+            self._size = max(2 * num_slots(self._plan), _FIRST_WAITING)
+            self._until = time.monotonic() + 10
+        return self._size
 
 
 def _trial_resources(plan: Plan) -> dict[str, float]:
