@@ -80,7 +80,7 @@ class PlanesConfig:
     channels: int = 16
     """Features of each plane."""
     cells_per_pixel: float = 1.0
-    """Cells across the finest xy plane per high-res pixel of the image width."""
+    """Cells of the finest planes per high-res pixel, across what the cameras see at infinity."""
     depth_cells: int = 96
     """Cells of the finest planes along NDC depth."""
     scales: tuple[int, ...] = (1, 4)
@@ -89,8 +89,10 @@ class PlanesConfig:
     """A plane is the sum of this many grids, each half as fine as the one before."""
     hidden: int = 64
     """Width of the two small MLPs behind the planes."""
+    grid_lr: float = 1.0
+    """Learning rate of the planes as a multiple of `field.optim.lr`."""
     network_lr: float = 0.3
-    """Learning rate of these MLPs as a share of that of the planes."""
+    """Learning rate of the MLPs behind them as a multiple of `field.optim.lr`."""
     tv_weight: float = 1e-2
     """Weight of the total variation of the planes."""
     proposal_weight: float = 1.0
@@ -99,9 +101,8 @@ class PlanesConfig:
     def __post_init__(self):
         for name in ("channels", "depth_cells", "levels", "hidden"):
             _check(getattr(self, name) >= 1, f"field.planes.{name}", getattr(self, name), ">= 1")
-        _check(
-            self.cells_per_pixel > 0, "field.planes.cells_per_pixel", self.cells_per_pixel, "> 0"
-        )
+        for name in ("cells_per_pixel", "grid_lr", "network_lr"):
+            _check(getattr(self, name) > 0, f"field.planes.{name}", getattr(self, name), "> 0")
         _check(
             len(self.scales) > 0 and min(self.scales) >= 1,
             "field.planes.scales", self.scales, "a list of integers >= 1",
@@ -138,6 +139,9 @@ class FieldConfig:
     """A low-res pixel is the mean of its scale x scale sub-pixel rays (NeRF-SR); else one ray."""
     sub_rays: int = 2
     """Sub-pixel rays drawn per pixel and step; 0 takes all scale x scale of them."""
+    opposite_sub_rays: bool = True
+    """Draw an even number of them in pairs opposite each other about the middle of the pixel: a
+    slope of the colour across the pixel cancels, and few rays give nearly the mean of all."""
     num_coarse_samples: int = 64
     """Samples per ray of the first pass: coarse network or proposal."""
     num_fine_samples: int = 32
@@ -194,8 +198,8 @@ class CodebookConfig:
     """Move codes by exponential moving averages instead of gradients."""
     ema_decay: float = 0.99
     """Decay of these averages."""
-    data_init: bool = False
-    """Start from latents of the first batch instead of normal noise."""
+    kmeans_init: bool = False
+    """Start from k-means over latents of the training photographs instead of normal noise."""
     revive_below: float = 0.0
     """Replace codes whose average number of uses per step falls below this; 0 never does."""
 
@@ -227,12 +231,14 @@ class RefinerConfig:
     """Stage 2: the network that sharpens stage-1 renders."""
 
     kind: Literal["residual", "paper", "reference", "linear", "none"] = "residual"
-    """`residual` adds a correction to the render; `paper` is the published encoder-decoder;
-    `reference` looks into a high-res photograph (NeRF-SR); `linear` is a fitted 7x7 filter."""
+    """`residual` corrects the render by a CNN and by the filters of its codes; `paper` is the
+    published encoder-decoder; `reference` looks into a high-res photograph (NeRF-SR); `linear` is
+    a fitted 7x7 filter."""
     codes: bool = True
-    """Inject code features; False is the control `residual-cnn`."""
+    """Use the codes; with False, the control `residual-cnn`, one code serves all places."""
     skips: Literal["hr", "sr", "mixed"] = "mixed"
-    """Whose codes the decoder sees in training: HR patch's (released code), SR patch's, or both."""
+    """Whose codes the decoder of `paper` sees in training: HR patch's (released code), SR patch's,
+    or both."""
     channels: int = 48
     """Features of the residual refiner; of the first scale of the reference refiner."""
     blocks: int = 4
@@ -304,7 +310,7 @@ _PAPER_REFINER = RefinerConfig(
 )
 _REFERENCE_REFINER = replace(_PAPER_REFINER, kind="reference", channels=128)
 _HEALTHY_CODEBOOK = CodebookConfig(
-    dim=16, normalize=True, ema=True, data_init=True, revive_below=0.05
+    dim=32, imitation="ce", ema=True, kmeans_init=True, revive_below=0.05
 )
 
 METHODS: dict[str, Config] = {
@@ -338,17 +344,39 @@ RESOLUTIONS: dict[str, dict[str, Any]] = {
         "data.width": 252, "field.optim.steps": 1500, "refiner.optim.steps": 1000,
     },
     "x2-128": _CPU_SIZE | {
-        "data.width": 128, "field.num_fine_samples": 16, "field.optim.steps": 300,
+        "data.width": 128, "field.num_fine_samples": 16, "field.optim.steps": 330,
+        # Few steps have to be large ones.
+        "field.planes.grid_lr": 3.0,
         "refiner.optim.steps": 150,
+        # An evaluation solves for all filters: here nearly a fifth of the training's time.
+        "refiner.optim.evaluations": 2,
     },
     "tiny": _CPU_SIZE | {
         "data.width": 64, "field.num_fine_samples": 16, "field.optim.steps": 20,
         "field.optim.batch_size": 64,
         "field.planes.hidden": 16, "field.mlp.width": 32,
         "refiner.optim.steps": 10, "refiner.optim.batch_size": 2, "refiner.channels": 8,
+        "codebook.size": 64,
     },
 }  # fmt: skip
 """Overrides by name: image size, and below 504 pixels a schedule that a CPU can run."""
+
+_PUBLISHED_CPU_SIZE = {
+    "field.precision": "bfloat16",
+    "field.optim.batch_size": 128,
+    # A render by the MLP takes as long as twenty of its steps.
+    "field.optim.evaluations": 2,
+}
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "x2-252": _PUBLISHED_CPU_SIZE | {
+        "field.optim.steps": 6000, "refiner.optim.steps": 10_000,
+    },
+    "x2-128": _PUBLISHED_CPU_SIZE | {
+        "field.optim.steps": 2000, "refiner.optim.steps": 1500, "refiner.optim.evaluations": 4,
+    },
+}  # fmt: skip
+"""What methods on NeRF's MLP have besides: more and smaller updates, for neither the MLP nor their
+refiners come near a result in the few steps that the planes and a correction of a render need."""
 
 
 DEFAULT_METHOD = "cb-nerf"
@@ -361,7 +389,8 @@ def preset(method: str, resolution: str = DEFAULT_RESOLUTION) -> Config:
         raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
     if resolution not in RESOLUTIONS:
         raise ValueError(f"unknown resolution {resolution!r}; choose from {', '.join(RESOLUTIONS)}")
-    return with_overrides(METHODS[method], RESOLUTIONS[resolution])
+    published = _PUBLISHED.get(resolution, {}) if METHODS[method].field.kind == "mlp" else {}
+    return with_overrides(METHODS[method], RESOLUTIONS[resolution] | published)
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -39,10 +39,28 @@ def test_a_patch_fits_into_the_images_of_every_preset(config: Config):
 
 
 def test_a_preset_changes_only_what_its_resolution_names():
+    schedule = {
+        "field.precision",
+        "field.optim.evaluations",
+        "refiner.optim.steps",
+        "refiner.optim.evaluations",
+    }
     for method, config in METHODS.items():
+        published = schedule if config.field.kind == "mlp" else set[str]()
         for name, overrides in RESOLUTIONS.items():
             before, after = flatten(config), flatten(preset(method, name))
-            assert {k for k in after if after[k] != before[k]} <= set(overrides)
+            changed = {k for k in after if after[k] != before[k]}
+            assert changed <= set(overrides) | published
+
+
+def test_at_cpu_sizes_the_published_systems_take_more_and_smaller_updates():
+    for size in ("x2-128", "x2-252"):
+        ours, mlp = (preset(name, size) for name in ("cb-nerf", "nerf-sr"))
+        assert mlp.field.optim.batch_size < ours.field.optim.batch_size
+        assert mlp.field.optim.steps > ours.field.optim.steps
+        assert mlp.refiner.optim.steps > ours.refiner.optim.steps
+    # On a GPU they keep what was published.
+    assert preset("nerf-sr", "x2-504").field == METHODS["nerf-sr"].field
 
 
 def test_order_of_overrides_does_not_matter():

@@ -1,23 +1,28 @@
-"""VQ autoencoders: the published one, and a light one that works at a quarter of the resolution.
+"""VQ autoencoders: the published one with a code per 4x4 pixels, a light one with one per pixel.
 
-Both have one code per 4x4 pixels, latents `[batch height/4 width/4 dim]`, and no normalisation
-layers. Images are `[batch 3 height width]` with sides divisible by 4, in [-1, 1]. What a decoder
-lends to the refiner on its way to the image are its *skips*.
+Latents are `[batch rows columns dim]`, rows and columns those of the codes. Images are
+`[batch 3 height width]` with sides divisible by 4, in [-1, 1]. What a decoder lends to the refiner
+on its way to the image are its *skips*.
 """
 
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cbnerf.codebook.fsq import build_quantizer
 from cbnerf.codebook.imitation import imitation_loss
-from cbnerf.codebook.quantizer import vq_loss
+from cbnerf.codebook.quantizer import Quantized, vq_loss
 from cbnerf.config import CodebookConfig
 
 STRIDE = 4
-"""Pixels per code and side."""
+"""Pixels per code and side of the published autoencoder."""
+LIGHT_SIDE = 7
+"""Pixels per side that a code of the light autoencoder describes."""
+_FLAT = 0.1
 
 
 class Decoded(NamedTuple):
@@ -48,6 +53,11 @@ class ResidualStack(nn.Module):
 
 class Encoder(nn.Sequential):
     """The published encoder; the main branch of the refiner has one of its own."""
+
+    stride = STRIDE
+    imitated = 1
+    """In training, every so many-th latent of a row and column of a render is looked up, if no
+    skips are to come of it."""
 
     def __init__(self, dim: int):
         super().__init__(
@@ -100,28 +110,49 @@ class ResidualBlock(nn.Sequential):
         return features + super().forward(features)
 
 
-class LightEncoder(nn.Sequential):
-    def __init__(self, dim: int, channels: int):
-        super().__init__(
-            nn.PixelUnshuffle(STRIDE),
-            nn.Conv2d(3 * STRIDE**2, channels, 3, padding=1),
-            ResidualBlock(channels),
-            nn.ReLU(),
-            nn.Conv2d(channels, dim, 1),
-        )
+class LightEncoder(nn.Module):
+    """A code per pixel: linear features of the 7x7 pixels around it.
+
+    They start as the principal components of photographs, and as a constant beside which features
+    without contrast are small, so that flat places do not have the codes of noise.
+    """
+
+    stride = 1
+    imitated = 2  # What neighbours see overlaps by six pixels of seven.
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.features = nn.Conv2d(3, dim, LIGHT_SIDE, padding=LIGHT_SIDE // 2)
+
+    def forward(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch dim height width"]:
+        return self.features(images)
+
+    @torch.no_grad()
+    def start_from(self, images: Iterable[Float[Tensor, "batch 3 height width"]]) -> None:
+        """Take the principal components of some images."""
+        weight, bias = self.features.weight, self.features.bias
+        assert bias is not None
+        gram = torch.zeros(weight[0].numel(), weight[0].numel(), dtype=torch.float64)
+        gram = gram.to(weight.device)
+        for batch in images:
+            patches = F.unfold(batch, LIGHT_SIDE).transpose(0, 1).flatten(1)
+            gram += patches @ patches.T
+        axes = torch.linalg.eigh(gram).eigenvectors.flip(1).T[: len(bias) - 1]
+        weight.zero_()
+        bias.zero_()
+        weight[: len(axes)] = axes.to(weight).view(-1, *weight.shape[1:])
+        bias[-1] = _FLAT
 
 
 class LightDecoder(nn.Module):
-    def __init__(self, dim: int, channels: int):
+    def __init__(self, dim: int):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(dim, channels, 1), ResidualBlock(channels), nn.ReLU())
-        self.head = nn.Sequential(
-            nn.Conv2d(channels, 3 * STRIDE**2, 3, padding=1), nn.PixelShuffle(STRIDE)
-        )
+        self.image = nn.Conv2d(dim, 3, LIGHT_SIDE, padding=LIGHT_SIDE // 2)
 
-    def forward(self, latents: Float[Tensor, "batch dim rows columns"]) -> Decoded:
-        features = self.body(latents)
-        return Decoded(self.head(features), (features,))
+    def forward(self, latents: Float[Tensor, "batch dim height width"]) -> Decoded:
+        return Decoded(self.image(latents), (latents,))
 
 
 class Lookup(NamedTuple):
@@ -134,7 +165,8 @@ class Lookup(NamedTuple):
     vq_loss: Float[Tensor, ""]
     imitation_loss: Float[Tensor, ""]
     high_res_indices: Int[Tensor, "batch rows columns"]
-    sr_indices: Int[Tensor, "batch rows columns"]
+    sr_indices: Int[Tensor, "batch sr_rows sr_columns"]
+    """In training perhaps of every `imitated`-th row and column alone."""
 
 
 # The patches of a batch whose skips come from SR codes.
@@ -162,6 +194,7 @@ class VQAutoencoder(nn.Module):
         self.quantizer = build_quantizer(config)
         self.decoder = decoder
         self._sr_rows = _SR_ROWS[skips]
+        self._step = encoder.imitated if skips == "hr" else 1
 
     def encode(
         self, images: Float[Tensor, "batch 3 height width"]
@@ -182,18 +215,22 @@ class VQAutoencoder(nn.Module):
         sr: Float[Tensor, "batch 3 height width"],
         high_res: Float[Tensor, "batch 3 height width"],
     ) -> Lookup:
-        config, batch = self.quantizer.config, len(sr)
+        batch = len(sr)
         found = self.quantizer(self.encode(high_res))
-        sr_latents = self.encode_sr(sr)
+        step = self._step if self.training else 1
+        some = (slice(None), slice(None, None, step), slice(None, None, step))
+        sr_latents = self.encode_sr(sr)[some]
         imitated = self.quantizer(sr_latents, learn=False)
+        wanted = found._replace(latents=found.latents[some], indices=found.indices[some])
         # Only those SR patches are decoded whose skips are wanted.
-        decoded = self.decode(torch.cat([found.latents, imitated.latents[self._sr_rows]]))
+        lent = imitated.latents[self._sr_rows]
+        decoded = self.decode(torch.cat([found.latents, lent]) if len(lent) else found.latents)
         return Lookup(
             skips=tuple(self._choose(skip[:batch], skip[batch:]) for skip in decoded.skips),
             reconstruction=decoded.image[:batch],
-            vq_loss=vq_loss(found, config),
+            vq_loss=vq_loss(found, self.quantizer.config),
             imitation_loss=imitation_loss(
-                config.imitation, sr_latents, imitated, found, self.quantizer
+                self.quantizer.config.imitation, sr_latents, imitated, wanted, self.quantizer
             ),
             high_res_indices=found.indices,
             sr_indices=imitated.indices,
@@ -208,4 +245,8 @@ class VQAutoencoder(nn.Module):
         self, sr: Float[Tensor, "batch 3 height width"]
     ) -> tuple[Float[Tensor, "batch _ _ _"], ...]:
         """Skips of the codes that SR images find: all there is at inference."""
-        return self.decode(self.quantizer(self.encode_sr(sr), learn=False).latents).skips
+        return self.decode(self.find(sr).latents).skips
+
+    def find(self, sr: Float[Tensor, "batch 3 height width"]) -> Quantized:
+        """The codes of SR images."""
+        return self.quantizer(self.encode_sr(sr), learn=False)

@@ -33,13 +33,16 @@ class CodebookHealth:
         self._agreed = self.sr_counts.new_zeros(())
 
     def add(
-        self, high_res_indices: Int[Tensor, "*batch"], sr_indices: Int[Tensor, "*batch"]
+        self,
+        high_res_indices: Int[Tensor, "*batch rows columns"],
+        sr_indices: Int[Tensor, "*batch sr_rows sr_columns"],
     ) -> None:
-        """Codes of photograph and render, place by place."""
+        """Codes of photographs, and of renders at all places or at every n-th row and column."""
         num_codes = len(self.sr_counts)
+        step = high_res_indices.shape[-1] // sr_indices.shape[-1]
         self.high_res_counts += count_codes(high_res_indices, num_codes)
         self.sr_counts += count_codes(sr_indices, num_codes)
-        self._agreed += (high_res_indices == sr_indices).sum()
+        self._agreed += (high_res_indices[..., ::step, ::step] == sr_indices).sum()
 
     def clear(self) -> None:
         for sums in (self.high_res_counts, self.sr_counts, self._agreed):
@@ -51,5 +54,5 @@ class CodebookHealth:
         return {
             "codebook/perplexity": float(perplexity(self.high_res_counts)),
             "codebook/used": float(used_share(self.high_res_counts)),
-            "codebook/agreement": float(self._agreed / self.high_res_counts.sum()),
+            "codebook/agreement": float(self._agreed / self.sr_counts.sum()),
         }

@@ -4,14 +4,15 @@ SR latents are the encoder's output for the stage-1 render, HR latents that for 
 by row they belong to the same place.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from cbnerf.codebook.fsq import Quantizer
-from cbnerf.codebook.quantizer import Quantized, rank_codes, vq_loss
+from cbnerf.codebook.quantizer import Quantized, rank_codes, rows_at_once, vq_loss
 
 
 def imitation_loss(
@@ -42,5 +43,35 @@ def index_loss(
     codes: Float[Tensor, "codes dim"],
     temperature: float,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of softmax(-squared distance / temperature) against the right index."""
-    return F.cross_entropy(-rank_codes(latents, codes) / temperature, indices)
+    """Cross-entropy of softmax(-squared distance / temperature) against the right index; its
+    gradient goes to the latents alone."""
+    return _IndexLoss.apply(latents, indices, codes, temperature)
+
+
+class _IndexLoss(torch.autograd.Function):
+    """Loss and gradient of a few rows at a time: all logits, written and read again by autograd,
+    would take several times as long, and memory for rows x codes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, latents: Tensor, indices: Tensor, codes: Tensor, temperature: float
+    ) -> Tensor:
+        total, gradient = latents.new_zeros(()), torch.empty_like(latents)
+        chunks = (x.split(rows_at_once(latents, len(codes))) for x in (latents, indices, gradient))
+        with torch.autocast(latents.device.type, enabled=False):
+            for some, right, pull in zip(*chunks, strict=True):
+                logits = rank_codes(some, codes).mul_(-1 / temperature)
+                wanted = logits.gather(1, right[:, None])
+                greatest = logits.amax(dim=1, keepdim=True)
+                shares = logits.sub_(greatest).exp_()
+                sums = shares.sum(dim=1, keepdim=True)
+                total += (sums.log() + greatest - wanted).sum()
+                # From the right code to the mean of those that are believed in.
+                torch.mm(shares, codes, out=pull).div_(sums).sub_(codes[right])
+        ctx.save_for_backward(gradient.mul_(2 / temperature / len(latents)))
+        return total / len(latents)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return upstream * gradient, None, None, None

@@ -17,6 +17,8 @@ from cbnerf.config import CodebookConfig
 
 # Distances held at once while searching: few enough for a CPU's caches, enough to keep a GPU busy.
 _CPU_DISTANCES, _GPU_DISTANCES = 2**20, 2**24
+_PARTS, _MANY = 8, 256  # of codes: less is not worth the trouble
+_KMEANS_ROUNDS = 10
 # A code used less than this is left alone: the quotient of its averages is no longer exact.
 _MIN_USAGE = 1e-5
 
@@ -64,23 +66,40 @@ def find_nearest(
     max_distances: int | None = None,
 ) -> Int[Tensor, " rows"]:
     """Index of the nearest code of each latent, holding `max_distances` distances at a time."""
-    if max_distances is None:
-        max_distances = _CPU_DISTANCES if latents.device.type == "cpu" else _GPU_DISTANCES
-    rows, columns = max(1, max_distances // len(codes)), _columns(codes)
+    rows, columns = rows_at_once(latents, len(codes), max_distances), _columns(codes)
     indices = torch.empty(len(latents), dtype=torch.int64, device=latents.device)
     # One buffer for all chunks: freed and taken anew it would tear holes into the heap.
     buffer = latents.new_empty(min(rows, len(latents)), len(codes))
     with torch.autocast(latents.device.type, enabled=False):
         for chunk, found in zip(latents.split(rows), indices.split(rows), strict=True):
             distances = torch.mm(_append_ones(chunk), columns, out=buffer[: len(chunk)])
-            # min() takes two thirds of the time of argmin() on a CPU.
-            found.copy_(distances.min(dim=1).indices)
+            found.copy_(_find_least(distances))
     return indices
+
+
+def rows_at_once(latents: Tensor, num_codes: int, max_distances: int | None = None) -> int:
+    """Latents whose distances to all codes suit the caches of their device, or do not exceed
+    `max_distances`."""
+    if max_distances is None:
+        max_distances = _CPU_DISTANCES if latents.device.type == "cpu" else _GPU_DISTANCES
+    return max(1, max_distances // num_codes)
+
+
+def _find_least(values: Float[Tensor, "rows columns"]) -> Int[Tensor, " rows"]:
+    """The column of the least value of each row: argmin(), which takes five times as long on a CPU,
+    as amin(), unlike it, works on vectors."""
+    num_columns = values.shape[1]
+    if values.device.type != "cpu" or num_columns < _MANY or num_columns % _PARTS:
+        return values.min(dim=1).indices
+    parts = values.view(len(values), _PARTS, -1)
+    columns = parts.amin(dim=1).min(dim=1).indices
+    rows = torch.arange(len(values))
+    return parts[rows, :, columns].min(dim=1).indices * parts.shape[2] + columns
 
 
 class VectorQuantizer(nn.Module):
     codebook: Tensor
-    """A parameter, or a buffer if `codebook.ema`."""
+    """A parameter, without gradients if `codebook.ema`."""
     usage: Tensor
     """Moving average of the uses per step of each code."""
     sums: Tensor
@@ -95,20 +114,24 @@ class VectorQuantizer(nn.Module):
         codes = self.place(torch.randn(config.size, config.dim))
         # With 2x the threshold a new code has log(2) / (1 - decay) steps to find its users.
         self._first_usage = 2 * config.revive_below if config.revive_below > 0 else 1.0
+        self.codebook = nn.Parameter(codes, requires_grad=not config.ema)
         if config.ema:
-            self.register_buffer("codebook", codes)
             self.register_buffer("sums", codes * self._first_usage)
-        else:
-            self.codebook = nn.Parameter(codes)
         if config.ema or config.revive_below > 0:
             self.register_buffer("usage", torch.full((config.size,), self._first_usage))
-        self._started = not config.data_init
 
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor(self._started)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self._started = bool(state)
+    @torch.no_grad()
+    def start_from(self, latents: Float[Tensor, "rows dim"]) -> None:
+        """Take the centres of k-means (Lloyd) over some latents, which all processes must share."""
+        latents = self.place(latents)
+        codes, uses = _spread(latents, self.num_codes), latents.new_zeros(self.num_codes)
+        for _ in range(_KMEANS_ROUNDS):
+            totals = _sum_by_code(latents, find_nearest(latents, codes), self.num_codes)
+            uses = totals[:, -1]
+            means = self.place(totals[:, :-1] / uses.clamp(min=1)[:, None])
+            codes = torch.where(uses[:, None] > 0, means, _share_out(latents, uses == 0))
+        # As if one step had seen all latents: what is known of many is not forgotten for a few.
+        self._replace(torch.ones_like(uses, dtype=torch.bool), codes, uses)
 
     def place(self, latents: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Latents in float32 and where codes live: on the unit sphere if `codebook.normalize`."""
@@ -119,13 +142,13 @@ class VectorQuantizer(nn.Module):
         return self.codebook if self.config.ema else self.place(self.codebook)
 
     def forward(self, latents: Float[Tensor, "*batch dim"], learn: bool = True) -> Quantized:
-        """Nearest codes; in training mode and with `learn`, the codebook also starts from,
-        revives dead codes with, and (EMA) moves towards these latents."""
+        """Nearest codes; in training mode and with `learn`, the codebook also revives dead codes
+        with, and (EMA) moves towards these latents."""
         latents = self.place(latents)
         flat = latents.detach().flatten(0, -2)
         learn = learn and self.training
         if learn:
-            self._take_codes_from(flat)
+            self._revive(flat)
         codes = self.codes()
         indices = find_nearest(flat, codes)
         nearest = F.embedding(indices, codes).view_as(latents)
@@ -141,34 +164,25 @@ class VectorQuantizer(nn.Module):
         )
 
     @torch.no_grad()
-    def _take_codes_from(self, latents: Tensor) -> None:
-        if self._started and self.config.revive_below == 0:
-            return
-        latents = _gather(latents)
-        if not self._started:
-            everywhere = torch.ones(self.config.size, dtype=torch.bool, device=latents.device)
-            self._replace(everywhere, self.place(_spread(latents, self.config.size)))
-            self._started = True
+    def _revive(self, latents: Tensor) -> None:
         if self.config.revive_below > 0:
             dead = self.usage < self.config.revive_below
-            # The j-th of d dead codes takes latent j * rows / d; all on the device, without a sync.
-            rows = (dead.cumsum(0) - 1).clamp(min=0) * len(latents) // dead.sum().clamp(min=1)
-            self._replace(dead, latents[rows])
+            self._replace(dead, _share_out(_gather(latents), dead))
 
-    def _replace(self, which: Tensor, codes: Tensor) -> None:
+    def _replace(self, which: Tensor, codes: Tensor, uses: Tensor | None = None) -> None:
         self.codebook.copy_(torch.where(which[:, None], codes, self.codebook))
         if hasattr(self, "usage"):
-            self.usage.masked_fill_(which, self._first_usage)
+            first = torch.full_like(self.usage, self._first_usage)
+            first = first if uses is None else torch.maximum(first, uses)
+            self.usage.copy_(torch.where(which, first, self.usage))
         if self.config.ema:
-            self.sums.copy_(torch.where(which[:, None], codes * self._first_usage, self.sums))
+            self.sums.copy_(torch.where(which[:, None], codes * self.usage[:, None], self.sums))
 
     @torch.no_grad()
     def _count(self, latents: Tensor, indices: Tensor) -> None:
         if not hasattr(self, "usage"):
             return
-        rows = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1)
-        # Not bincount, which waits for the GPU.
-        totals = rows.new_zeros(self.config.size, rows.shape[1]).index_add_(0, indices, rows)
+        totals = _sum_by_code(latents, indices, self.num_codes)
         if _is_distributed():
             dist.all_reduce(totals)
         self.usage.lerp_(totals[:, -1], 1 - self.config.ema_decay)
@@ -189,6 +203,21 @@ def _gather(latents: Tensor) -> Tensor:
     parts = [torch.empty_like(latents) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, latents.contiguous())
     return torch.cat(parts)
+
+
+def _sum_by_code(
+    latents: Float[Tensor, "rows dim"], indices: Int[Tensor, " rows"], num_codes: int
+) -> Float[Tensor, "codes dim_and_count"]:
+    # Not bincount, which waits for the GPU.
+    rows = _append_ones(latents)
+    return rows.new_zeros(num_codes, rows.shape[1]).index_add_(0, indices, rows)
+
+
+def _share_out(latents: Tensor, dead: Tensor) -> Tensor:
+    """For each code a latent: the j-th of d dead ones takes that at j * rows / d."""
+    # All on the device, without a sync.
+    rows = (dead.cumsum(0) - 1).clamp(min=0) * len(latents) // dead.sum().clamp(min=1)
+    return latents[rows]
 
 
 def _spread(latents: Tensor, size: int) -> Tensor:

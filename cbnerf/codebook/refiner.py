@@ -6,6 +6,7 @@ in [-1, 1] as in the paper: an L1 there is twice, an MSE four times that of [0, 
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,12 +23,17 @@ from cbnerf.codebook.autoencoder import (
     ResidualBlock,
     VQAutoencoder,
 )
+from cbnerf.codebook.filters import CodeFilters, Corrections
 from cbnerf.codebook.linear import LinearRefiner
+from cbnerf.codebook.quantizer import VectorQuantizer
 from cbnerf.codebook.reference import ReferenceRefiner
 from cbnerf.config import Config, LossConfig
 
 DEFAULT_TILE = 1024
 """Side of the tiles that are refined at once, in pixels; images up to it are refined whole."""
+
+_LATENTS_PER_CODE = 64
+"""That k-means sees."""
 
 
 class Refinement(NamedTuple):
@@ -38,7 +44,8 @@ class Refinement(NamedTuple):
     vq_loss: Float[Tensor, ""]
     imitation_loss: Float[Tensor, ""]
     high_res_indices: Int[Tensor, "batch rows columns"]
-    sr_indices: Int[Tensor, "batch rows columns"]
+    sr_indices: Int[Tensor, "batch sr_rows sr_columns"]
+    """Of every n-th row and column, by the encoder; without training of all."""
 
 
 class RefinerLosses(NamedTuple):
@@ -98,6 +105,21 @@ class Refiner(nn.Module, ABC):
     def _sharpen(self, sr: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
         """The refined image, from the render and the decoded features of its codes."""
 
+    @torch.no_grad()
+    def start_from(self, photographs: Float[Tensor, "views 3 height width"]) -> None:
+        """With `codebook.kmeans_init`, let the codes begin as the commonest of what they will
+        describe; all processes must bring the same photographs."""
+        quantizer = self.autoencoder.quantizer
+        if isinstance(quantizer, VectorQuantizer) and quantizer.config.kmeans_init:
+            of_a_view = -(-_LATENTS_PER_CODE * quantizer.num_codes // len(photographs))
+            generator = torch.Generator().manual_seed(0)
+            some: list[Tensor] = []
+            for image in photographs.split(1):
+                latents = self.autoencoder.encode(self._select_coded(_pad(image))).flatten(0, -2)
+                chosen = torch.randperm(len(latents), generator=generator)[:of_a_view]
+                some.append(latents[chosen.to(latents.device)])
+            quantizer.start_from(torch.cat(some))
+
     def forward(
         self,
         sr: Float[Tensor, "batch 3 height width"],
@@ -139,9 +161,12 @@ class Refiner(nn.Module, ABC):
     def _refine_tile(self, padded: Tensor, top: int, left: int, side: int) -> Tensor:
         first_row, first_column = max(top - self.halo, 0), max(left - self.halo, 0)
         sr = padded[..., first_row : top + side + self.halo, first_column : left + side + self.halo]
-        skips = self.autoencoder.look_up(self._select_coded(sr))
         top, left = top - first_row, left - first_column
-        return _to_unit(self._sharpen(sr, skips))[..., top : top + side, left : left + side]
+        return _to_unit(self._refine(sr))[..., top : top + side, left : left + side]
+
+    def _refine(self, sr: Tensor) -> Tensor:
+        """As much of an image as is refined at once."""
+        return self._sharpen(sr, self.autoencoder.look_up(self._select_coded(sr)))
 
     @torch.no_grad()
     def reconstruct(
@@ -186,45 +211,75 @@ def _init_kaiming(layer: nn.Module) -> None:
 
 
 class ResidualRefiner(Refiner):
-    """A correction to the render, made at half resolution with code features let in by gates.
+    """A small CNN corrects the render, then each pixel by the filter of the code found there.
 
-    Zero-initialised tail: it starts as the identity. Zero-initialised gates: it starts as a plain
-    CNN. The codes describe texture only, for structure is in the render.
+    The CNN works at half resolution and starts as the identity, the filters as zero. Filters take
+    no part in training; `fit_filters` solves them for what the CNN leaves. The codes describe
+    detail only, for structure is in the render.
     """
 
     def __init__(self, config: Config):
         channels, blocks = config.refiner.channels, config.refiner.blocks
-        code_channels, dim = 4 * channels // 3, config.codebook.latent_dim
-        encoder, decoder = LightEncoder(dim, code_channels), LightDecoder(dim, code_channels)
-        skips = config.refiner.skips
+        encoder = LightEncoder(config.codebook.latent_dim)
+        decoder = LightDecoder(config.codebook.latent_dim)
         # Differs from reference: renders have an encoder of their own, which starts as that of the
         # HR patches. With `vq` nothing would tie the two, and all renders would find one code.
         sr_encoder = None if config.codebook.imitation == "vq" else copy.deepcopy(encoder)
-        super().__init__(VQAutoencoder(encoder, decoder, config.codebook, skips, sr_encoder))
+        super().__init__(VQAutoencoder(encoder, decoder, config.codebook, "hr", sr_encoder))
         self.head = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, channels, 3, padding=1))
-        self.blocks = nn.ModuleList(ResidualBlock(channels) for _ in range(blocks))
+        self.blocks = nn.Sequential(*(ResidualBlock(channels) for _ in range(blocks)))
         tail = nn.Conv2d(channels, 12, 3, padding=1)
         nn.init.zeros_(tail.weight)
         nn.init.zeros_(tail.bias)  # pyright: ignore[reportArgumentType]
         self.tail = nn.Sequential(tail, nn.PixelShuffle(2))
-        self.inject = nn.Sequential(nn.Conv2d(code_channels, 4 * channels, 1), nn.PixelShuffle(2))
-        self.gates = nn.Parameter(torch.zeros(blocks, channels, 1, 1))
-        # Times zero, not left out: the control has the same parameters and the same gradients.
-        self._uses_codes = float(config.refiner.codes)
-        # Cells on the way of the codes: 1 of the smooth image, 3 of the encoder, 2 of the decoder;
-        # then, at half resolution, 2 pixels for each block and 1 of the tail.
-        self.halo = STRIDE * (6 + blocks + 1)
+        # The control finds the first code everywhere.
+        self._uses_codes = int(config.refiner.codes)
+        self.filters = CodeFilters(self.autoencoder.quantizer.num_codes * self._uses_codes or 1)
+        # At half resolution 2 pixels for each block and 1 for each of head and tail; or a code:
+        # 1 cell of the smooth image, 3 pixels of its encoder.
+        self.halo = STRIDE * max(blocks + 1, 3)
+
+    def start_from(self, photographs: Float[Tensor, "views 3 height width"]) -> None:
+        """Let encoders and codes begin with what photographs are made of."""
+        encoder, sr_encoder = self.autoencoder.encoder, self.autoencoder.sr_encoder
+        assert isinstance(encoder, LightEncoder)
+        encoder.start_from(self._select_coded(_pad(image)) for image in photographs.split(1))
+        if sr_encoder is not None:
+            sr_encoder.load_state_dict(encoder.state_dict())
+        super().start_from(photographs)
+
+    @torch.no_grad()
+    def fit_filters(
+        self,
+        renders: Float[Tensor, "views 3 height width"],
+        photographs: Float[Tensor, "views 3 height width"],
+        parts: Sequence[int],
+        held_out: Sequence[int],
+    ) -> None:
+        """Solve the filters of all codes, for views that belong to these `parts`, counted from 0.
+
+        The parts that are `held_out`, each in its turn, choose how much codes may differ.
+        """
+        views: list[list[Corrections]] = [[] for _ in range(max(parts) + 1)]
+        for render, photograph, part in zip(renders, photographs, parts, strict=True):
+            sr, wanted = _pad(render[None]), _pad(photograph[None])
+            wanted = wanted - self._sharpen(sr, ())
+            views[part].append(Corrections(sr[0], self._find_codes(sr)[0], wanted[0]))
+        self.filters.fit(views, held_out)
 
     def _select_coded(self, images: Tensor) -> Tensor:
         smooth = F.avg_pool2d(images, STRIDE)
         return images - F.interpolate(smooth, scale_factor=STRIDE, mode="bilinear")
 
     def _sharpen(self, sr: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
-        hints = self.inject(skips[0]) * self._uses_codes
-        features = self.head(sr)
-        for block, gate in zip(self.blocks, self.gates, strict=True):
-            features = block(features + gate * hints)
-        return sr + self.tail(features)
+        return sr + self.tail(self.blocks(self.head(sr)))
+
+    def _refine(self, sr: Tensor) -> Tensor:
+        pairs = zip(sr, self._find_codes(sr), strict=True)
+        return self._sharpen(sr, ()) + torch.stack([self.filters(*pair) for pair in pairs])
+
+    def _find_codes(self, sr: Tensor) -> Int[Tensor, "batch height width"]:
+        return self.autoencoder.find(self._select_coded(sr)).indices * self._uses_codes
 
 
 AnyRefiner = PaperRefiner | ResidualRefiner | ReferenceRefiner | LinearRefiner

@@ -13,6 +13,7 @@ from cbnerf.data.splits import split_views
 from cbnerf.nerf.model import FieldModel, build_field
 from cbnerf.nerf.rays import Cameras, make_sub_pixel_rays
 from cbnerf.nerf.rendering import super_sampling_loss
+from cbnerf.nerf.sampling import choose_sub_pixels
 from cbnerf.noise import Noise
 from cbnerf.training.checkpoint import load_checkpoint
 from cbnerf.training.evaluation import mean_scores, render_views
@@ -49,7 +50,7 @@ def train_field(
     def losses(wrapped: nn.Module, batch_size: int, noise: Noise) -> Losses:
         batch = pixels.draw(batch_size, noise)
         scores = noise.uniform(batch_size, num_sub_pixels)
-        chosen = scores.argsort(dim=1)[:, :num_chosen]
+        chosen = choose_sub_pixels(scores, num_chosen, opposite=config.field.opposite_sub_rays)
         rays = make_sub_pixel_rays(
             ray_cameras, batch.views, batch.rows, batch.columns, ray_scale, chosen
         )  # fmt: skip
@@ -109,8 +110,8 @@ def low_res_cameras(cameras: Cameras, scale: int) -> Cameras:
 
 
 def _param_groups(model: FieldModel, config: Config) -> list[dict[str, Any]]:
-    """The feature planes learn at `lr`, the small networks behind them more slowly."""
-    rate = config.field.optim.lr
+    """The feature planes and the small networks behind them learn at different rates."""
+    rate, planes = config.field.optim.lr, config.field.planes
     if config.field.kind == "mlp":
         return [{"params": list(model.parameters()), "lr": rate}]
     grids, networks = [], []
@@ -118,6 +119,6 @@ def _param_groups(model: FieldModel, config: Config) -> list[dict[str, Any]]:
         (grids if "grids" in name else networks).append(parameter)
     # A cell's gradient is tiny, so is the epsilon that must not drown it (Instant-NGP).
     return [
-        {"params": grids, "lr": rate, "eps": 1e-15},
-        {"params": networks, "lr": rate * config.field.planes.network_lr},
+        {"params": grids, "lr": rate * planes.grid_lr, "eps": 1e-15},
+        {"params": networks, "lr": rate * planes.network_lr},
     ]

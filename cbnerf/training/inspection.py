@@ -30,6 +30,7 @@ def inspect_codebook(
     The map shows photograph | its codes | render | its codes | white where they agree.
     """
     autoencoder = refiner.eval().autoencoder
+    stride = autoencoder.encoder.stride
     colors = color_codes(autoencoder.quantizer.codes())
     health = CodebookHealth(len(colors), device)
     strip: list[Tensor] = []
@@ -40,8 +41,8 @@ def inspect_codebook(
         if not strip:
             high_res, sr = found.high_res_indices[0], found.sr_indices[0]
             strip = [
-                photograph, draw_map(high_res, colors), render, draw_map(sr, colors),
-                draw_agreement(high_res, sr),
+                photograph, draw_map(high_res, colors, stride), render,
+                draw_map(sr, colors, stride), draw_agreement(high_res, sr, stride),
             ]  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     order = health.high_res_counts.argsort(descending=True, stable=True)

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from cbnerf.codebook.autoencoder import STRIDE, VQAutoencoder
+from cbnerf.codebook.autoencoder import LIGHT_SIDE, VQAutoencoder
 from cbnerf.metrics import to_8bit
 
 _PHOTOGRAPH, _RENDER, _INK = (70, 110, 170), (225, 120, 40), (40, 40, 40)
@@ -22,15 +22,20 @@ _PHOTOGRAPH, _RENDER, _INK = (70, 110, 170), (225, 120, 40), (40, 40, 40)
 def draw_codes(
     autoencoder: VQAutoencoder, order: Int[Tensor, " codes"], *, side: int = 3, zoom: int = 2
 ) -> UInt8[Tensor, "height width 3"]:
-    """Codes decoded as patches of `side x side` equal codes, in reading order of `order`.
+    """Codes decoded as patches of `side x side` equal codes, in reading order of `order`; where
+    each pixel has a code, as the patch that a single one leaves in an empty image.
 
     Contrast is stretched about mid-grey, by the same factor for all of them.
     """
     around = 4  # codes that keep the decoder's padding away
-    width = side + 2 * around
+    width, stride = side + 2 * around, autoencoder.encoder.stride
     codes = autoencoder.quantizer.codes()[order]
     latents = codes[:, None, None].expand(-1, width, width, -1)
-    cut = slice(around * STRIDE, (around + side) * STRIDE)
+    cut = slice(around * stride, (around + side) * stride)
+    if stride == 1:
+        alone = F.one_hot(torch.tensor(width // 2), width).to(latents)
+        latents = latents * (alone[:, None] * alone)[..., None]
+        cut = slice((width - LIGHT_SIDE) // 2, (width + LIGHT_SIDE) // 2)
     patches = torch.cat([autoencoder.decode(part).image for part in latents.split(256)])
     patches = patches[..., cut, cut]
     patches = patches / torch.quantile(patches.abs().flatten()[:: len(patches)], 0.995)
@@ -94,18 +99,19 @@ def color_codes(codes: Float[Tensor, "codes dim"]) -> UInt8[Tensor, "codes 3"]:
 
 
 def draw_map(
-    indices: Int[Tensor, "rows columns"], colors: UInt8[Tensor, "codes 3"]
+    indices: Int[Tensor, "rows columns"], colors: UInt8[Tensor, "codes 3"], stride: int
 ) -> UInt8[Tensor, "height width 3"]:
     """The colour of each place's code, at the pixels that it describes."""
-    return _enlarge(colors[indices.cpu()])
+    return _enlarge(colors[indices.cpu()], stride)
 
 
 def draw_agreement(
-    first: Int[Tensor, "rows columns"], second: Int[Tensor, "rows columns"]
+    first: Int[Tensor, "rows columns"], second: Int[Tensor, "rows columns"], stride: int
 ) -> UInt8[Tensor, "height width 3"]:
     """White where both are the same code."""
-    return _enlarge((first == second).to(torch.uint8).mul(255)[..., None].expand(-1, -1, 3).cpu())
+    agree = (first == second).to(torch.uint8).mul(255)
+    return _enlarge(agree[..., None].expand(-1, -1, 3).cpu(), stride)
 
 
-def _enlarge(picture: Tensor) -> Tensor:
-    return picture.repeat_interleave(STRIDE, 0).repeat_interleave(STRIDE, 1)
+def _enlarge(picture: Tensor, stride: int) -> Tensor:
+    return picture.repeat_interleave(stride, 0).repeat_interleave(stride, 1)

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from cbnerf.codebook.health import CodebookHealth
 from cbnerf.codebook.linear import LinearRefiner, fit_filter
-from cbnerf.codebook.refiner import AnyRefiner, Refiner, build_refiner, refiner_losses
+from cbnerf.codebook.refiner import (
+    AnyRefiner,
+    Refiner,
+    ResidualRefiner,
+    build_refiner,
+    refiner_losses,
+)
 from cbnerf.config import Config
 from cbnerf.data.patches import PatchSampler
 from cbnerf.data.references import ReferencePatchSampler, find_references, reference_view
@@ -21,7 +27,7 @@ from cbnerf.noise import Noise
 from cbnerf.training.checkpoint import Checkpoint, load_checkpoint
 from cbnerf.training.evaluation import mean_scores, refine_views, to_unit
 from cbnerf.training.loop import Losses, Report, Task, fit
-from cbnerf.training.processes import num_processes
+from cbnerf.training.processes import num_processes, process_rank
 
 Pairs = Sequence[tuple[Scene, Renders]]
 DrawLosses = Callable[[nn.Module, int, Noise], Losses]
@@ -65,7 +71,19 @@ def train_refiner(
     if isinstance(refiner, Refiner):
         health = CodebookHealth(refiner.autoencoder.quantizer.num_codes, device)
 
+    pairs = list(others) or [(scene, renders)]
+    seen, wanted, parts = _training_views(config, pairs)
+    if isinstance(refiner, Refiner) and resume_from is None:
+        refiner.start_from(to_unit(wanted, device))
+
+    def fit_filters() -> None:
+        if isinstance(refiner, ResidualRefiner):
+            images = to_unit(seen, device), to_unit(wanted, device)
+            held_out = range(len(pairs)) if len(pairs) > 1 else [part for part in {*parts} if part]
+            refiner.fit_filters(*images, parts, held_out)
+
     def evaluate() -> dict[str, float]:
+        fit_filters()
         use = health.metrics() if health else {}
         if health:
             health.clear()
@@ -75,16 +93,20 @@ def train_refiner(
         scores = mean_scores(refined, scene.images[split.val], "val")
         return use | scores | {"val/gain": scores["val/psnr"] - before["val/psnr"]}
 
-    pairs = list(others) or [(scene, renders)]
     if isinstance(refiner, LinearRefiner):
-        metrics = {"train/loss": _fit_linear(refiner, config, pairs)} | evaluate()
+        views = zip(seen.split(1), wanted.split(1), strict=True)
+        error = fit_filter(
+            refiner, ((to_unit(a, device)[0], to_unit(b, device)[0]) for a, b in views)
+        )
+        metrics = {"train/loss": error} | evaluate()
         steps, found = config.refiner.optim.steps, refiner.eval().state_dict()
         report(
             steps, metrics, Checkpoint("refiner", scene.name, steps, config, found, {}, {}, metrics)
         )
         return refiner
     if health is not None:
-        losses = _code_losses(config, pairs, health, device)
+        patches = PatchSampler(seen, wanted, config.refiner.patch_size, device)
+        losses = _code_losses(config, patches, health)
     elif others:
         raise ValueError("refiner.kind = reference needs a high-res photograph of its scene")
     else:
@@ -102,11 +124,13 @@ def train_refiner(
         cameras={},
     )
     fit(task, device=device, report=report, resume_from=resume_from, until=until)
+    if process_rank() != 0:
+        fit_filters()  # rank 0 has evaluated
     return refiner
 
 
 def count_parameters(config: Config) -> int:
-    """Trainable parameters of the refiner of a configuration."""
+    """Parameters of the refiner of a configuration, its codes and filters among them."""
     with torch.random.fork_rng(devices=[]):
         return sum(parameter.numel() for parameter in build_refiner(config).parameters())
 
@@ -119,12 +143,8 @@ def load_refiner(path: Path, device: torch.device) -> AnyRefiner:
     return refiner.eval()
 
 
-def _code_losses(
-    config: Config, pairs: Pairs, health: CodebookHealth, device: torch.device
-) -> DrawLosses:
+def _code_losses(config: Config, patches: PatchSampler, health: CodebookHealth) -> DrawLosses:
     """The paper's losses on patches of all training views."""
-    seen, wanted = _training_views(config, pairs)
-    patches = PatchSampler(seen, wanted, config.refiner.patch_size, device)
 
     def losses(wrapped: nn.Module, batch_size: int, noise: Noise) -> Losses:
         batch = patches.draw(batch_size, noise)
@@ -158,24 +178,19 @@ def _reference_losses(
     return losses
 
 
-def _fit_linear(refiner: LinearRefiner, config: Config, pairs: Pairs) -> float:
-    device = refiner.filter.weight.device
-    seen, wanted = _training_views(config, pairs)
-    return fit_filter(
-        refiner,
-        ((to_unit(a, device)[0], to_unit(b, device)[0]) for a, b in zip(seen, wanted, strict=True)),
-    )
-
-
 def _training_views(
     config: Config, pairs: Pairs
-) -> tuple[UInt8[Tensor, "views height width 3"], UInt8[Tensor, "views height width 3"]]:
-    """Renders and photographs of the training views of all scenes, cut to their common size."""
+) -> tuple[UInt8[Tensor, "views height width 3"], UInt8[Tensor, "views height width 3"], list[int]]:
+    """Renders and photographs of the training views of all scenes, cut to their common size, and
+    the part of each: its scene, or of a single scene 1 for every fourth view and 0 for others."""
     height = min(scene.height for scene, _ in pairs)
     width = min(scene.width for scene, _ in pairs)
-    seen, wanted = [], []
-    for scene, renders in pairs:
+    seen, wanted, parts = [], [], []
+    for i, (scene, renders) in enumerate(pairs):
         views = split_views(scene.num_views, config.data).train
         seen.append(renders.rgb[views, :height, :width])
         wanted.append(scene.images[views, :height, :width])
-    return torch.cat(seen), torch.cat(wanted)
+        parts += (
+            [i] * len(views) if len(pairs) > 1 else [int(v % 4 == 1) for v in range(len(views))]
+        )
+    return torch.cat(seen), torch.cat(wanted), parts

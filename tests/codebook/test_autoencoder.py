@@ -2,6 +2,7 @@ from typing import Literal
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from cbnerf.codebook.autoencoder import (
@@ -62,7 +63,7 @@ def test_exported_skips_stand_before_or_after_their_relu():
 def make_autoencoder(skips: Literal["hr", "sr", "mixed"]) -> VQAutoencoder:
     torch.manual_seed(0)
     config = CodebookConfig(size=16, dim=4)
-    return VQAutoencoder(LightEncoder(4, 8), LightDecoder(4, 8), config, skips)
+    return VQAutoencoder(LightEncoder(4), LightDecoder(4), config, skips)
 
 
 @pytest.mark.parametrize("skips", ["hr", "sr", "mixed"])
@@ -80,8 +81,8 @@ def test_skips_come_from_the_patch_that_the_knob_names(skips):
 def test_imitation_leaves_the_hr_encoder_alone_if_renders_have_their_own(imitation):
     config = CodebookConfig(size=16, dim=4, imitation=imitation)
     for separate in (True, False):
-        own = LightEncoder(4, 8) if separate else None
-        autoencoder = VQAutoencoder(LightEncoder(4, 8), LightDecoder(4, 8), config, "sr", own)
+        own = LightEncoder(4) if separate else None
+        autoencoder = VQAutoencoder(LightEncoder(4), LightDecoder(4), config, "sr", own)
         autoencoder(torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)).imitation_loss.backward()
         untouched = [parameter.grad is None for parameter in autoencoder.encoder.parameters()]
         assert set(untouched) == {separate}
@@ -96,12 +97,12 @@ def test_only_the_hr_patch_is_reconstructed():
 
 def test_the_codebook_learns_from_the_hr_patch_alone():
     torch.manual_seed(0)
-    config = CodebookConfig(size=16, dim=4, ema=True, data_init=True, revive_below=0.1)
+    config = CodebookConfig(size=16, dim=4, ema=True, revive_below=0.1)
     states = []
     high_res = torch.rand(2, 3, 16, 16)
     for _ in range(2):
         torch.manual_seed(1)
-        autoencoder = VQAutoencoder(LightEncoder(4, 8), LightDecoder(4, 8), config, "mixed")
+        autoencoder = VQAutoencoder(LightEncoder(4), LightDecoder(4), config, "mixed")
         torch.seed()
         autoencoder(torch.rand(2, 3, 16, 16), high_res)
         states.append(autoencoder.quantizer.state_dict())
@@ -110,9 +111,10 @@ def test_the_codebook_learns_from_the_hr_patch_alone():
 
 def test_the_published_autoencoder_learns_to_reconstruct_through_its_codes():
     torch.manual_seed(0)
-    config = CodebookConfig(size=32, dim=8, ema=True, normalize=True, data_init=True)
+    config = CodebookConfig(size=32, dim=8, ema=True, normalize=True)
     autoencoder = VQAutoencoder(Encoder(8), Decoder(8), config, "hr")
     images = torch.rand(4, 3, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3) * 2 - 1
+    autoencoder.quantizer.start_from(autoencoder.encode(images).flatten(0, 2))
     optimizer = torch.optim.Adam(autoencoder.parameters(), lr=2e-3)
     errors = []
     for _ in range(60):
@@ -123,3 +125,24 @@ def test_the_published_autoencoder_learns_to_reconstruct_through_its_codes():
         optimizer.step()
         errors.append(error.item())
     assert errors[-1] < 0.5 * errors[0]
+
+
+def test_light_latents_start_as_principal_components_and_a_constant():
+    torch.manual_seed(0)
+    images = F.avg_pool2d(torch.randn(3, 3, 22, 22), 3, 1)
+    encoder = LightEncoder(6)
+    encoder.start_from(images.split(1))
+    latents = encoder(images)
+    assert latents.shape == (3, 6, 20, 20)
+    torch.testing.assert_close(latents[:, -1], torch.full((3, 20, 20), 0.1))
+    patches = F.unfold(images, 7, padding=3).movedim(1, 2).flatten(0, 1)
+    expected = torch.linalg.svdvals(patches)[:5]
+    torch.testing.assert_close(torch.linalg.svdvals(latents[:, :-1].movedim(1, -1).flatten(0, 2)),
+                               expected, rtol=0.1, atol=0)  # fmt: skip
+    assert encoder(torch.zeros(1, 3, 8, 8))[:, :-1].abs().max() == 0
+
+
+def test_few_pixels_bear_more_latents_than_components():
+    encoder = LightEncoder(200)
+    encoder.start_from([torch.rand(1, 3, 8, 8)])
+    assert encoder(torch.rand(1, 3, 8, 8)).isfinite().all()

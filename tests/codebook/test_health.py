@@ -20,8 +20,16 @@ def test_agreement_counts_places():
     assert health.sr_counts.tolist() == [0, 1, 1, 0, 2]
 
 
+def test_renders_may_be_looked_up_at_every_second_place():
+    health = CodebookHealth(5, torch.device("cpu"))
+    high_res = torch.tensor([[[1, 0, 2, 0], [0, 0, 0, 0], [3, 0, 4, 0], [0, 0, 0, 0]]])
+    health.add(high_res, torch.tensor([[[1, 2], [4, 4]]]))
+    assert health.metrics()["codebook/agreement"] == 0.75
+    assert health.high_res_counts.tolist() == [12, 1, 1, 1, 1]
+
+
 def test_batches_add_up_to_one_large_batch_until_cleared():
-    high_res, sr = torch.randint(20, (2, 6, 50), generator=torch.Generator().manual_seed(0))
+    high_res, sr = torch.randint(20, (2, 6, 5, 10), generator=torch.Generator().manual_seed(0))
     together, apart = (CodebookHealth(20, torch.device("cpu")) for _ in range(2))
     together.add(high_res, sr)
     for batch in range(6):

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from cbnerf.codebook import quantizer as quantizer_module
 from cbnerf.codebook.imitation import imitation_loss, index_loss
 from cbnerf.codebook.quantizer import VectorQuantizer, vq_loss
 from cbnerf.config import CodebookConfig
@@ -56,12 +57,29 @@ def test_imitation_pulls_sr_latents_and_never_the_hr_patch(kind, quantizer: Vect
     assert (to_sr[0, 0] > 0) == (kind == "vq")
 
 
-def test_index_loss_is_the_negative_log_of_a_softmax_over_distances():
+@pytest.mark.parametrize("distances", [1, 20, 10**6])
+def test_index_loss_is_the_negative_log_of_a_softmax_over_distances(distances, monkeypatch):
+    monkeypatch.setattr(quantizer_module, "_CPU_DISTANCES", distances)
     torch.manual_seed(0)
     latents, codes, indices = torch.randn(9, 4), torch.randn(6, 4), torch.randint(6, (9,))
-    squared = ((latents[:, None] - codes) ** 2).sum(-1)
+    own, other = (latents.clone().requires_grad_() for _ in range(2))
+    squared = ((own[:, None] - codes) ** 2).sum(-1)
     expected = -(-squared / 0.3).softmax(1)[range(9), indices].log().mean()
-    torch.testing.assert_close(index_loss(latents, indices, codes, 0.3), expected)
+    loss = index_loss(other, indices, codes, 0.3)
+    torch.testing.assert_close(loss, expected)
+    (3 * loss).backward()
+    (3 * expected).backward()
+    torch.testing.assert_close(other.grad, own.grad)
+
+
+def test_index_loss_bears_distances_that_a_softmax_overflows_at():
+    latents, codes = (
+        torch.tensor([[1e3, 0.0]], requires_grad=True),
+        torch.tensor([[-1e3, 0], [1e3, 0]]),
+    )
+    index_loss(latents, torch.tensor([0]), codes, 0.1).backward()
+    # All belief in code 1, and code 0 is right: 2 / temperature times their difference.
+    torch.testing.assert_close(latents.grad, torch.tensor([[4e4, 0.0]]))
 
 
 @pytest.mark.parametrize("kind", ["feature", "ce"])

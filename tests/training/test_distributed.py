@@ -44,7 +44,7 @@ def test_two_processes_train_as_one(
                 "field.optim.evaluations": 2, "refiner.optim.steps": 6,
                 "refiner.optim.batch_size": 4, "refiner.optim.evaluations": 2}  # fmt: skip
     config = with_overrides(tiny_config, schedule)
-    assert config.codebook.ema and config.codebook.data_init and config.refiner.skips == "mixed"
+    assert config.codebook.ema and config.codebook.kmeans_init and config.refiner.skips == "mixed"
     job = config, tiny_scene, tiny_renders
     spawn(train_on_rank, (str(tmp_path), *job), nprocs=2)
     (first, reports), (second, silent) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))

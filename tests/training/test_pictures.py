@@ -29,6 +29,18 @@ def test_codes_are_the_centres_of_decoded_fields_in_the_order_asked_for():
     assert torch.corrcoef(both)[0, 1] > 0.999
 
 
+def test_a_code_of_a_pixel_is_the_patch_that_it_leaves_in_an_empty_image():
+    torch.manual_seed(0)
+    autoencoder = build_refiner(with_overrides(METHODS["cb-nerf"], SMALL)).autoencoder
+    sheet = draw_codes(autoencoder, torch.arange(10), zoom=1)
+    assert sheet.shape == (3 * 9, 4 * 9, 3)
+    field = torch.zeros(1, 11, 11, 4)
+    field[0, 5, 5] = autoencoder.quantizer.codes()[0]
+    patch = autoencoder.decode(field).image[0, :, 2:9, 2:9].detach().flatten().double()
+    both = torch.stack([patch, sheet[1:8, 1:8].movedim(-1, 0).flatten().double()])
+    assert torch.corrcoef(both)[0, 1] > 0.99
+
+
 def test_usage_shows_bars_for_photographs_and_dots_for_renders():
     photograph, render = (70, 110, 170), (225, 120, 40)
     some, more = torch.tensor([0, 0, 1, 0]), torch.tensor([10, 5, 1, 0])
@@ -41,7 +53,7 @@ def test_usage_shows_bars_for_photographs_and_dots_for_renders():
 
 def test_a_map_has_the_colour_of_each_code_at_its_pixels():
     colors = torch.randint(256, (300, 3), dtype=torch.uint8)
-    picture = draw_map(torch.tensor([[0, 1, 2], [2, 1, 299]]), colors)
+    picture = draw_map(torch.tensor([[0, 1, 2], [2, 1, 299]]), colors, 4)
     assert picture.shape == (8, 12, 3)
     assert torch.equal(picture[::4, ::4].flatten(0, 1), colors[[0, 1, 2, 2, 1, 299]])
     assert torch.equal(picture[4:, 8:], colors[299].expand(4, 4, 3))
@@ -56,5 +68,5 @@ def test_similar_codes_have_similar_colours(dim: int):
 
 
 def test_agreement_is_white():
-    picture = draw_agreement(torch.tensor([[1, 2]]), torch.tensor([[1, 3]]))
+    picture = draw_agreement(torch.tensor([[1, 2]]), torch.tensor([[1, 3]]), 4)
     assert (picture[:, :4] == 255).all() and (picture[:, 4:] == 0).all()

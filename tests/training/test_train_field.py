@@ -112,6 +112,7 @@ def test_low_res_cameras_cast_the_same_rays(tiny_cameras: Cameras):
     [
         ({"field.super_sampling": False}, (24, 32), 1),
         ({"field.sub_rays": 2}, (48, 64), 2),
+        ({"field.sub_rays": 2, "field.opposite_sub_rays": False}, (48, 64), 2),
         ({"field.sub_rays": 0}, (48, 64), 4),
     ],
 )
@@ -119,6 +120,8 @@ def test_a_pixel_is_one_ray_or_some_of_its_sub_pixels(changes, size, rays, train
     def look(cameras, views, rows, columns, scale, chosen):
         assert (cameras.size, scale, chosen.shape) == (size, size[0] // 24, (16, rays))
         assert all(len(set(row)) == rays for row in chosen.tolist())
+        opposite = changes.get("field.opposite_sub_rays", True)
+        assert rays != 2 or opposite == bool((chosen.sum(1) == 3).all())
         raise InterruptedError
 
     monkeypatch.setattr("cbnerf.training.field.make_sub_pixel_rays", look)

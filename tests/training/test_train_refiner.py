@@ -9,7 +9,12 @@ from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
 from cbnerf.training.evaluation import mean_scores, refine_views
-from cbnerf.training.refiner import load_refiner, train_refiner
+from cbnerf.training.refiner import (
+    _training_views,
+    count_parameters,
+    load_refiner,
+    train_refiner,
+)
 
 CPU = torch.device("cpu")
 FAST = {
@@ -166,3 +171,28 @@ def test_codebook_health_covers_the_whole_interval(train, keep):
     train(make_config("residual", **{"refiner.optim.batch_size": 1}))
     for metrics in keep.metrics.values():
         assert 16 < metrics["codebook/perplexity"] <= 32 * metrics["codebook/used"]
+
+
+def test_several_scenes_are_parts_of_their_own_and_one_scene_is_two(tiny_scene, tiny_renders):
+    config = make_config("residual")
+    pair = (tiny_scene, tiny_renders)
+    _, _, alone = _training_views(config, [pair])
+    assert alone[:5] == [0, 1, 0, 0, 0] and set(alone) == {0, 1}
+    _, _, three = _training_views(config, [pair] * 3)
+    assert three == sorted(three) and set(three) == {0, 1, 2}
+
+
+def test_reported_refiners_have_their_filters(train, keep):
+    refiner = train(make_config("residual"))
+    for step in (3, 6):
+        state = torch.load(keep.folder / f"{step}.pt", weights_only=True)["model"]
+        assert state["filters.table"].abs().max() > 1e-3
+    assert torch.equal(state["filters.table"], refiner.state_dict()["filters.table"])
+
+
+def test_codes_and_filters_count_as_parameters():
+    small, large = (
+        count_parameters(with_overrides(METHODS["cb-nerf"], {"codebook.size": size}))
+        for size in (64, 1024)
+    )
+    assert large - small == (1024 - 64) * (32 + (3 * 7 * 7 + 1) * 3)

@@ -1,0 +1,203 @@
+"""Filters of codes: what a code knows of high-res detail, as an affine map of the render around it.
+
+The correction of a pixel is its 7x7 neighbourhood times the filter of its code, as in RAISR (Romano
+et al., 2016) and A+ (Timofte et al., 2014), with codes as their classes and anchors. Filters are
+solved, not descended: ridge regression towards the one filter that serves all codes, so that a
+code met by few pixels corrects as the others do. Images are `[3 height width]` in [-1, 1].
+"""
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+SIDE = 7
+"""Pixels per side of a filter."""
+_REACH = SIDE // 2
+_INPUTS = 3 * SIDE**2 + 1
+PRIORS = (100.0, 300.0, 1e3, 1e4, 1e5)
+"""Pixels that the common filter counts for in the regression of each code."""
+_JURY = 4
+"""Every so many-th code takes part in the choice among them, at most those solved at once."""
+_RIDGE = 1e-5
+_ROWS = 2**15
+"""Neighbourhoods that are held at once."""
+_CODES = 256
+"""Regressions that are solved at once."""
+
+
+class Corrections(NamedTuple):
+    """A render, the code of each pixel, and the correction wanted."""
+
+    sr: Float[Tensor, "3 height width"]
+    indices: Int[Tensor, "height width"]
+    wanted: Float[Tensor, "3 height width"]
+
+
+class CodeFilters(nn.Module):
+    """The filters of all codes; zero, and no correction, until they are fitted."""
+
+    def __init__(self, num_codes: int):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(num_codes, _INPUTS, 3), requires_grad=False)
+
+    def forward(
+        self, sr: Float[Tensor, "3 height width"], indices: Int[Tensor, "height width"]
+    ) -> Float[Tensor, "3 height width"]:
+        """The correction of each pixel by the filter of its code."""
+        views = _Neighbourhoods([sr])
+        codes, places = indices.flatten(), torch.arange(indices.numel(), device=sr.device)
+        parts = [
+            torch.einsum("ni,nic->nc", views.rows(some), self.table[codes[some]])
+            for some in places.split(_ROWS)
+        ]
+        return torch.cat(parts).T.view_as(sr)
+
+    @torch.no_grad()
+    def fit(self, parts: Sequence[Sequence[Corrections]], held_out: Sequence[int]) -> float:
+        """Set the filters to the regression over all parts; returns the weight of the common
+        filter: the one of `PRIORS` with which filters of the other parts correct those parts best
+        that are `held_out`, each in its turn; without any, the greatest."""
+        pixels = [_Pixels(views) for views in parts]
+        totals = [part.total() for part in pixels]
+        common = _Common(_add(totals))
+        codes = torch.cat([part.codes for part in pixels]).unique()
+        jury = codes[:: max(_JURY, -(-len(codes) // _CODES))]
+        weight = _choose_weight(pixels, totals, common, jury, held_out) if held_out else PRIORS[-1]
+        self.table.copy_(common.filter)
+        centre = common.enter(common.filter)
+        for some in codes.split(_CODES):
+            own = _add([part.sums(some, common) for part in pixels])
+            self.table[some] = common.leave(own.solve(centre, weight))
+        return weight
+
+
+class _Sums(NamedTuple):
+    """All that regressions need to know of the pixels of some codes."""
+
+    gram: Float[Tensor, "*codes inputs inputs"]
+    moments: Float[Tensor, "*codes inputs 3"]
+
+    def solve(
+        self, centre: Float[Tensor, "inputs 3"], weight: float
+    ) -> Float[Tensor, "*codes inputs 3"]:
+        """Ridge regression towards filters that count for so many pixels, whitened ones."""
+        eye = torch.eye(len(centre), dtype=centre.dtype, device=centre.device)
+        factor = torch.linalg.cholesky(self.gram + weight * eye)
+        return centre + torch.cholesky_solve(self.moments - self.gram @ centre, factor)
+
+    def error(self, filters: Float[Tensor, "*codes inputs 3"]) -> Float[Tensor, ""]:
+        """Squared error of filters on these pixels, less that of no correction."""
+        return (filters * (self.gram @ filters - 2 * self.moments)).sum()
+
+
+def _add(sums: Sequence[_Sums]) -> _Sums:
+    grams, moments = zip(*sums, strict=True)
+    return _Sums(reduce(torch.add, grams), reduce(torch.add, moments))
+
+
+class _Common:
+    """The filter that serves all codes, and coordinates in which the pixels around all pixels are
+    white: there its distance to other filters is what they differ in on an average pixel."""
+
+    def __init__(self, total: _Sums):
+        count = total.gram[-1, -1].clamp(min=1)
+        eye = torch.eye(len(total.gram), dtype=total.gram.dtype, device=total.gram.device)
+        factor = torch.linalg.cholesky(total.gram / count + _RIDGE * eye)
+        self.filter = torch.cholesky_solve(total.moments / count, factor).float()
+        self._factor = factor.float()
+        self._inverse = torch.linalg.solve_triangular(factor, eye, upper=False).float()
+
+    def whiten(self, rows: Float[Tensor, "pixels inputs"]) -> Float[Tensor, "pixels inputs"]:
+        return rows @ self._inverse.T
+
+    def enter(self, filters: Float[Tensor, "*codes inputs 3"]) -> Float[Tensor, "*codes inputs 3"]:
+        """Filters of white pixels that correct as these do."""
+        return self._factor.T @ filters
+
+    def leave(self, filters: Float[Tensor, "*codes inputs 3"]) -> Float[Tensor, "*codes inputs 3"]:
+        """Filters of pixels as they are that correct as these do."""
+        return self._inverse.T @ filters
+
+
+class _Neighbourhoods:
+    """The 7x7 pixels around each pixel of images of one size, and a one for the constant."""
+
+    def __init__(self, images: Sequence[Float[Tensor, "3 height width"]]):
+        batch = torch.stack(list(images))
+        self._size = batch.shape[-2:]
+        self._padded = F.pad(batch, (_REACH,) * 4, mode="replicate")
+        _, channels, height, width = self._padded.shape
+        steps = torch.arange(SIDE, device=batch.device)
+        window = steps[:, None] * width + steps
+        planes = torch.arange(channels, device=batch.device) * height * width
+        self._window = (planes[:, None, None] + window).flatten()
+
+    def rows(self, places: Int[Tensor, " pixels"]) -> Float[Tensor, "pixels inputs"]:
+        """Of the pixels at these places, counted through all images."""
+        height, width = self._size
+        _, channels, tall, wide = self._padded.shape
+        image, row = places // (height * width), places // width % height
+        first = image * channels * tall * wide + row * wide + places % width
+        around = self._padded.flatten()[first[:, None] + self._window]
+        return torch.cat([around, torch.ones_like(around[:, :1])], dim=1)
+
+
+class _Pixels:
+    """All pixels of some views, sorted by their codes."""
+
+    def __init__(self, views: Sequence[Corrections]):
+        self._around = _Neighbourhoods([view.sr for view in views])
+        self._wanted = torch.cat([view.wanted.flatten(1) for view in views], dim=1).T
+        sorted_codes, self._order = torch.cat([v.indices.flatten() for v in views]).sort()
+        self.codes, counts = sorted_codes.unique_consecutive(return_counts=True)
+        pixels = self._order.split(counts.tolist())
+        self._pixels = dict(zip(self.codes.tolist(), pixels, strict=True))
+
+    def total(self) -> _Sums:
+        """Over all pixels, in float64."""
+        gram = self._wanted.new_zeros(_INPUTS, _INPUTS, dtype=torch.float64)
+        moments = self._wanted.new_zeros(_INPUTS, 3, dtype=torch.float64)
+        for places in self._order.split(_ROWS):
+            rows = self._around.rows(places)
+            gram += rows.T @ rows
+            moments += rows.T @ self._wanted[places]
+        return _Sums(gram, moments)
+
+    def sums(self, codes: Int[Tensor, " codes"], common: _Common) -> _Sums:
+        """Over the whitened pixels of each of these codes."""
+        gram = self._wanted.new_zeros(len(codes), _INPUTS, _INPUTS)
+        moments = self._wanted.new_zeros(len(codes), _INPUTS, 3)
+        own = [self._pixels.get(code, self._order[:0]) for code in codes.tolist()]
+        slots = torch.arange(len(codes)).repeat_interleave(torch.tensor([len(o) for o in own]))
+        for places, some in zip(torch.cat(own).split(_ROWS), slots.split(_ROWS), strict=True):
+            rows, wanted = common.whiten(self._around.rows(places)), self._wanted[places]
+            met, counts = (x.tolist() for x in some.unique_consecutive(return_counts=True))
+            for slot, of_code, target in zip(
+                met, rows.split(counts), wanted.split(counts), strict=True
+            ):
+                gram[slot].addmm_(of_code.T, of_code)
+                moments[slot].addmm_(of_code.T, target)
+        return _Sums(gram, moments)
+
+
+def _choose_weight(
+    pixels: Sequence[_Pixels],
+    totals: Sequence[_Sums],
+    common: _Common,
+    codes: Int[Tensor, " codes"],
+    held_out: Sequence[int],
+) -> float:
+    """With which of `PRIORS` filters of these codes do best where they have not been fitted."""
+    own = [part.sums(codes, common) for part in pixels]
+    errors = own[0].gram.new_zeros(len(PRIORS))
+    for i in held_out:
+        others, total = (_add([*sums[:i], *sums[i + 1 :]]) for sums in (own, totals))
+        centre = common.enter(_Common(total).filter)
+        for j, weight in enumerate(PRIORS):
+            errors[j] += own[i].error(others.solve(centre, weight))
+    return PRIORS[int(errors.argmin())]

@@ -1,0 +1,99 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cbnerf.codebook.filters import PRIORS, CodeFilters, Corrections
+
+
+def draw_views(filters: CodeFilters, count: int, noise: float = 0.0, seed: int = 0):
+    """Random renders with random codes, and what these filters make of them."""
+    torch.manual_seed(seed)
+    views = []
+    for _ in range(count):
+        sr, indices = torch.rand(3, 24, 20), torch.randint(len(filters.table), (24, 20))
+        wanted = filters(sr, indices) + noise * torch.randn(3, 24, 20)
+        views.append(Corrections(sr, indices, wanted))
+    return views
+
+
+def make_filters(codes: int, scale: float = 0.05) -> CodeFilters:
+    torch.manual_seed(1)
+    filters = CodeFilters(codes)
+    filters.table.normal_(std=scale)
+    return filters
+
+
+def error(filters: CodeFilters, views: list[Corrections]) -> float:
+    errors = [(filters(v.sr, v.indices) - v.wanted).square().mean().item() for v in views]
+    return sum(errors) / len(errors)
+
+
+def test_a_filter_corrects_by_the_pixels_around():
+    filters = make_filters(5)
+    sr, indices = torch.rand(3, 9, 11), torch.randint(5, (9, 11))
+    corrected = filters(sr, indices)
+    padded = F.pad(sr[None], (3,) * 4, mode="replicate")[0]
+    for row, column in ((0, 0), (4, 7), (8, 10)):
+        around = padded[:, row : row + 7, column : column + 7].flatten()
+        own = filters.table[indices[row, column]]
+        expected = around @ own[:-1] + own[-1]
+        torch.testing.assert_close(corrected[:, row, column], expected)
+
+
+def test_unfitted_filters_correct_nothing():
+    assert (
+        CodeFilters(4)(torch.rand(3, 8, 8), torch.ones(8, 8, dtype=torch.int64)).count_nonzero()
+        == 0
+    )
+
+
+def test_the_filters_that_made_the_corrections_are_found():
+    true = make_filters(2)
+    views = draw_views(true, 12)
+    found = CodeFilters(2)
+    assert found.fit([views[:8], views[8:]], [1]) == min(PRIORS)
+    nothing = CodeFilters(2)
+    test = draw_views(true, 2, seed=5)
+    assert error(found, test) < 0.02 * error(nothing, test)
+
+
+def test_codes_that_mean_nothing_share_the_common_filter():
+    one = make_filters(1)
+    true = CodeFilters(50)
+    true.table.copy_(one.table.expand(50, -1, -1))
+    views = draw_views(true, 12, noise=1.0)
+    found = CodeFilters(50)
+    assert found.fit([views[:8], views[8:]], [1]) == max(PRIORS)
+    assert (found.table - found.table.mean(0)).std() < 0.1 * found.table.std()
+
+
+def test_fit_is_ridge_regression_towards_the_common_filter():
+    views = draw_views(make_filters(3), 4, noise=0.1)
+    found = CodeFilters(3)
+    prior = found.fit([views[:3], views[3:]], [1])
+    rows, codes, wanted = (torch.cat(part) for part in zip(*map(unfold, views), strict=True))
+    ones = torch.eye(148, dtype=torch.float64)
+    gram, moments = rows.T @ rows / len(rows) + 1e-5 * ones, rows.T @ wanted / len(rows)
+    for code in range(3):
+        own, target = rows[codes == code], wanted[codes == code]
+        expected = torch.linalg.solve(own.T @ own + prior * gram, own.T @ target + prior * moments)
+        torch.testing.assert_close(found.table[code].double(), expected, atol=1e-3, rtol=0)
+
+
+def unfold(view: Corrections) -> tuple[Tensor, Tensor, Tensor]:
+    padded = F.pad(view.sr[None], (3,) * 4, mode="replicate")
+    rows = F.unfold(padded, 7)[0].T.double()
+    rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
+    return rows, view.indices.flatten(), view.wanted.flatten(1).T.double()
+
+
+@pytest.mark.parametrize("codes", [1, 6])
+def test_a_code_that_nobody_met_has_the_common_filter(codes: int):
+    views = draw_views(make_filters(codes), 4)
+    found = CodeFilters(codes + 1)
+    found.fit([views[:3], views[3:]], [1])
+    alone = CodeFilters(1)
+    everywhere = [view._replace(indices=torch.zeros_like(view.indices)) for view in views]
+    alone.fit([everywhere[:3], everywhere[3:]], [1])
+    torch.testing.assert_close(found.table[codes], alone.table[0], atol=2e-3, rtol=0)
