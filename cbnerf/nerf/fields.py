@@ -1,9 +1,11 @@
 """Radiance fields: a point in NDC and a direction become density and colour.
 
-Points lie in [-1, 1]^3 after `PlanesField` has divided x and y by the extent of the scene.
+Points lie in [-1, 1]^3 after `PlanesModel` has divided x and y by what the cameras see at their
+depth.
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,18 @@ from torch import Tensor, nn
 from cbnerf.config import MLPConfig, PlanesConfig
 
 _AXES = ((0, 1), (0, 2), (1, 2))
+
+
+class Planes(NamedTuple):
+    """Composed planes, (x, y), (x, z), (y, z) of each cell size, and all cells in one table."""
+
+    planes: list[Float[Tensor, "height width channels"]]
+    table: Float[Tensor, "cells channels"]
+
+
+def join_planes(planes: list[Float[Tensor, "_ _ channels"]]) -> Planes:
+    """Lay planes end to end, so that one lookup serves all."""
+    return Planes(planes, torch.cat([plane.reshape(-1, plane.shape[-1]) for plane in planes]))
 
 
 class FeaturePlanes(nn.Module):
@@ -37,8 +51,8 @@ class FeaturePlanes(nn.Module):
             for level in range(levels)
         )
 
-    def compose(self) -> list[Float[Tensor, "height width channels"]]:
-        """The planes at their finest size: (x, y), (x, z), (y, z) of each cell size."""
+    def compose(self) -> Planes:
+        """The planes at their finest size."""
         planes = []
         for first in range(0, len(self.grids), self._levels):
             pyramid = list(self.grids[first : first + self._levels])
@@ -46,7 +60,7 @@ class FeaturePlanes(nn.Module):
             for grid in reversed(pyramid):
                 plane = grid + _enlarge(plane, grid.shape[:2])
             planes.append(plane)
-        return planes
+        return join_planes(planes)
 
 
 def _level_size(size: tuple[int, int], level: int) -> tuple[int, int]:
@@ -62,16 +76,12 @@ def _enlarge(
 
 
 def interpolate_planes(
-    planes: list[Float[Tensor, "_ _ channels"]], points: Float[Tensor, "points 3"]
+    composed: Planes, points: Float[Tensor, "points 3"]
 ) -> Float[Tensor, "points features"]:
-    """Bilinear samples at the projections of points in [-1, 1]^3, multiplied three by three.
-
-    One lookup serves all planes, laid end to end as one table of cells.
-    """
-    device, channels = points.device, planes[0].shape[-1]
-    table = torch.cat([plane.reshape(-1, channels) for plane in planes])
+    """Bilinear samples at the projections of points in [-1, 1]^3, multiplied three by three."""
+    planes, table = composed
     sizes = tuple((plane.shape[0], plane.shape[1]) for plane in planes)
-    height, width, first, axes = _layout(sizes, device)
+    height, width, first, axes = _layout(sizes, points.device)
 
     x, y = ((points.T[axis] + 1) / 2 for axis in axes.unbind(1))
     x, y = x * (width - 1), y * (height - 1)
@@ -83,7 +93,7 @@ def interpolate_planes(
     cells = torch.stack([corner, corner + 1, corner + width, corner + width + 1], dim=-1)
     shares = torch.stack([up * left, up * right, down * left, down * right], dim=-1)
     sampled = _WeightedSum.apply(table, cells.flatten(0, 1), shares.flatten(0, 1))
-    xy, xz, yz = sampled.view(-1, 3, len(points), channels).unbind(1)
+    xy, xz, yz = sampled.view(-1, 3, len(points), table.shape[1]).unbind(1)
     return torch.cat((xy * xz * yz).unbind(0), dim=-1)
 
 
@@ -96,10 +106,15 @@ def _layout(sizes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[T
     return height, width, first, torch.tensor(_AXES * (len(sizes) // 3), device=device)
 
 
+_CACHED_ROWS = 16384
+"""Sums whose backward runs at once on a CPU: what is in flight stays in the cache."""
+
+
 class _WeightedSum(torch.autograd.Function):
     """Weighted sums of rows of a table: `embedding_bag` with a backward that has a fixed order.
 
-    On CPUs `index_add_` is several times faster along the second axis (benchmarks/profile.py).
+    `scatter_add_` sorts rows before it adds: faster on CPUs than `index_add_`, which on GPUs is the
+    one that can be deterministic.
     """
 
     @staticmethod
@@ -111,23 +126,23 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         rows, weights = ctx.saved_tensors
-        if gradient.device.type == "cpu":
-            total = gradient.new_zeros(gradient.shape[1], ctx.num_rows)
-            gradient = gradient.T.contiguous()
-            for row, weight in zip(rows.T.contiguous(), weights.T.contiguous(), strict=True):
-                total.index_add_(1, row, gradient * weight)
-            return total.T, None, None
         total = gradient.new_zeros(ctx.num_rows, gradient.shape[1])
+        if gradient.device.type == "cpu":
+            parts = (tensor.split(_CACHED_ROWS) for tensor in (rows, weights, gradient))
+            for row, weight, part in zip(*parts, strict=True):
+                shares = (part[:, None] * weight[..., None]).flatten(0, 1)
+                total.scatter_add_(0, row.long().flatten()[:, None].expand_as(shares), shares)
+            return total, None, None
         for row, weight in zip(rows.unbind(1), weights.unbind(1), strict=True):
             total.index_add_(0, row, gradient * weight[:, None])
         return total, None, None
 
 
-def total_variation(planes: list[Float[Tensor, "_ _ channels"]]) -> Float[Tensor, ""]:
+def total_variation(composed: Planes) -> Float[Tensor, ""]:
     """Mean squared difference of neighbouring cells, summed over planes."""
     terms = [
         F.mse_loss(plane[1:], plane[:-1]) + F.mse_loss(plane[:, 1:], plane[:, :-1])
-        for plane in planes
+        for plane in composed.planes
     ]
     return torch.stack(terms).sum()
 
@@ -153,7 +168,7 @@ class PlanesField(nn.Module):
 
     def forward(
         self,
-        planes: list[Float[Tensor, "_ _ channels"]],
+        planes: Planes,
         points: Float[Tensor, "points 3"],
         directions: Float[Tensor, "points 3"],
     ) -> tuple[Float[Tensor, "points 3"], Float[Tensor, " points"]]:
@@ -172,8 +187,10 @@ class ProposalField(nn.Module):
         self.planes = FeaturePlanes(cells, channels=8, levels=2, scales=(1,))
         self.density_net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
 
-    def forward(self, points: Float[Tensor, "points 3"]) -> Float[Tensor, " points"]:
-        raw = self.density_net(interpolate_planes(self.planes.compose(), points))
+    def forward(
+        self, planes: Planes, points: Float[Tensor, "points 3"]
+    ) -> Float[Tensor, " points"]:
+        raw = self.density_net(interpolate_planes(planes, points))
         return density_activation(raw[:, 0].float())
 
 

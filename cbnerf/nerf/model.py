@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cbnerf.config import Config, FieldConfig
-from cbnerf.nerf.fields import MLPField, PlanesField, ProposalField, total_variation
+from cbnerf.nerf.fields import MLPField, Planes, PlanesField, ProposalField, total_variation
 from cbnerf.nerf.rays import Cameras, Rays, make_rays, make_sub_pixel_rays, ndc_extent
 from cbnerf.nerf.rendering import Rendering, composite, reaching_to_infinity, render_weights
 from cbnerf.nerf.sampling import sample_importance, sample_stratified
@@ -22,6 +22,14 @@ class FieldOutput(NamedTuple):
 
     passes: list[Rendering]
     regularization: Float[Tensor, ""]
+    """Zero where no gradients are wanted."""
+
+
+class Composed(NamedTuple):
+    """What a `PlanesModel` looks up; it stays the same while nothing is learned."""
+
+    field: Planes
+    proposal: Planes
 
 
 class PlanesModel(nn.Module):
@@ -31,21 +39,28 @@ class PlanesModel(nn.Module):
         super().__init__()
         self._config = config.field
         planes = config.field.planes
-        extent = ndc_extent(cameras).amax(0)
+        extent = ndc_extent(cameras)
         self.extent: Tensor
-        self.register_buffer("extent", torch.cat([extent, torch.ones_like(extent[:1])]))
+        self.register_buffer("extent", torch.cat([extent, torch.ones_like(extent[:, :1])], dim=1))
         height, width = cameras.size
         cells = (
-            round(width * planes.cells_per_pixel * float(extent[0])),
-            round(height * planes.cells_per_pixel * float(extent[1])),
+            round(width * planes.cells_per_pixel * float(extent[1, 0])),
+            round(height * planes.cells_per_pixel * float(extent[1, 1])),
             planes.depth_cells,
         )
         self.field = PlanesField(planes, cells)
         self.proposal = ProposalField((max(cells[0] // 4, 2), max(cells[1] // 4, 2), cells[2]))
 
-    def forward(self, rays: Rays, noise: Noise | None) -> FieldOutput:
+    def compose(self) -> Composed:
+        return Composed(self.field.planes.compose(), self.proposal.planes.compose())
+
+    def forward(
+        self, rays: Rays, noise: Noise | None, composed: Composed | None = None
+    ) -> FieldOutput:
+        """Render rays; `composed` spares the composition where many batches are rendered."""
         pixels, sub_rays, _ = rays.origins.shape
         config, device = self._config, rays.origins.device
+        planes, proposal = composed or self.compose()
         num_bins, num_samples = config.num_coarse_samples, config.num_fine_samples
 
         # proposal: one ray through the middle of the sub-pixels
@@ -53,7 +68,8 @@ class PlanesModel(nn.Module):
         bins = sample_stratified(pixels, num_bins, jitter, device)
         middle = Rays(rays.origins.mean(1), rays.directions.mean(1))
         with autocast(config, device):
-            density = self.proposal(self._points(middle, midpoints(bins)).flatten(0, 1))
+            points = self._points(middle, midpoints(bins)).flatten(0, 1)
+            density = self.proposal(proposal, points)
         lengths = reaching_to_infinity(bins.diff())
         proposed = render_weights(density.view(pixels, num_bins), lengths)
 
@@ -66,13 +82,14 @@ class PlanesModel(nn.Module):
         t = midpoints(edges)
         points = self._points(flat, t).flatten(0, 1)
         directions = flat.directions.repeat_interleave(num_samples, 0)
-        planes = self.field.planes.compose()
         with autocast(config, device):
             rgb, density = self.field(planes, points, directions)
         lengths = reaching_to_infinity(edges.diff())
         weights = render_weights(density.view(t.shape), lengths)
         rendering = composite(rgb.view(*t.shape, 3), weights, t)
 
+        if not torch.is_grad_enabled():
+            return FieldOutput([rendering], regularization=density.new_zeros(()))
         outside = proposal_loss(bins, proposed, edges, weights.detach())
         knobs = config.planes
         return FieldOutput(
@@ -82,8 +99,12 @@ class PlanesModel(nn.Module):
         )
 
     def _points(self, rays: Rays, t: Float[Tensor, "rays samples"]) -> Tensor:
+        """In [-1, 1]^3: what the cameras see at each depth fills the planes.
+
+        Near the cameras that can be several times what they see far away, mostly empty space.
+        """
         points = rays.origins[:, None] + t[..., None] * rays.directions[:, None]
-        return points / self.extent
+        return points / torch.lerp(self.extent[0], self.extent[1], t[..., None])
 
 
 class MLPModel(nn.Module):
@@ -183,12 +204,13 @@ def render_image(
     pixels = torch.arange(height * width, device=device)
     chosen = torch.arange(scale * scale, device=device)
     rgb, depth = [], []
+    prepared = (model.compose(),) if isinstance(model, PlanesModel) else ()
     for part in pixels.split(max(chunk // scale**2, 1)):
         rays = make_sub_pixel_rays(
             cameras, torch.full_like(part, view), part // width, part % width, scale,
             chosen.expand(len(part), -1),
         )  # fmt: skip
-        rendering = model(rays, None).passes[-1]
+        rendering = model(rays, None, *prepared).passes[-1]
         rgb.append(rendering.rgb)
         depth.append(rendering.depth)
     return (

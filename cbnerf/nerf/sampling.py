@@ -1,12 +1,26 @@
-"""Where to sample along rays.
+"""Which rays to draw, and where to sample along them.
 
 `t` are distances along a ray in [0, 1]; `edges` bound bins, one more than the bins' `weights`.
 Random numbers come from the caller as `jitter` in [0, 1); None gives the deterministic middle.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+
+
+def choose_sub_pixels(
+    scores: Float[Tensor, "pixels sub_pixels"], number: int, *, opposite: bool
+) -> Int[Tensor, "pixels sub_rays"]:
+    """The `number` sub-pixels of lowest score, a random one for each.
+
+    With `opposite` both of two that face each other about the middle of their pixel are chosen, or
+    neither: what grows evenly across a pixel cancels in their mean. Odd numbers are drawn freely;
+    the middle one of an odd grid has no other half and comes less often than a pair.
+    """
+    if opposite and number % 2 == 0:
+        scores = torch.minimum(scores, scores.flip(1))
+    return scores.argsort(dim=1, stable=True)[:, :number]
 
 
 def sample_stratified(

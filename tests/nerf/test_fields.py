@@ -12,6 +12,7 @@ from cbnerf.nerf.fields import (
     density_activation,
     encode,
     interpolate_planes,
+    join_planes,
     total_variation,
 )
 
@@ -43,7 +44,7 @@ def test_planes_are_looked_up_as_a_python_loop_does():
     torch.manual_seed(0)
     planes = make_planes()
     points = 2.4 * torch.rand(40, 3, dtype=torch.float64) - 1.2  # also outside: the border goes on
-    found = interpolate_planes(planes, points)
+    found = interpolate_planes(join_planes(planes), points)
     for point, features in zip(points.tolist(), found, strict=True):
         expected = torch.ones(2, 2, dtype=torch.float64)
         for number, plane in enumerate(planes):
@@ -52,11 +53,13 @@ def test_planes_are_looked_up_as_a_python_loop_does():
         torch.testing.assert_close(features, expected.flatten())
 
 
-def test_planes_learn_as_finite_differences_say():
+@pytest.mark.parametrize("rows_at_once", [7, 16384])
+def test_planes_learn_as_finite_differences_say(rows_at_once: int, monkeypatch):
+    monkeypatch.setattr("cbnerf.nerf.fields._CACHED_ROWS", rows_at_once)
     torch.manual_seed(0)
     points = 2.4 * torch.rand(10, 3, dtype=torch.float64) - 1.2
     torch.autograd.gradcheck(
-        lambda *planes: interpolate_planes(list(planes), points), make_planes()
+        lambda *planes: interpolate_planes(join_planes(list(planes)), points), make_planes()
     )
 
 
@@ -72,7 +75,7 @@ def test_lookups_agree_with_grid_sample():
         for plane, (a, b) in zip(planes, [(0, 1), (0, 2), (1, 2)], strict=True)
     ]  # fmt: skip
     expected = sampled[0] * sampled[1] * sampled[2]
-    found = interpolate_planes(planes, points)
+    found = interpolate_planes(join_planes(planes), points)
     torch.testing.assert_close(found, expected)
     weights = torch.rand_like(found)
     for ours, theirs in zip(
@@ -86,7 +89,7 @@ def test_lookups_agree_with_grid_sample():
 def test_planes_have_the_cells_of_their_axes():
     x, y, z = 9, 7, 5
     planes = FeaturePlanes((x, y, z), channels=2, levels=3, scales=(1, 3))
-    shapes = [tuple(plane.shape) for plane in planes.compose()]
+    shapes = [tuple(plane.shape) for plane in planes.compose().planes]
     assert shapes == [(y, x, 2), (z, x, 2), (z, y, 2), (2, 3, 2), (2, 3, 2), (2, 2, 2)]
     # ceil(size / 2^level), never less than two cells
     sizes = [tuple(grid.shape[:2]) for grid in planes.grids][:9]
@@ -104,8 +107,8 @@ def test_a_plane_is_the_sum_of_its_levels():
         planes.grids[2].copy_(torch.linspace(-1, 1, 2).expand(2, 2)[..., None])
     expected = 0.5 + torch.linspace(-1, 1, 8).expand(8, 8).clone()
     expected[3, 5] += 7
-    torch.testing.assert_close(planes.compose()[0][..., 0], expected)
-    assert planes.compose()[1].count_nonzero() == 0
+    torch.testing.assert_close(planes.compose().planes[0][..., 0], expected)
+    assert planes.compose().planes[1].count_nonzero() == 0
 
 
 def test_a_new_field_starts_from_its_coarsest_grids_alone():
@@ -118,7 +121,7 @@ def test_total_variation_by_hand():
     plane = torch.tensor([[0.0, 1.0, 3.0], [0.0, 0.0, 0.0]])[..., None]
     # Down: 0, 1, 9 over 3; right: 1, 4, 0, 0 over 4. A flat plane adds nothing.
     flat = torch.ones(4, 4, 1)
-    assert total_variation([plane, flat, flat]).item() == pytest.approx(10 / 3 + 5 / 4)
+    assert total_variation(join_planes([plane, flat, flat])).item() == pytest.approx(10 / 3 + 5 / 4)
 
 
 def test_encoding_in_closed_form():

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from cbnerf.config import METHODS, Config, with_overrides
+from cbnerf.nerf.fields import FeaturePlanes
 from cbnerf.nerf.model import FieldModel, PlanesModel, build_field, proposal_loss, render_image
-from cbnerf.nerf.rays import Cameras, make_sub_pixel_rays, ndc_extent
+from cbnerf.nerf.rays import Cameras, make_rays, make_sub_pixel_rays
 from cbnerf.noise import Noise
 from cbnerf.training.field import low_res_cameras
 
@@ -96,13 +97,18 @@ def test_only_noise_makes_renderings_differ(kind: str, cameras: Cameras):
     assert not torch.equal(first, other)
 
 
-def test_coordinates_of_planes_stay_in_the_cube(cameras: Cameras):
+def test_what_the_cameras_see_fills_the_planes_at_every_depth(cameras: Cameras):
     model = make_field(CONFIGS["planes"], cameras)
     assert isinstance(model, PlanesModel)
-    torch.testing.assert_close(model.extent[:2], ndc_extent(cameras).amax(0))
-    rays = draw_rays(cameras, 1)
-    ends = model._points(type(rays)(*(part[:, 0] for part in rays)), torch.tensor([[0.0, 1.0]] * 3))
-    assert ends.abs().max() <= 1 + 1e-5
+    height, width = cameras.size
+    views = torch.arange(len(cameras.camera_to_world)).repeat_interleave(4)
+    corners = torch.tensor([[0.0, 0.0], [width, 0.0], [0.0, height], [width, height]])
+    u, v = corners.repeat(len(cameras.camera_to_world), 1).unbind(1)
+    t = torch.tensor([0.0, 0.5, 1.0]).expand(len(views), -1)
+    reached = model._points(make_rays(cameras, views, u, v), t).abs().amax(0)
+    assert reached.max() <= 1 + 1e-5
+    torch.testing.assert_close(reached[[0, 2]], torch.ones(2, 3))
+    torch.testing.assert_close(reached[1, 2], torch.tensor(0.0))
 
 
 EDGES = torch.tensor([[0.0, 0.2, 0.5, 0.6, 1.0]])
@@ -142,3 +148,14 @@ def test_proposals_learn_only_from_their_own_loss(cameras: Cameras):
     model.zero_grad()
     model(draw_rays(cameras), None).regularization.backward()
     assert all(parameter.grad is None for parameter in model.field.density_net.parameters())
+
+
+def test_planes_are_composed_once_for_an_image(cameras: Cameras, monkeypatch: pytest.MonkeyPatch):
+    model = make_field(CONFIGS["planes"], cameras)
+    expected, _ = render_image(model, cameras, 0, 2, chunk=10**6)
+    calls = []
+    compose = FeaturePlanes.compose
+    monkeypatch.setattr(FeaturePlanes, "compose", lambda self: calls.append(1) or compose(self))
+    rendered, _ = render_image(model, cameras, 0, 2, chunk=64)
+    torch.testing.assert_close(rendered, expected)
+    assert len(calls) == 2  # of the field and of its proposals

@@ -1,13 +1,33 @@
 import pytest
 import torch
 
-from cbnerf.nerf.sampling import sample_importance, sample_stratified
+from cbnerf.nerf.sampling import choose_sub_pixels, sample_importance, sample_stratified
 
 CPU = torch.device("cpu")
 
 
 def draw(*shape: int) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("opposite", [False, True])
+@pytest.mark.parametrize("scale, number", [(2, 1), (2, 2), (2, 4), (3, 2), (3, 3), (4, 6)])
+def test_every_sub_pixel_is_drawn_once_and_as_often_as_any_other(scale, number, opposite):
+    chosen = choose_sub_pixels(draw(20_000, scale**2), number, opposite=opposite)
+    assert (chosen.sort().values.diff() > 0).all()
+    shares = torch.bincount(chosen.flatten(), minlength=scale**2) / len(chosen)
+    # The middle of an odd grid has no other half, and comes less often than a pair.
+    others = torch.arange(scale**2) != (scale**2 // 2 if opposite and scale == 3 else -1)
+    assert shares[others].std() < 0.02
+
+
+@pytest.mark.parametrize("scale, number", [(2, 2), (4, 2), (4, 6)])
+def test_what_grows_evenly_across_a_pixel_cancels_in_opposite_sub_pixels(scale, number):
+    chosen = choose_sub_pixels(draw(100, scale**2), number, opposite=True)
+    ramp = 3 * (chosen % scale) - 2 * (chosen // scale).float()
+    torch.testing.assert_close(ramp.mean(1), torch.full((100,), (scale - 1) / 2))
+    free = choose_sub_pixels(draw(100, scale**2), number, opposite=False)
+    assert (3 * (free % scale) - 2 * (free // scale).float()).mean(1).std() > 0.3
 
 
 def test_stratified_edges_stay_within_half_a_bin():
