@@ -24,8 +24,8 @@ from cbnerf.compare.score_tables import (
     score_tables,
     view_tables,
 )
-from cbnerf.compare.tables import Table, to_html, to_latex, to_markdown
 from cbnerf.config import flatten
+from cbnerf.tables import STYLE, Table, to_html, to_latex, to_markdown
 
 REPORT_FILES = (
     "report.md", "report.html", "report.json", "tables.tex", "crops.png", "errors.png"
@@ -33,11 +33,6 @@ REPORT_FILES = (
 _IN_FIGURES = ("stage 1", "refined")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; }
-table { border-collapse: collapse; margin-bottom: 1em; }
-th, td { padding: 2px 10px; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; }
-td.best { font-weight: bold; }
-tr.apart td { border-top: 2px solid #888; }
 img { max-width: 100%; }
 """
 
@@ -185,6 +180,8 @@ def _to_page(
         parts.append(f'<img alt="" src="data:image/png;base64,{source}">')
         parts.append(f"<p><i>{html.escape(about)}</i></p>")
     parts += map(to_html, details)
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
+    head = (
+        f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}{STYLE}</style>'
+    )
     body = "\n".join(parts)
     return f"<!doctype html>\n<html><head>{head}</head><body>\n{body}\n</body></html>\n"

@@ -1,6 +1,6 @@
 import re
 
-from cbnerf.compare.tables import Cell, Table, mark_best, to_html, to_latex, to_markdown
+from cbnerf.tables import Cell, Table, mark_best, to_html, to_latex, to_markdown
 
 TABLE = Table(
     "PSNR & co",
@@ -20,6 +20,12 @@ def test_markdown_is_aligned():
         "| one <1> | 20.00 | **21.5** |",
         "| theirs  |     - |        9 |",
     ]
+
+
+def test_without_a_title_there_is_no_heading():
+    bare = TABLE._replace(title="")
+    assert to_markdown(bare) == to_markdown(TABLE).split("\n\n")[1]
+    assert to_html(bare) == to_html(TABLE).split("</h3>\n")[1]
 
 
 def test_html_is_escaped_and_marks_the_best():

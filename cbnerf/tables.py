@@ -4,6 +4,15 @@ import html
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+STYLE = """
+table { border-collapse: collapse; margin-bottom: 1em; }
+th, td { padding: 2px 10px; text-align: right; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; }
+td.best { font-weight: bold; }
+tr.apart td { border-top: 2px solid #888; }
+"""
+"""Of what `to_html` writes, in CSS."""
+
 _LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$"}
 
 
@@ -14,6 +23,7 @@ class Cell(NamedTuple):
 
 class Table(NamedTuple):
     title: str
+    """Its heading; with an empty one it has none."""
     header: list[str]
     rows: list[list[Cell]]
     """The first cell of a row is its name."""
@@ -48,7 +58,8 @@ def to_markdown(table: Table) -> str:
         return "| " + " | ".join(padded) + " |"
 
     rule = "|" + "-" * (widths[0] + 2) + "|" + "|".join("-" * (w + 1) + ":" for w in widths[1:])
-    return "\n".join([f"### {table.title}", "", line(table.header), rule + "|", *map(line, rows)])
+    title = [f"### {table.title}", ""] if table.title else []
+    return "\n".join([*title, line(table.header), rule + "|", *map(line, rows)])
 
 
 def to_html(table: Table) -> str:
@@ -61,10 +72,8 @@ def to_html(table: Table) -> str:
         )
         apart = ' class="apart"' if table.apart and number == first_apart else ""
         body.append(f"<tr{apart}>{cells}</tr>")
-    return (
-        f"<h3>{html.escape(table.title)}</h3>\n<table>\n<tr>{head}</tr>\n"
-        + "\n".join(body) + "\n</table>"
-    )  # fmt: skip
+    title = f"<h3>{html.escape(table.title)}</h3>\n" if table.title else ""
+    return f"{title}<table>\n<tr>{head}</tr>\n" + "\n".join(body) + "\n</table>"
 
 
 def to_latex(table: Table) -> str:
