@@ -67,7 +67,7 @@ def test_inspection_pictures_the_codebook(runs: Path, tmp_path: Path, capsys):
           f"--refiner={runs}/refiner", f"--output={tmp_path}/pictures"])  # fmt: skip
     out = capsys.readouterr().out
     assert "2 test views of scene  codebook/perplexity" in out
-    assert iio.imread(tmp_path / "pictures" / "codes.png").shape == (4 * 26, 4 * 26, 3)
+    assert iio.imread(tmp_path / "pictures" / "codes.png").shape == (4 * 16, 4 * 16, 3)
     # Photograph, codes, render, codes and agreement, cut to 44 rows.
     assert iio.imread(tmp_path / "pictures" / "map.png").shape == (44, 5 * 64 + 4 * 4, 3)
     assert iio.imread(tmp_path / "pictures" / "usage.png").ndim == 3

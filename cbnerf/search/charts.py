@@ -8,20 +8,25 @@ import optuna.visualization as charts
 import plotly.graph_objects as go
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
-from plotly.io import to_html
+from plotly.io import to_html as chart_to_html
 
 from cbnerf.search.ledger import Ledger
+from cbnerf.tables import STYLE, Table, to_html
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; }
 pre { background: #f4f4f4; padding: 1em; overflow-x: auto; }
 p { color: #444; }
+.wide { overflow-x: auto; }
+.wide td { white-space: nowrap; }
 """
 _ENOUGH = 4
 """Finished or stopped configurations that a chart of importances needs."""
 
 
-def html_report(ledger: Ledger, best_yaml: str, number: int, table: str) -> str:
+def html_report(
+    ledger: Ledger, best_yaml: str, number: int, scenes: Table, configurations: Table
+) -> str:
     """The whole page; plotly's script stands in it, so it can be mailed and read offline."""
     plan = ledger.plan
     parts = [
@@ -30,19 +35,20 @@ def html_report(ledger: Ledger, best_yaml: str, number: int, table: str) -> str:
         f"{len(ledger.told)} configurations, {len(ledger.stopped)} of them stopped. Stopped ones "
         "stand in the charts with the objectives that they were expected to reach.</p>",
         f"<h2>Best configuration: number {number}</h2>",
-        f"<pre>{escape(table)}</pre>",
+        to_html(scenes),
         f"<details><summary>best.yaml</summary><pre>{escape(best_yaml)}</pre></details>",
     ]
     for index, (title, about, figure) in enumerate(_figures(ledger)):
         figure.update_layout(title=None, margin={"t": 30})
-        chart = to_html(
+        chart = chart_to_html(
             figure, full_html=False, include_plotlyjs=index == 0, div_id=f"chart-{index}"
         )
         parts.append(f"<h2>{escape(title)}</h2><p>{escape(about)}</p>{chart}")
+    parts.append(f"<h2>Configurations</h2><div class=wide>{to_html(configurations)}</div>")
     body = "\n".join(parts)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(plan.name)}</title>'
-        f"<style>{_STYLE}</style><body>{body}</body></html>\n"
+        f"<style>{_STYLE}{STYLE}</style><body>{body}</body></html>\n"
     )
 
 

@@ -1,6 +1,7 @@
 """`python tune.py`: from a command line to a finished study."""
 
 import logging
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 import ray
 import tyro
 import yaml
+from filelock import FileLock, Timeout
 from mlflow.exceptions import MlflowException
 from ray.exceptions import RayError
 from ray.tune import TuneError
@@ -21,11 +23,10 @@ from cbnerf.data.library import DATA_VARIABLE, DEFAULT_DATA, default_storage
 from cbnerf.data.llff import count_views
 from cbnerf.search.estimate import calibrate
 from cbnerf.search.ledger import Ledger
-from cbnerf.search.plan import Plan, make_plan
+from cbnerf.search.plan import FULL, Plan, make_plan
 from cbnerf.search.report import scene_table, write_report
 from cbnerf.search.spec import parse_spec
 from cbnerf.search.study import (
-    check_space,
     known_scores,
     num_slots,
     quieten_libraries,
@@ -33,6 +34,7 @@ from cbnerf.search.study import (
 )
 from cbnerf.search.tracking import NOT_COMPARABLE, tracking_uri
 from cbnerf.search.trial import load_scene
+from cbnerf.tables import to_markdown
 from cbnerf.training.processes import choose_device
 
 _REQUEST_FILE = "request.yaml"
@@ -90,13 +92,28 @@ def main(default_config: Path) -> None:
         _run(options, default_config)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on where it stopped", _INTERRUPTED)
-    except (RayError, TuneError) as error:
-        # A task's error also is an instance of its cause's class; only the cause is for people.
-        _fail(" ".join(str(getattr(error, "cause", None) or error).split())[-600:], 1)
-    except MlflowException as error:
-        _fail(" ".join(f"MLflow: {error.message}".split())[-600:], 1)
-    except (ValueError, OSError) as error:
-        _fail(str(error), 2)
+    except Exception as error:
+        _fail(*_explain(error, options.storage))
+
+
+def _explain(error: Exception, storage: Path) -> tuple[str, int]:
+    """One line for people and the exit status; an error that is a mistake of ours is raised."""
+    if storage.exists() and shutil.disk_usage(storage).free < FULL:  # whoever met it first
+        return f"{storage}: the disk is full; make room, and the same command goes on", 2
+    match error:
+        case RayError() | TuneError():
+            # A task's error is an instance of its cause's class, too; the cause is for people.
+            return _last_words(getattr(error, "cause", None) or error), 1
+        case MlflowException():
+            return _last_words(f"MLflow: {error.message}"), 1
+        case ValueError() | OSError():
+            return str(error), 2
+        case _:
+            raise error
+
+
+def _last_words(message: object) -> str:
+    return " ".join(str(message).split())[-600:]
 
 
 def _run(options: Options, default_config: Path) -> None:
@@ -118,7 +135,7 @@ def _run(options: Options, default_config: Path) -> None:
             _price(plan)
             return
         _check_room(plan, options.address)
-        check_space(plan.storage, needed=_bytes_needed(plan, views))
+        plan.check_disk(needed=_bytes_needed(plan, views))
         plan.folder.mkdir(parents=True, exist_ok=True)
         _check_same_resolution(plan)
         settled = request | {"resolution": plan.resolution}
@@ -126,10 +143,11 @@ def _run(options: Options, default_config: Path) -> None:
         concurrency = options.concurrency
         if concurrency is None and options.address is None:
             concurrency = num_slots(plan)
-        outcome = run_study(plan, print, concurrency)
+        with _alone(plan):
+            outcome = run_study(plan, print, concurrency)
     if outcome is None:
         raise ValueError(f"study {plan.name}: every configuration failed; see its runs in MLflow")
-    print(f"\n{scene_table(outcome.scores)}\n")
+    print(f"\n{to_markdown(scene_table(outcome.scores))}\n")
     if plan.data is None:
         print(f"{NOT_COMPARABLE}.")
     phases = ", ".join(f"{phase} {spent:.0f} s" for phase, spent in outcome.seconds.items())
@@ -147,6 +165,7 @@ def _run(options: Options, default_config: Path) -> None:
 
 def report_study(storage: Path, name: str) -> Path:
     """Write the report of a study that has a finished configuration, running or not; its page."""
+    quieten_libraries()
     request = _load_request(Options(storage=storage, name=name))
     plan, _ = _settle(request, Options(storage=storage, name=name), has_gpu=False)
     ledger = Ledger(plan, adopt=False)
@@ -335,6 +354,19 @@ def _ray(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _alone(plan: Plan) -> Iterator[None]:
+    """Nobody else searches this study meanwhile."""
+    try:
+        with FileLock(plan.folder / "search.lock", timeout=0):
+            yield
+    except Timeout:
+        raise ValueError(
+            f"study {plan.name} is under way in another process; `cbnerf report {plan.name}` shows "
+            "how far it is, another --name starts another one"
+        ) from None
 
 
 def _without_password(uri: str) -> str:

@@ -52,7 +52,7 @@ class Ledger:
         """With `adopt` it goes on with the configurations that a killed search had open; without
         it writes nothing, and another process may be at the search."""
         self.plan, self._adopt = plan, adopt
-        self.study = study if study is not None else open_study(plan)
+        self.study = study if study is not None else open_study(plan, mend=adopt)
         self.stopped: dict[int, Stop] = {}
         """The configurations that were given up, by number."""
         trials = self.study.get_trials(deepcopy=False)
@@ -76,9 +76,14 @@ class Ledger:
         return sum(len(results) for results in self._results.values())
 
     @property
+    def begun(self) -> list[int]:
+        """Configurations of which a unit has ended."""
+        return [number for number, results in self._results.items() if results]
+
+    @property
     def told(self) -> list[int]:
         """Configurations that were trained and have ended."""
-        return [n for n, results in self._results.items() if results and n not in self._open]
+        return [number for number in self.begun if number not in self._open]
 
     @property
     def num_told(self) -> int:
@@ -92,6 +97,14 @@ class Ledger:
     def results(self, configuration: int) -> dict[Place, Metrics | None]:
         """Metrics of the units booked so far."""
         return self._results[configuration]
+
+    def booked_units(self, configuration: int) -> list[tuple[Unit, Metrics | None]]:
+        """The same, by unit."""
+        knobs = self.study.get_trials(deepcopy=False)[configuration].params
+        return [
+            (Unit(configuration, *place, knobs), metrics)
+            for place, metrics in self._results[configuration].items()
+        ]
 
     def whole_results(self, configuration: int) -> dict[str, Metrics | None]:
         """Metrics of the whole trainings, by scene."""
@@ -157,6 +170,11 @@ class Ledger:
         if one := self._open.get(unit.configuration):  # It may have been stopped meanwhile.
             one.in_flight.discard(place)
             self._settle(one)
+
+    def take_back(self, unit: Unit) -> None:
+        """Hand a unit out again that nobody has begun."""
+        if one := self._open.get(unit.configuration):
+            one.in_flight.discard((unit.scene, unit.rung))
 
     def _restore(self, trial: FrozenTrial, booked: dict[str, Any]) -> None:
         number = trial.number

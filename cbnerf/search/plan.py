@@ -1,5 +1,6 @@
 """A plan: everything that is decided before a study starts, small enough to send to any worker."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,9 @@ from cbnerf.data.library import choose_scenes, locate_data, scene_folder
 from cbnerf.search.spec import SearchSpec
 from cbnerf.training.cache import StageCache
 from cbnerf.training.checkpoint import Stage
+
+FULL = 2_000_000
+"""A disk with fewer bytes left counts as full."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,15 @@ class Plan:
         """Where the photographs come from, in words."""
         return f"photographs in {self.data}" if self.data else "built-in scenes"
 
-    @property
-    def num_units(self) -> int:
-        """Triples of configuration, scene and rung, if no configuration is stopped."""
-        return self.spec.trials * len(self.scenes) * self.rungs
+    def check_disk(self, needed: int = FULL) -> None:
+        """Refuse to go on with a disk that cannot hold `needed` bytes."""
+        self.storage.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.storage).free
+        if free < needed:
+            raise ValueError(
+                f"{self.storage}: {free / 1e6:.0f} MB free, the study needs about "
+                f"{needed / 1e6:.0f} MB; make room or give another --storage"
+            )
 
     def trial_folder(self, number: int, scene: str) -> Path:
         """Where a configuration leaves what it learned on a scene."""

@@ -1,6 +1,8 @@
 """What is tried next: the Optuna study of a search and its sampler."""
 
+import os
 import uuid
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -12,11 +14,24 @@ from cbnerf.search.plan import Plan
 from cbnerf.search.spec import QUALITIES, Choices
 
 
-def open_study(plan: Plan) -> optuna.Study:
-    """The study's journal in its folder, created with the points to try first."""
+def open_study(plan: Plan, *, mend: bool = True) -> optuna.Study:
+    """The study's journal in its folder, created with the points to try first.
+
+    With `mend` a last line that a full disk has cut off is dropped; nobody else may write then.
+    """
     plan.folder.mkdir(parents=True, exist_ok=True)
-    backend = JournalFileBackend(str(plan.folder / "optuna.journal"))
-    return make_study(plan, optuna.storages.JournalStorage(backend))
+    file = plan.folder / "optuna.journal"
+    if mend and file.exists():
+        _drop_torn_line(file)
+    return make_study(plan, optuna.storages.JournalStorage(JournalFileBackend(str(file))))
+
+
+def _drop_torn_line(file: Path) -> None:
+    # Optuna refuses a journal with a broken line in it. Whoever wrote it was told that it failed.
+    content = file.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(file, whole)
 
 
 def make_study(plan: Plan, storage: optuna.storages.BaseStorage | None = None) -> optuna.Study:

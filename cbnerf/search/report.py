@@ -7,13 +7,14 @@ from cbnerf.config import Config, save_config
 from cbnerf.search.charts import html_report
 from cbnerf.search.ledger import Ledger
 from cbnerf.search.tracking import NOT_COMPARABLE
+from cbnerf.tables import Cell, Table, to_markdown
 
 SceneScores = dict[str, dict[str, dict[str, float]]]
 """scene -> `stage 1` or `refined` -> metric -> value."""
 
 
-def scene_table(scores: SceneScores) -> str:
-    """Stage 1, refined and gain of each scene and their means, as a Markdown table."""
+def scene_table(scores: SceneScores) -> Table:
+    """Stage 1, refined and gain of each scene and their means."""
     columns = [("val", "psnr"), ("test", "psnr"), ("test", "ssim")]
     header = ["scene"]
     for prefix, metric in columns:
@@ -28,7 +29,7 @@ def scene_table(scores: SceneScores) -> str:
         for stage, values in next(iter(scores.values())).items()
     }
     rows.append(_row("mean", mean, columns))
-    return _align([header, *rows])
+    return Table("", header, rows)
 
 
 def write_report(ledger: Ledger, best: Config, number: int, scores: SceneScores) -> list[Path]:
@@ -37,30 +38,33 @@ def write_report(ledger: Ledger, best: Config, number: int, scores: SceneScores)
     best_file, report_file = plan.folder / "best.yaml", plan.folder / "report.md"
     page = plan.folder / "report.html"
     save_config(best, best_file)
-    page.write_text(html_report(ledger, best_file.read_text(), number, scene_table(scores)))
+    tables = scene_table(scores), configuration_table(ledger)
+    page.write_text(html_report(ledger, best_file.read_text(), number, *tables))
+    scenes, configurations = map(to_markdown, tables)
     warning = "" if plan.data else f"\n**{NOT_COMPARABLE}**\n"
     report_file.write_text(
         f"# Study {plan.name}\n\n"
         f"{plan.method} at {plan.resolution}, protocol holdout, {plan.source}\n{warning}\n"
-        f"## Best configuration: number {number}\n\n{scene_table(scores)}\n\n"
+        f"## Best configuration: number {number}\n\n{scenes}\n\n"
         f"val selects, test is scored once; PSNR in dB, gain = refined - stage 1.\n\n"
-        f"## Configurations\n\n{configuration_table(ledger)}\n"
+        f"## Configurations\n\n{configurations}\n"
     )
     return [best_file, report_file, page]
 
 
-def configuration_table(ledger: Ledger) -> str:
-    """All configurations with their objectives, best first, as a Markdown table."""
+def configuration_table(ledger: Ledger) -> Table:
+    """All configurations with their objectives, best first."""
     names, objectives = list(ledger.plan.spec.space), ledger.plan.spec.objectives
     trials = ledger.study.get_trials(deepcopy=False)
     trials.sort(key=lambda trial: trial.values[0] if trial.values else -math.inf, reverse=True)
-    rows = [["#", *objectives, "end", *names]]
+    rows = []
     for trial in trials:
         if trial.params:
             values = [f"{value:.5g}" for value in trial.values or []] or ["-"] * len(objectives)
             knobs = [_short(trial.params.get(name, "")) for name in names]
-            rows.append([str(trial.number), *values, ledger.how_it_ended(trial), *knobs])
-    return _align(rows)
+            cells = [str(trial.number), *values, ledger.how_it_ended(trial), *knobs]
+            rows.append([Cell(text) for text in cells])
+    return Table("", ["#", *objectives, "end", *names], rows)
 
 
 def _short(value: object) -> str:
@@ -69,7 +73,7 @@ def _short(value: object) -> str:
 
 def _row(
     name: str, entry: dict[str, dict[str, float]], columns: list[tuple[str, str]]
-) -> list[str]:
+) -> list[Cell]:
     cells = [name]
     for prefix, metric in columns:
         before = entry["stage 1"].get(f"{prefix}/{metric}")
@@ -80,14 +84,4 @@ def _row(
             cells += ["-", "-"]
         else:
             cells += [f"{after:.{digits}f}", f"{after - before:+.{digits}f}"]
-    return cells
-
-
-def _align(rows: list[list[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    return [Cell(text) for text in cells]

@@ -91,7 +91,7 @@ QUALITIES = ("val/psnr", "val/ssim")
 """What can be maximised, as a mean over scenes."""
 COSTS = ("seconds", "parameters", "codebook.size")
 """What can be minimised: training seconds of stage 2 (stage 1 where that is searched), parameters
-of the networks of stage 2, codes."""
+of stage 2 (of its networks, codes and filters), codes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,27 +3,29 @@
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
 import ray
+from mlflow.exceptions import MlflowException
 from ray import tune
+from ray.train import ControllerError
 from tqdm import tqdm
 
 from cbnerf.config import Config, with_overrides
-from cbnerf.search.judge import Metrics
-from cbnerf.search.ledger import Ledger, Unit
+from cbnerf.search.diary import Diary, catch_up
+from cbnerf.search.ledger import Ledger
 from cbnerf.search.plan import Plan
 from cbnerf.search.report import SceneScores, write_report
-from cbnerf.search.searcher import TuneSearcher, unit_metrics
+from cbnerf.search.searcher import TuneSearcher
 from cbnerf.search.spec import QUALITIES
 from cbnerf.search.tracking import Tracker
 from cbnerf.search.trial import run_base_field, run_units, score_best
+from cbnerf.search.writer import Writer
 
 _FIRST_WAITING = 8
 """Training runs that wait while no machine has joined."""
@@ -55,7 +57,7 @@ def run_study(
         ledger = Ledger(plan)
         tracker = Tracker(plan, ledger.id)
     try:
-        _close_runs(ledger, tracker)
+        catch_up(ledger, tracker)
         if not ledger.is_over:
             if plan.shares_fields:
                 with _timed(seconds, "stage 1"):
@@ -74,7 +76,8 @@ def run_study(
             tracker.log_report(files, dict(zip(plan.spec.objectives, best.values, strict=True)))
         return Outcome(best.number, scores, seconds, tracker.experiment_id)
     except BaseException:
-        tracker.interrupt()
+        with suppress(MlflowException):  # What ended the study may have ended MLflow, too.
+            tracker.interrupt()
         raise
 
 
@@ -109,30 +112,17 @@ def _train_fields(plan: Plan, ledger: Ledger, tracker: Tracker) -> None:
                 bar.write(f"  stage 1  {scene:<12} val {metrics['val/psnr']:.2f} dB")
 
 
-def _close_runs(ledger: Ledger, tracker: Tracker) -> None:
-    """Runs of configurations that had ended when a study was killed before it could say so."""
-    for number in ledger.told:
-        if not tracker.is_closed(number):
-            _close_run(ledger, tracker, number)
-
-
-def _close_run(ledger: Ledger, tracker: Tracker, number: int) -> None:
-    if (stop := ledger.stopped.get(number)) is not None:
-        tracker.stop_configuration(number, stop.reason)
-    else:
-        tracker.end_configuration(number, ledger.whole_results(number))
-
-
 def _search(plan: Plan, ledger: Ledger, tracker: Tracker, concurrency: int | None) -> None:
     workers = plan.spec.resources.workers
     limit = _Room(plan) if concurrency is None else lambda: concurrency
-    with _progress(plan.spec.trials, "search", "configuration", done=ledger.num_told) as bar:
-        diary = _Diary(plan, ledger, tracker, bar)
+    bar = _progress(plan.spec.trials, "search", "configuration", done=ledger.num_told)
+    with bar, Writer() as write:
+        diary = Diary(ledger, tracker, write, bar)
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(run_units, plan=plan), _trial_resources(plan)),
             tune_config=tune.TuneConfig(
                 search_alg=TuneSearcher(ledger, diary.end_unit, limit=limit, walk=workers > 1),
-                num_samples=plan.num_units - ledger.num_booked,  # At most; the searcher ends it.
+                num_samples=-1,  # The searcher ends it.
                 reuse_actors=workers == 1,
             ),
             run_config=tune.RunConfig(
@@ -178,6 +168,8 @@ def _remote(plan: Plan, function: Callable[..., Any]) -> Any:
         num_cpus=spec.cpus_per_worker if alone else 0,
         num_gpus=plan.gpus_per_worker if alone else 0,
         max_retries=2,
+        # Ray Train does not try again itself when a process dies while its group starts.
+        retry_exceptions=[ControllerError],
     )
 
 
@@ -213,105 +205,17 @@ def _scores_file(plan: Plan, number: int) -> Path:
     return plan.folder / f"scores-{number:04d}.json"
 
 
-class _Diary(tune.Callback):
-    """Follows the units of a study: progress on the screen, runs in MLflow."""
-
-    def __init__(self, plan: Plan, ledger: Ledger, tracker: Tracker, bar: "tqdm[Any]"):
-        self._plan = plan
-        self._ledger = ledger
-        self._tracker = tracker
-        self._bar = bar
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles callbacks; this one lives on the driver only.
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        for unit in _units(trial):
-            self._tracker.start_unit(unit)
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        if "step" in result:
-            unit = _units(trial)[result["unit"]]
-            self._tracker.note_node(unit, result["hostname"])
-            self._tracker.log_step(unit, unit_metrics(result), result["step"])
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if "failure" in trial.last_result:
-            self._explain(_units(trial), trial.last_result["failure"])
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        # `trial.get_error` reads a copy in the storage, which Tune makes later.
-        *_, last_line = Path(trial.error_file).read_text().strip().splitlines()
-        self._explain(_units(trial), last_line)
-
-    def end_unit(self, unit: Unit, metrics: Metrics | None) -> None:
-        """Book a unit, in MLflow first: what the ledger has booked is never done again."""
-        self._tracker.end_unit(unit, metrics)
-        told = self._ledger.num_told
-        self._ledger.book(unit, metrics)
-        if self._ledger.num_told > told:
-            self._end_configuration(unit)
-
-    def _end_configuration(self, unit: Unit) -> None:
-        number = unit.configuration
-        _close_run(self._ledger, self._tracker, number)
-        self._bar.update(self._ledger.num_told - self._bar.n)
-        self._announce(unit)
-
-    def _explain(self, units: list[Unit], reason: str) -> None:
-        reason = " ".join(reason.split())[-300:]
-        for unit in units:
-            self._tracker.explain_failure(unit, reason)
-        scenes = ", ".join(unit.scene for unit in units)
-        self._bar.write(f"  #{units[0].configuration:02d}  {scenes} failed: {reason}")
-
-    def _announce(self, unit: Unit) -> None:
-        best, stop = self._ledger.best(), self._ledger.stopped.get(unit.configuration)
-        trial = self._ledger.study.get_trials(deepcopy=False)[unit.configuration]
-        if stop is not None:
-            value = f"stopped, {stop.reason}"
-        elif trial.values is None:
-            value = "failed"
-        else:
-            value = " ".join(f"{value:.3f}" for value in trial.values)
-        mark = " *" if best is not None and best.number == trial.number else ""
-        knobs = " ".join(
-            f"{name.split('.')[-1]}={setting:.3g}" if isinstance(setting, float)
-            else f"{name.split('.')[-1]}={setting}"
-            for name, setting in unit.overrides.items()
-        )  # fmt: skip
-        self._bar.write(f"  #{unit.configuration:02d}  {value}{mark}  {knobs}")
-
-
-def _units(trial: Any) -> list[Unit]:
-    """The units of a Tune trial."""
-    return [Unit(**unit) for unit in trial.config["units"]]
-
-
 def _progress(total: int, label: str, unit: str, *, done: int = 0) -> "tqdm[Any]":
     return tqdm(total=total, initial=done, desc=label, unit=unit, smoothing=0.1, dynamic_ncols=True)
-
-
-def check_space(storage: Path, needed: int) -> None:
-    """Refuse to start on a disk that cannot hold the results; `needed` in bytes."""
-    storage.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(storage).free
-    if free < needed:
-        raise ValueError(
-            f"{storage}: {free / 1e6:.0f} MB free, the study needs about {needed / 1e6:.0f} MB; "
-            "make room or give another --storage"
-        )
 
 
 def quieten_libraries() -> None:
     """Ray, Optuna and MLflow say nothing on the screen that the study does not say itself."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    # Tracebacks of failed units: the study tells their last line, error.txt holds the whole.
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    # Tracebacks: the study tells their last line; of a failed unit error.txt holds the whole.
+    for library in ("mlflow", "ray.tune"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     # How many trials may wait is up to the searcher.

@@ -41,8 +41,17 @@ class Tracker:
         self.experiment_id = self._open_experiment()
         self._fields: dict[str, str] = {}
         self._opened: set[str] = set()
-        self._nodes: dict[str, str] = {}
-        self._runs = {run.data.tags["cbnerf.key"]: run.info.run_id for run in self._existing_runs()}
+        self._ended: set[str] = set()
+        """Keys of units trained to their end and of configurations that are closed."""
+        self._runs: dict[str, str] = {}
+        """Run ids by key."""
+        self._latest: dict[str, dict[str, float]] = {}
+        """Last value of each metric, by run id."""
+        for run in self._existing_runs():
+            key, tags = run.data.tags["cbnerf.key"], run.data.tags
+            self._runs[key], self._latest[run.info.run_id] = run.info.run_id, run.data.metrics
+            if _ENDED in tags or (key.startswith("unit/") and run.info.status == "FINISHED"):
+                self._ended.add(key)
 
     def log_field(self, scene: str, folder: Path, metrics: dict[str, float]) -> None:
         """A finished stage-1 run."""
@@ -61,12 +70,12 @@ class Tracker:
         """Open the runs of a unit's configuration and scene."""
         number = unit.configuration
         plan = self._plan
-        key = f"configuration/{number}"
+        key = _configuration_key(number)
         if key not in self._opened:
             run = self._run(key, f"configuration {number:02d}", {"cbnerf.kind": "configuration"})
             about = {"method": plan.method, "resolution": plan.resolution}
             self._log(run, {}, params=about | dict(plan.spec.fixed) | unit.overrides)
-        if _unit_key(unit) not in self._opened:
+        if _unit_key(unit) not in self._opened and _unit_key(unit) not in self._ended:
             child = self._run(
                 _unit_key(unit), f"{number:02d} {unit.scene}",
                 {"cbnerf.kind": "scene", "cbnerf.scene": unit.scene,
@@ -75,29 +84,26 @@ class Tracker:
             )  # fmt: skip
             self._log(child, {}, params={"scene": unit.scene, **unit.overrides})
 
-    def log_step(self, unit: Unit, metrics: Metrics, step: int) -> None:
-        """One point of a unit's curves."""
-        self._log(self._runs[_unit_key(unit)], metrics, step=step)
-
-    def note_node(self, unit: Unit, name: str) -> None:
-        """The machine that a unit runs on."""
-        run = self._runs[_unit_key(unit)]
-        if self._nodes.get(run) != name:
-            self._nodes[run] = name
-            self._client.set_tag(run, "cbnerf.node", name)
+    def log_step(self, unit: Unit, metrics: Metrics, step: int, node: str = "") -> None:
+        """One point of a unit's curves, and the machine that it comes from."""
+        tags = {"cbnerf.node": node} if node else {}
+        self._log(self._runs[_unit_key(unit)], metrics, step=step, tags=tags)
 
     def end_unit(self, unit: Unit, metrics: Metrics | None) -> None:
-        """Images and checkpoint of a whole training; None marks it failed."""
-        run = self._runs[_unit_key(unit)]
+        """Closing values; of a whole training also images and checkpoint. None marks it failed."""
+        key = _unit_key(unit)
+        run = self._runs[key]
         if metrics is None:
             self._client.set_terminated(run, "FAILED")
             return
+        if key in self._ended:
+            return
+        config = with_overrides(self._plan.base, unit.overrides)
+        self._log_once(run, metrics, self._plan.steps(config, unit.rung))
         if unit.rung < self._plan.rungs - 1:
             return
         folder = self._plan.trial_folder(unit.configuration, unit.scene)
-        config = with_overrides(self._plan.base, unit.overrides)
-        self._log_once(run, metrics, self._plan.steps(config, unit.rung))
-        parent = self._runs[f"configuration/{unit.configuration}"]
+        parent = self._runs[_configuration_key(unit.configuration)]
         if (folder / STRIP_FILE).exists():  # stage 2 alone makes one
             strip = iio.imread(folder / STRIP_FILE)
             self._client.log_image(run, strip, key=f"{unit.scene}/strip", step=0)
@@ -108,6 +114,7 @@ class Tracker:
         for name in (CONFIG_FILE, CHECKPOINT_FILES[self._plan.stage]):
             self._client.log_artifact(run, str(folder / name))
         self._client.set_terminated(run)
+        self._ended.add(key)
 
     def explain_failure(self, unit: Unit, reason: str) -> None:
         """Why a unit failed, as the description of its run."""
@@ -115,7 +122,7 @@ class Tracker:
 
     def end_configuration(self, number: int, results: dict[str, Metrics | None]) -> None:
         """Mean metrics over the scenes of whole trainings; one that failed on a scene has none."""
-        run = self._runs[f"configuration/{number}"]
+        run = self._runs[_configuration_key(number)]
         finished = [metrics for metrics in results.values() if metrics is not None]
         if len(finished) < len(self._plan.scenes):
             self._close(number, "failed", "FAILED")
@@ -125,23 +132,24 @@ class Tracker:
         self._close(number, "finished", "FINISHED")
 
     def stop_configuration(self, number: int, reason: str) -> None:
-        """A configuration that was given up: its runs end as killed, with the reason."""
-        run = self._runs[f"configuration/{number}"]
+        """A configuration that was given up: its open runs end as killed, with the reason."""
+        run = self._runs[_configuration_key(number)]
         self._client.set_tag(run, "mlflow.note.content", f"stopped: {reason}")
-        for key, child in self._runs.items():
-            if key.startswith(f"unit/{number}/"):
-                self._client.set_terminated(child, "KILLED")
+        for scene in self._plan.scenes:
+            key = _unit_key(Unit(number, scene, 0, {}))
+            if key in self._runs and key not in self._ended:
+                self._client.set_terminated(self._runs[key], "KILLED")
         self._close(number, "stopped", "KILLED")
 
     def is_closed(self, number: int) -> bool:
         """Whether the end of a configuration has been written down."""
-        run = self._client.get_run(self._runs[f"configuration/{number}"])
-        return _ENDED in run.data.tags
+        return _configuration_key(number) in self._ended
 
     def _close(self, number: int, how: str, status: str) -> None:
-        run = self._runs[f"configuration/{number}"]
-        self._client.set_tag(run, _ENDED, how)
-        self._client.set_terminated(run, status)
+        key = _configuration_key(number)
+        self._client.set_tag(self._runs[key], _ENDED, how)
+        self._client.set_terminated(self._runs[key], status)
+        self._ended.add(key)
 
     def log_report(self, files: list[Path], metrics: dict[str, float]) -> None:
         """The study's closing report."""
@@ -184,6 +192,7 @@ class Tracker:
         tags: dict[str, str] | None = None,
     ) -> None:
         now = int(time.time() * 1000)
+        self._latest.setdefault(run, {}).update(metrics)
         self._client.log_batch(
             run,
             metrics=[Metric(name, value, now, step) for name, value in metrics.items()],
@@ -193,7 +202,7 @@ class Tracker:
 
     def _log_once(self, run: str, metrics: dict[str, float], step: int) -> None:
         """Closing values, which a killed study may have logged in its first life already."""
-        logged = self._client.get_run(run).data.metrics
+        logged = self._latest.get(run, {})
         self._log(run, {k: v for k, v in metrics.items() if logged.get(k) != v}, step=step)
 
     def _open_experiment(self) -> str:
@@ -222,6 +231,10 @@ class Tracker:
             token = page.token
             if not token:
                 return runs
+
+
+def _configuration_key(number: int) -> str:
+    return f"configuration/{number}"
 
 
 def _unit_key(unit: Unit) -> str:

@@ -8,11 +8,13 @@ import pytest
 
 from cbnerf.search.charts import html_report, importances
 from cbnerf.search.ledger import Ledger, Unit
+from cbnerf.tables import Cell, Table
 
 pytestmark = pytest.mark.search
 
 ALONE = {"rule": "none"}
-HEADINGS = ["History of val/psnr", "Parallel coordinates", "Importances", "Race", "Cost"]
+CHARTS = ["History of val/psnr", "Parallel coordinates", "Importances", "Race", "Cost"]
+TABLE = Table("", ["<b>"], [[Cell("1")]])
 
 
 def run(ledger: Ledger, score: Callable[[Unit], float]) -> None:
@@ -24,7 +26,7 @@ def run(ledger: Ledger, score: Callable[[Unit], float]) -> None:
 def page_of(ledger: Ledger) -> str:
     best = ledger.best()
     assert best is not None
-    return html_report(ledger, "codebook: {size: 64}\n", best.number, "| scene |")
+    return html_report(ledger, "codebook: {size: 64}\n", best.number, TABLE, TABLE)
 
 
 def headings(page: str) -> list[str]:
@@ -42,8 +44,10 @@ def test_the_page_has_a_chart_under_each_heading(tiny_plan):
     page = page_of(ledger)
     best = ledger.best()
     assert best is not None
-    assert headings(page) == [f"Best configuration: number {best.number}", *HEADINGS]
-    assert page.count("Plotly.newPlot(") == len(HEADINGS)
+    assert headings(page) == [
+        f"Best configuration: number {best.number}", *CHARTS, "Configurations"
+    ]  # fmt: skip
+    assert page.count("Plotly.newPlot(") == len(CHARTS)
 
 
 def test_the_page_loads_nothing_from_elsewhere(tiny_plan):
@@ -57,7 +61,7 @@ def test_the_page_loads_nothing_from_elsewhere(tiny_plan):
 def test_without_a_shared_stage_1_and_with_few_configurations_charts_are_left_out(tiny_plan):
     ledger = Ledger(tiny_plan(trials=2, stopping=ALONE))
     run(ledger, beta)
-    assert headings(page_of(ledger))[1:] == ["History of val/psnr", "Race"]
+    assert headings(page_of(ledger))[1:] == ["History of val/psnr", "Race", "Configurations"]
 
 
 @pytest.mark.parametrize("objectives", [["val/psnr", "val/ssim"], ["val/psnr", "codebook.size"]])
@@ -71,8 +75,8 @@ def test_several_objectives_have_histories_and_a_pareto_front(tiny_plan, objecti
 def test_a_name_cannot_break_the_page(tiny_plan):
     ledger = Ledger(tiny_plan("arcade", trials=1, stopping=ALONE))
     run(ledger, beta)
-    page = html_report(ledger, "<script>", 0, "<b>")
-    assert "<pre>&lt;script&gt;</pre>" in page and "<pre>&lt;b&gt;</pre>" in page
+    page = html_report(ledger, "<script>", 0, TABLE, TABLE)
+    assert "<pre>&lt;script&gt;</pre>" in page and page.count("<th>&lt;b&gt;</th>") == 2
 
 
 def test_importances_tell_what_makes_a_configuration_good(tiny_plan):

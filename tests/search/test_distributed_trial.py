@@ -2,13 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from drivers import finish, rays_processes, wait_for
 from mlflow import MlflowClient
 
 from cbnerf.config import load_config
@@ -35,20 +36,23 @@ resources: {workers: 2, cpus_per_worker: 1}
 """
 
 
-@pytest.fixture(scope="module")
-def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """What a study with two processes a run leaves; a hang ends the test."""
-    folder = tmp_path_factory.mktemp("distributed")
+def start(folder: Path) -> "subprocess.Popen[str]":
+    """The study with two processes a run, in a folder."""
     (folder / "two.yaml").write_text(SPEC)
-    answer = subprocess.run(
-        [sys.executable, ROOT / "tune.py", "--config", "two.yaml", "--scenes", "arcade"]
-        + ["--name", "two"],
-        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300, text=True,
-        capture_output=True,
+    command = [str(ROOT / "tune.py"), "--config", "two.yaml", "--scenes", "arcade", "--name", "two"]
+    return subprocess.Popen(
+        [sys.executable, *command], cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    assert answer.returncode == 0, answer.stderr
-    assert "Warning" not in answer.stderr and "Traceback" not in answer.stderr
-    yield folder / "runs"
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a study with two processes a run leaves."""
+    folder = tmp_path_factory.mktemp("distributed")
+    errors = finish(start(folder))
+    assert "Warning" not in errors and "Traceback" not in errors
+    return folder / "runs"
 
 
 def metrics_of(folder: Path) -> dict[str, float]:
@@ -88,3 +92,25 @@ def test_two_processes_train_what_one_trains(storage: Path, tmp_path: Path):
     refiner = run_refiner(config, scene, renders, tmp_path / "refiner", device=CPU)
     for name in ("val/psnr", "val/ssim"):
         assert refiner[name] == pytest.approx(metrics_of(unit)[name], rel=1e-3)
+
+
+def test_a_group_that_loses_a_process_goes_on_and_ends_the_same(storage: Path, tmp_path: Path):
+    study = start(tmp_path)
+    for begun in ("cache/field-*", "studies/two/trials/0000/arcade"):
+        wait_for(lambda b=begun: bool(list((tmp_path / "runs").glob(f"{b}/config.yaml"))), study)
+        os.kill(workers()[-1], signal.SIGKILL)
+        # It was in the middle.
+        assert not list((tmp_path / "runs").glob(f"{begun}/metrics.json"))
+    finish(study)
+    for place in ("cache/field-*", "studies/two/trials/0000/arcade"):
+        (disturbed,), (quiet,) = ((top.glob(place)) for top in (tmp_path / "runs", storage))
+        for name in ("val/psnr", "val/ssim"):
+            assert metrics_of(disturbed)[name] == metrics_of(quiet)[name]
+    journal = (tmp_path / "runs" / "studies" / "two" / "optuna.journal").read_text()
+    assert all(journal.count(f'"0/arcade/{rung}"') == 1 for rung in range(3))
+
+
+def workers() -> list[int]:
+    """The processes that train together, the latest last."""
+    titles = rays_processes()
+    return sorted(number for number in titles if titles[number].startswith("ray::RayTrainWorker"))

@@ -1,0 +1,132 @@
+"""What a killed search had booked reaches MLflow when the study goes on."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from tqdm import tqdm
+
+from cbnerf.search.diary import Diary, catch_up
+from cbnerf.search.ledger import Ledger, Unit
+from cbnerf.search.plan import Plan
+from cbnerf.search.tracking import Tracker, tracking_uri
+from cbnerf.search.writer import Writer
+
+pytestmark = [
+    pytest.mark.search,
+    pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),  # MLflow's
+]
+
+
+@pytest.fixture
+def plan(tiny_plan: Callable[..., Plan], empty_store: Path) -> Plan:
+    plan = tiny_plan("arcade,blinds", stopping={"rule": "race", "rungs": 2})
+    plan.storage.mkdir()
+    shutil.copy(empty_store, plan.storage / "mlflow.db")
+    return plan
+
+
+def book_all(plan: Plan, leave: Callable[..., Any], num_units: int) -> Ledger:
+    """A search that books units and tells MLflow nothing; later configurations are worse."""
+    ledger = Ledger(plan)
+    for _ in range(num_units):
+        unit = ledger.next_unit()
+        assert unit is not None
+        psnr = 20.0 - 3 * unit.configuration
+        metrics = {"val/psnr": psnr, "val/ssim": 0.5, "val/gain": 0.25, "seconds": 1.5}
+        if unit.rung == plan.rungs - 1:
+            metrics = leave(plan, unit.configuration, unit.scene, unit.overrides, psnr)
+        ledger.book(unit, metrics)
+    return ledger
+
+
+def runs_of(plan: Plan) -> dict[str, dict[str, Any]]:
+    client = MlflowClient(tracking_uri(plan.storage))
+    experiment = client.get_experiment_by_name(plan.name)
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    return {run.data.tags["cbnerf.key"]: run.to_dictionary() for run in runs}
+
+
+def test_mlflow_catches_up_with_the_ledger(plan: Plan, leave_unit):
+    ledger = book_all(plan, leave_unit, num_units=5)
+    catch_up(ledger, Tracker(plan, ledger.id))
+    runs = runs_of(plan)
+    assert runs["configuration/0"]["info"]["status"] == "FINISHED"
+    assert runs["configuration/0"]["data"]["metrics"]["arcade/psnr"] == 20.0
+    for scene in plan.scenes:
+        assert runs[f"unit/0/{scene}"]["info"]["status"] == "FINISHED"
+        assert runs[f"unit/0/{scene}"]["data"]["metrics"]["val/psnr"] == 20.0
+    (unit,) = [unit for unit, _ in ledger.booked_units(1)]
+    child = runs[f"unit/1/{unit.scene}"]
+    assert child["data"]["metrics"]["val/psnr"] == 17.0
+    assert child["data"]["params"]["codebook.size"] == str(unit.overrides["codebook.size"])
+
+
+def test_catching_up_twice_changes_nothing(plan: Plan, leave_unit):
+    ledger = book_all(plan, leave_unit, num_units=5)
+    catch_up(ledger, Tracker(plan, ledger.id))
+    client = MlflowClient(tracking_uri(plan.storage))
+
+    def everything() -> list[Any]:
+        runs = runs_of(plan)
+        return [runs, *(
+            (client.get_metric_history(run["info"]["run_id"], "val/psnr"),
+             [file.path for file in client.list_artifacts(run["info"]["run_id"], "images")])
+            for run in runs.values()
+        )]  # fmt: skip
+
+    before = str(everything())
+    catch_up(Ledger(plan), Tracker(plan, ledger.id))
+    assert str(everything()) == before
+
+
+def test_a_configuration_that_was_stopped_unheard_ends_as_killed(plan: Plan, leave_unit):
+    ledger = book_all(plan, leave_unit, num_units=5)
+    assert list(ledger.stopped) == [1]
+    catch_up(ledger, Tracker(plan, ledger.id))
+    runs = runs_of(plan)
+    statuses = {key: run["info"]["status"] for key, run in runs.items() if "/1" in key}
+    assert set(statuses.values()) == {"KILLED"} and len(statuses) == 2
+
+
+def test_a_unit_whose_process_dies_before_it_begins_is_handed_out_again(plan: Plan):
+    ledger = Ledger(plan)
+    with Writer() as write, tqdm(disable=True) as bar:
+        diary = Diary(ledger, Tracker(plan, ledger.id), write, bar)
+        first = ledger.next_unit()
+        assert first is not None
+        diary.end_unit(first, None)
+        again = ledger.next_unit()
+        assert again == first and ledger.num_booked == 0
+        # Begun, it died, and died again when it was to begin once more.
+        diary.on_trial_start(0, [], trial_of(again))
+        diary.on_trial_recover(0, [], trial_of(again))
+        diary.end_unit(again, None)
+        assert ledger.next_unit() == first and ledger.num_booked == 0
+        diary.on_trial_start(0, [], trial_of(again))
+        diary.end_unit(again, None)
+    assert ledger.results(0) == {(first.scene, 0): None}
+
+
+def test_a_unit_that_can_never_begin_fails_in_the_end(plan: Plan):
+    ledger = Ledger(plan)
+    with Writer() as write, tqdm(disable=True) as bar:
+        diary = Diary(ledger, Tracker(plan, ledger.id), write, bar)
+        for _ in range(20):
+            unit = ledger.next_unit()
+            assert unit is not None
+            diary.end_unit(unit, None)
+            if ledger.num_booked:
+                break
+    assert ledger.results(0) == {(unit.scene, 0): None}
+    assert runs_of(plan)[f"unit/0/{unit.scene}"]["info"]["status"] == "FAILED"
+
+
+def trial_of(unit: Unit) -> Any:
+    """What Tune would show of a trial of this unit."""
+    return SimpleNamespace(config={"units": [unit._asdict()]}, last_result={})
