@@ -48,12 +48,12 @@ class Options:
 class Booking(NamedTuple):
     at: float
     training: float
-    driver: float
-    """Seconds that ledger and tracker have taken so far."""
+    writing: float
+    """Seconds that ledger and tracker have taken so far, the latter in a thread of its own."""
 
 
 def watch(bookings: list[Booking]) -> None:
-    """From now on each booked unit leaves an entry, and what driver-side calls take is summed."""
+    """From now on each booked unit leaves an entry, and what ledger and tracker take is summed."""
     spent = 0.0
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,7 +115,7 @@ def main(options: Options) -> None:
     quieten_libraries()
     bookings: list[Booking] = []
     watch(bookings)
-    gaps, drivers, training, bare = {}, {}, {}, {}
+    gaps, writing, training, bare = {}, {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
         storage = Path(folder)
         ray.init(address="local", num_cpus=2, log_to_driver=False, logging_level=logging.ERROR)
@@ -124,14 +124,14 @@ def main(options: Options) -> None:
             plan = study(options, storage, evaluations)
             pairs = list(zip(bookings, bookings[1:], strict=False))
             gaps[evaluations] = [b.at - a.at - b.training for a, b in pairs]
-            drivers[evaluations] = [b.driver - a.driver for a, b in pairs]
+            writing[evaluations] = [b.writing - a.writing for a, b in pairs]
             training[evaluations] = median(b.training for b in bookings[2:])
             bare[evaluations] = alone(plan, with_overrides(plan.base, {}), storage / "alone")
         ray.shutdown()
     reports = MANY - FEW
     evaluation = (bare[MANY] - bare[FEW]) / reports
     report = (training[MANY] - training[FEW]) / reports - evaluation
-    gap, driver = gaps[FEW][1:], drivers[FEW][1:]  # the first one meets a cold actor
+    gap = gaps[FEW][1:]  # the first one meets a cold actor
     lines = [
         "# What the platform adds to training\n",
         provenance(1),
@@ -140,7 +140,7 @@ def main(options: Options) -> None:
         "|---|---|",
         f"| from a unit's end to the next one's training, median | {median(gap):.3f} |",
         f"| the same, 90th percentile | {quantiles(gap, n=10)[-1]:.3f} |",
-        f"| of these MLflow and Optuna on the driver, mean | {mean(driver):.3f} |",
+        f"| MLflow and Optuna, written meanwhile, mean | {mean(writing[FEW][1:]):.3f} |",
         f"| a unit's own training, for comparison | {training[FEW]:.3f} |",
         f"| a report, beyond its evaluation and checkpoint | {report:.4f} |",
         f"| an evaluation and a checkpoint | {evaluation:.4f} |",

@@ -4,7 +4,7 @@
 
 Each row is measured in processes of their own, with one thread each: CPU milliseconds of a training
 step, CPU seconds of a rendered high-res frame, peak memory; for several gloo processes, which share
-the batch, the wall clock beside that of one.
+the batch, the wall clock beside that of one, and how far their render lies from its render.
 """
 
 import json
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
@@ -54,7 +55,7 @@ def main(options: Options) -> None:
     sizes = [_measure(options, width=width) for width in options.widths]
     views = [_measure(options, views=number) for number in options.views]
     scales = [_measure(options, scale=scale) for scale in options.scales]
-    processes = [_measure_processes(options, number) for number in options.processes]
+    processes = _measure_processes(options)
     options.output.mkdir(parents=True, exist_ok=True)
     tables = {"width": sizes, "views": views, "scale": scales, "processes": processes}
     lines = [f"# What stage 1 costs ({options.resolution} where nothing else is said)\n"]
@@ -79,11 +80,24 @@ def _measure(options: Options, *, width: int = 252, views: int = 16, scale: int 
     return row
 
 
-def _measure_processes(options: Options, number: int) -> Row:
-    steps = _in_processes(_train_together, number, options, _config(options, {}), 16)
-    row = {"processes": number, "ms of a step, wall clock": max(steps)}
-    print(row, flush=True)
-    return row
+def _measure_processes(options: Options) -> list[Row]:
+    rows: list[Row] = []
+    alone: list[tuple[float, np.ndarray]] = []
+    for number in options.processes:
+        config = _config(options, {})
+        together = _in_processes(_train_together, number, options, config, 16)
+        alone = alone or together
+        step = max(seconds for seconds, _ in together)
+        cores = min(number, os.cpu_count() or 1)
+        row = {
+            "processes": number,
+            "ms of a step, wall clock": round(1e3 * step, 1),
+            "efficiency on the cores in use": f"{alone[0][0] / step / cores:.0%}",
+            "largest difference of a pixel": f"{np.abs(together[0][1] - alone[0][1]).max():.1e}",
+        }
+        print(row, flush=True)
+        rows.append(row)
+    return rows
 
 
 def _config(options: Options, changes: dict[str, Any]) -> Config:
@@ -126,18 +140,21 @@ def _train_and_render(
 
 def _train_together(
     rank: int, number: int, rendezvous: str, options: Options, config: Config, views: int
-) -> float:
+) -> tuple[float, np.ndarray]:
+    """Seconds of a step, and a render of the first view."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=number)
-    train = _trainer(config, _scene(options, config, views))
+    scene = _scene(options, config, views)
+    train = _trainer(config, scene)
     train()
     dist.barrier()
     since = time.perf_counter()
-    train()
+    model = train()
     seconds = time.perf_counter() - since
     dist.barrier()
     dist.destroy_process_group()
-    return round(1e3 * seconds / options.steps, 1)
+    rgb, _ = render_image(model, scene_cameras(scene, CPU), 0, scene.scale)
+    return seconds / options.steps, rgb.numpy()
 
 
 def _scene(options: Options, config: Config, views: int) -> Scene:

@@ -53,7 +53,7 @@ METHODS = {
 @dataclass(kw_only=True)
 class Options:
     table: Path = Path("benchmarks/results/search/table.json.gz")
-    space: Path = Path("tune_configs/codebook.yaml")
+    space: Path = Path("benchmarks/search_space.yaml")
     trials: int = 60
     """Configurations of a search."""
     repetitions: int = 30

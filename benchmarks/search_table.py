@@ -2,7 +2,7 @@
 
     python benchmarks/search_table.py --configurations 44
 
-Random configurations of `tune_configs/codebook.yaml` (the first is the preset) on the eight
+Random configurations of `search_space.yaml` (the first is the preset) on the eight
 built-in scenes. `benchmarks/search.py` replays searches against the table. A stopped recording goes
 on.
 """
@@ -37,7 +37,7 @@ class Options:
     steps: int = 81
     """Of a refiner's whole training; the rungs are at a ninth and a third of it."""
     resolution: str = "x2-128"
-    space: Path = Path("tune_configs/codebook.yaml")
+    space: Path = Path("benchmarks/search_space.yaml")
     storage: Path = Path("runs/search_table")
     """Holds scenes, fields, refiners and the rows recorded so far."""
     output: Path = Path("benchmarks/results/search/table.json.gz")

@@ -1,0 +1,216 @@
+"""Does the codebook pay? The refiner with its codes on and off, from the same stage-1 renders.
+
+    python benchmarks/codebook.py --data ../shared/llff --cache runs/codebook
+
+Trains stage 1 of each scene once, then for each scene and seed the refiner with codes and its
+control: the same parameters, steps, seeds and patches, but one code everywhere. Beside them stand
+stage 1 and the fitted filter `linear`. Prints and writes mean scores of held-out views and paired
+differences: means over views, each of which is the mean over seeds, with intervals of 95 %
+(Student's t over views, and a bootstrap that draws scenes, then views). `--unseen` trains refiners
+on the other scenes alone.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from provenance import provenance
+from scipy.stats import t as student
+from torch import Tensor
+
+from cbnerf.config import Config, preset, with_overrides
+from cbnerf.data.llff import read_capture
+from cbnerf.data.renders import Renders, load_renders
+from cbnerf.data.scene import Scene, make_scene
+from cbnerf.data.splits import split_views
+from cbnerf.training.evaluation import refine_views, score_views
+from cbnerf.training.processes import choose_device
+from cbnerf.training.refiner import train_refiner
+from cbnerf.training.stages import RENDERS_FILE, run_field
+
+METRICS = ("PSNR", "SSIM", "FLIP")
+HEALTH = ("codebook/used", "codebook/perplexity", "codebook/agreement")
+ROWS: dict[str, dict[str, Any]] = {
+    "codes on": {},
+    "codes off": {"refiner.codes": False},
+    "linear": {"refiner.kind": "linear"},
+}
+
+
+@dataclass(kw_only=True)
+class Options:
+    data: Path
+    """Folder of LLFF scene folders."""
+    cache: Path
+    """Receives the stage-1 fields and renders, which later runs use again."""
+    scenes: tuple[str, ...] = ("fern", "flower", "room")
+    resolution: str = "x2-128"
+    field_steps: int = 1500
+    """Updates of stage 1."""
+    seeds: int = 3
+    views: str = "test"
+    """`test`, or `val` to select on."""
+    unseen: bool = False
+    """Train refiners on the other scenes only."""
+    threads: int = 1
+    name: str = ""
+    """Of the files; the default says resolution and protocol."""
+    output: Path = Path("benchmarks/results/codebook")
+    overrides: tuple[str, ...] = field(default_factory=tuple)
+    """KNOB=VALUE of all refiners."""
+
+
+@dataclass
+class Trial:
+    """A refiner's change of the scores of stage 1, one row per view."""
+
+    row: str
+    scene: str
+    seed: int
+    gains: Tensor
+    health: dict[str, float]
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(options.threads)
+    knobs = dict(item.split("=", 1) for item in options.overrides)
+    parsed = {name: json.loads(value) for name, value in knobs.items()}
+    schedule = {"field.optim.steps": options.field_steps, "refiner.optim.evaluations": 1}
+    config = with_overrides(preset("cb-nerf", options.resolution), schedule | parsed)
+    pairs = {name: _stage1(options, config, name) for name in options.scenes}
+    trials: list[Trial] = []
+    for scene in options.scenes:
+        for row, change in ROWS.items():
+            for seed in range(1 if row == "linear" else options.seeds):
+                trained = with_overrides(config, change | {"seed": seed})
+                trials.append(_try(options, trained, pairs, row, scene, seed))
+                print(row, scene, seed, trials[-1].gains.mean(0).tolist(), flush=True)
+    bases = {name: _base(options, config, *pair) for name, pair in pairs.items()}
+    _write(options, trials, bases)
+
+
+def _stage1(options: Options, config: Config, name: str) -> tuple[Scene, Renders]:
+    scene = make_scene(read_capture(options.data / name, config.data.width), config.data)
+    folder = options.cache / f"{options.resolution}-{options.field_steps}" / name
+    run_field(config, scene, folder, device=choose_device())
+    return scene, load_renders(folder / RENDERS_FILE)
+
+
+def _views(options: Options, config: Config, scene: Scene) -> list[int]:
+    split = split_views(scene.num_views, config.data)
+    return split.val if options.views == "val" else split.test
+
+
+def _score(images: Tensor, targets: Tensor) -> Tensor:
+    scores = score_views(images, targets, perceptual=True)
+    return torch.tensor([[s.psnr, s.ssim, s.flip] for s in scores], dtype=torch.float64)
+
+
+def _base(options: Options, config: Config, scene: Scene, renders: Renders) -> Tensor:
+    views = _views(options, config, scene)
+    return _score(renders.rgb[views], scene.images[views])
+
+
+def _try(
+    options: Options, config: Config, pairs: dict[str, tuple[Scene, Renders]],
+    row: str, name: str, seed: int,
+) -> Trial:  # fmt: skip
+    scene, renders = pairs[name]
+    others = [pair for other, pair in pairs.items() if other != name] if options.unseen else []
+    last: dict[str, float] = {}
+    device = choose_device()
+    refiner = train_refiner(
+        config, scene, renders,
+        device=device, report=lambda step, metrics, kept: last.update(metrics), others=others,
+    )  # fmt: skip
+    views = _views(options, config, scene)
+    scores = _score(refine_views(refiner, renders.rgb[views], device), scene.images[views])
+    gains = scores - _base(options, config, scene, renders)
+    return Trial(row, name, seed, gains, {key: last[key] for key in HEALTH if key in last})
+
+
+def by_view(trials: list[Trial], row: str) -> dict[str, Tensor]:
+    """For each scene the gains of each view, `[views metrics]`, means over seeds."""
+    scenes = list(dict.fromkeys(trial.scene for trial in trials))
+    return {
+        scene: torch.stack([t.gains for t in trials if (t.row, t.scene) == (row, scene)]).mean(0)
+        for scene in scenes
+    }
+
+
+def interval(differences: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean over all views, half-width by Student's t over views, and the bootstrap's bounds."""
+    values = torch.cat(list(differences.values()))
+    mean, count = values.mean(0), len(values)
+    half = float(student.ppf(0.975, count - 1)) * values.std(0) / math.sqrt(count)
+    generator = torch.Generator().manual_seed(0)
+    means = []
+    scenes = list(differences.values())
+    for _ in range(4000):
+        chosen = torch.randint(len(scenes), (len(scenes),), generator=generator).tolist()
+        drawn = [
+            scenes[i][torch.randint(len(scenes[i]), (len(scenes[i]),), generator=generator)]
+            for i in chosen
+        ]
+        means.append(torch.cat(drawn).mean(0))
+    low, high = torch.stack(means).quantile(torch.tensor([0.025, 0.975]).double(), dim=0)
+    return mean, half, low, high
+
+
+def _write(options: Options, trials: list[Trial], bases: dict[str, Tensor]) -> None:
+    protocol = "unseen-scene" if options.unseen else "holdout"
+    gains = {row: by_view(trials, row) for row in ROWS}
+    lines = [
+        f"# Codes on and off: {options.resolution}, {protocol}, {options.views} views\n",
+        provenance(options.threads),
+        f"Stage 1 trained {options.field_steps} steps; {options.seeds} seeds; changes against "
+        "stage 1, of FLIP lower is better.\n",
+        "| scene | row | PSNR | SSIM | FLIP |",
+        "|---|---|---|---|---|",
+    ]
+    for scene, base in bases.items():
+        p, s, f = base.mean(0).tolist()
+        lines.append(f"| {scene} | stage 1 | {p:.2f} | {s:.4f} | {f:.4f} |")
+        for row in ROWS:
+            p, s, f = gains[row][scene].mean(0).tolist()
+            lines.append(f"| {scene} | {row} | {p:+.3f} | {s:+.4f} | {f:+.4f} |")
+    for row in ROWS:
+        values = torch.cat(list(gains[row].values()))
+        p, s, f = values.mean(0).tolist()
+        worse = int((values[:, 0] < 0).sum())
+        name = f"{row}, {worse} of {len(values)} views worse in PSNR"
+        lines.append(f"| mean | {name} | {p:+.3f} | {s:+.4f} | {f:+.4f} |")
+    lines += ["", "| paired difference | metric | mean | t interval | bootstrap interval |",
+              "|---|---|---|---|---|"]  # fmt: skip
+    pairs = [("codes on", "codes off"), ("codes on", "linear"), ("codes off", "linear")]
+    for first, second in pairs:
+        difference = {s: gains[first][s] - gains[second][s] for s in bases}
+        for metric, mean, half, low, high in zip(METRICS, *interval(difference), strict=True):
+            lines.append(
+                f"| {first} - {second} | {metric} | {mean:+.4f} | "
+                f"{mean - half:+.4f} ... {mean + half:+.4f} | {low:+.4f} ... {high:+.4f} |"
+            )
+    lines += ["", "| scene | codes used | perplexity | SR-HR agreement |", "|---|---|---|---|"]
+    for scene in bases:
+        found = [t.health for t in trials if (t.row, t.scene) == ("codes on", scene)]
+        used, even, agree = (sum(h[key] for h in found) / len(found) for key in HEALTH)
+        lines.append(f"| {scene} | {used:.1%} | {even:.0f} | {agree:.3f} |")
+    options.output.mkdir(parents=True, exist_ok=True)
+    name = options.name or f"{options.resolution}-{protocol}-{options.views}"
+    file = options.output / f"{name}.md"
+    file.write_text("\n".join(lines) + "\n")
+    plain = {
+        "provenance": provenance(options.threads),
+        "stage1": {scene: base.tolist() for scene, base in bases.items()},
+        "gains": [vars(trial) | {"gains": trial.gains.tolist()} for trial in trials],
+    }
+    file.with_suffix(".json").write_text(json.dumps(plain, indent=1) + "\n")
+    print(file.read_text())
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
