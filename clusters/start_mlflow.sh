@@ -18,10 +18,14 @@ fi
 
 answers() { python -c "import sys, urllib.request as u; u.urlopen('$address/health', timeout=2)" 2> /dev/null; }
 answers && exit
-case $MLFLOW_BACKEND_STORE_URI in postgresql*) pip install -q psycopg2-binary ;; esac
+case $MLFLOW_BACKEND_STORE_URI in
+    postgresql+psycopg2:*) pip install -q psycopg2-binary ;;
+    postgresql*) pip install -q "psycopg[binary]" ;;
+esac
 setsid nohup mlflow server "${options[@]}" >> "$CBNERF_STORAGE/mlflow.log" 2>&1 < /dev/null &
 for _ in $(seq 90); do
     answers && exit
+    kill -0 $! 2> /dev/null || break
     sleep 1
 done
 echo "MLflow's server does not answer at $address; see $CBNERF_STORAGE/mlflow.log" >&2

@@ -6,8 +6,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+from base64 import b64encode
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 import yaml
@@ -130,9 +133,7 @@ def test_what_is_served_is_served_to_localhost_alone(cluster: dict[str, Any]):
 def test_no_file_holds_a_secret():
     for file in [ROOT / "cluster.yaml", *CLUSTERS.iterdir()]:
         for line in file.read_text().splitlines():
-            assert not re.search(
-                r"AKIA|BEGIN [A-Z ]*PRIVATE|(password|secret|token)\w*=\w", line, re.I
-            )
+            assert not re.search(SECRETS, line, re.I)
 
 
 def test_the_next_steps_parse():
@@ -180,3 +181,40 @@ def test_a_folder_that_is_already_shared_is_left_alone(home: Path):
         CBNERF_STORAGE=str(storage),
     )  # fmt: skip
     assert storage.is_dir()
+
+
+AUTHENTICATION = """
+[mlflow]
+default_permission = READ
+database_uri = sqlite:///{folder}/users.db
+admin_username = admin
+admin_password = {password}
+authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+"""
+
+
+@pytest.mark.slow
+def test_mlflow_asks_for_a_password_where_one_is_set(home: Path, tmp_path: Path):
+    import psutil
+
+    password, address = "long-enough-for-mlflow", "http://127.0.0.1:5000"
+    text = AUTHENTICATION.format(folder=tmp_path, password=password)
+    (home / "mlflow_auth.ini").write_text(text)
+    start = ". ~/venv/bin/activate; bash ~/cbnerf/clusters/start_mlflow.sh"
+    search = Request(
+        f"{address}/api/2.0/mlflow/experiments/search", b'{"max_results": 1}',
+        {"Content-Type": "application/json"},
+    )  # fmt: skip
+    try:
+        in_shell(home, start, CBNERF_STORAGE=str(tmp_path))
+        with pytest.raises(HTTPError, match="401"):
+            urlopen(search)
+        login = b64encode(f"admin:{password}".encode()).decode()
+        search.add_header("Authorization", f"Basic {login}")
+        assert urlopen(search).status == 200
+        assert password not in (tmp_path / "mlflow.log").read_text()
+    finally:
+        for process in psutil.process_iter(["cmdline"]):
+            if str(tmp_path) in " ".join(process.info["cmdline"] or []):
+                for each in (*process.children(recursive=True), process):
+                    each.kill()

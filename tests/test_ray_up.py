@@ -21,6 +21,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path("/mnt/cbnerf")
+PRIVATE = Path("/mnt/cbnerf-tmp")  # where a host's own /tmp is put together
 BRIDGE, NETWORK = "cbnerf0", "10.99.0"
 HOSTS = {"head": f"{NETWORK}.11", "first": f"{NETWORK}.12", "second": f"{NETWORK}.13"}
 SSHD = """
@@ -80,7 +81,8 @@ class Hosts:
         for name in ("key", "host_key"):
             run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / name)
         Path("/run/sshd").mkdir(exist_ok=True)
-        SHARED.mkdir(exist_ok=True)
+        for place in (SHARED, PRIVATE):
+            place.mkdir(exist_ok=True)
         (self.folder / "shared").mkdir()
         run("ip", "link", "add", BRIDGE, "type", "bridge")
         run("ip", "address", "add", f"{NETWORK}.1/24", "dev", BRIDGE)
@@ -105,17 +107,24 @@ class Hosts:
         config = self.folder / f"sshd-{name}"
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         config.write_text(SSHD.format(address=address, folder=self.folder, path=path))
-        # The folder of this test lies below /tmp, which the host gets one of its own of.
+        # Each host has a /tmp of its own, put together aside, with what it needs of ours in it.
+        needed = [
+            place.relative_to("/tmp")
+            for place in (ROOT, Path(sys.prefix), self.folder)
+            if place.is_relative_to("/tmp")
+        ]
+        binds = "".join(
+            f"mkdir -p {PRIVATE / place} && mount --bind {'/tmp' / place} {PRIVATE / place} && "
+            for place in needed
+        )
         script = (
             f"hostname {name} && mount --bind {self.folder / 'shared'} {SHARED} && "
-            f"mkdir -p {SHARED}/.etc && exec 9< {config} && "
-            f"cp {self.folder}/key.pub {self.folder}/host_key {SHARED}/.etc/ && "
-            "mount -t tmpfs -o size=4g tmpfs /tmp && mount -t tmpfs -o size=2g tmpfs /dev/shm && "
-            f"mkdir -p /tmp/home {self.folder} && cp {SHARED}/.etc/* {self.folder}/ && "
+            f"mount -t tmpfs -o size=4g tmpfs {PRIVATE} && mkdir {PRIVATE}/home && {binds}"
+            f"mount --move {PRIVATE} /tmp && mount -t tmpfs -o size=2g tmpfs /dev/shm && "
             # A home of its own: ssh asks the password file for it, not the environment.
             "sed 's|^root:.*|root:x:0:0:root:/tmp/home:/bin/bash|' /etc/passwd > /tmp/passwd && "
             "mount --bind /tmp/passwd /etc/passwd && "
-            f"cat <&9 > {config} && exec {_which('sshd')} -D -e -f {config}"
+            f"exec {_which('sshd')} -D -e -f {config}"
         )
         with (self.folder / f"{name}.log").open("wb") as log:
             self.servers.append(
@@ -194,17 +203,21 @@ def test_a_study_runs_on_the_machines_that_ray_up_starts(hosts: Hosts):
     def on_head(command: str) -> str:
         return run(ray, "exec", cluster, command, env=environment)
 
+    # Long enough that the machines that start last still find something to do.
+    smoke = (ROOT / "tune_configs" / "smoke.yaml").read_text()
+    longer = smoke.replace("trials: 2", "trials: 4") + "fixed: {refiner.optim.steps: 400}\n"
+    (hosts.folder / "shared" / "search.yaml").write_text(longer)
     output = run(ray, "up", "-y", "--no-config-cache", cluster, env=environment)
     assert "cbnerf is up. Next" in output
     try:
         on_head(f"timeout 200 {sys.executable} -c '{ALL_JOINED}'")
-        search = "~/cbnerf/tune.py --config ~/cbnerf/tune_configs/smoke.yaml --scenes all"
-        submitted = on_head(f"ray job submit -- python {search} --trials 8 --address auto")
+        search = f"~/cbnerf/tune.py --config {SHARED}/search.yaml --scenes all --address auto"
+        submitted = on_head(f"ray job submit -- python {search}")
         assert "succeeded" in submitted, submitted[-3000:]
         study = json.loads(_study(hosts))
     finally:
         run(ray, "down", "-y", cluster, env=environment)
-    assert study["kinds"] == {"configuration": 8, "scene": 64, "field": 8, "report": 1}
+    assert study["kinds"] == {"configuration": 4, "scene": 32, "field": 8, "report": 1}
     assert study["statuses"] == ["FINISHED"]
     assert {"first", "second"} <= set(study["nodes"])
     assert (hosts.folder / "shared" / "studies" / study["name"] / "best.yaml").exists()
