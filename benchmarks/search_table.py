@@ -34,8 +34,6 @@ CPU = torch.device("cpu")
 class Options:
     configurations: int = 44
     seeds: int = 2
-    steps: int = 81
-    """Of a refiner's whole training; the rungs are at a ninth and a third of it."""
     resolution: str = "x2-128"
     space: Path = Path("benchmarks/search_space.yaml")
     storage: Path = Path("runs/search_table")
@@ -47,9 +45,6 @@ def main(options: Options) -> None:
     torch.set_num_threads(1)
     spec = load_spec(options.space)
     base = preset(spec.method, options.resolution)
-    base = with_overrides(
-        base, {"refiner.optim.steps": options.steps, "refiner.optim.evaluations": 1}
-    )
     configurations = list(_draw(spec, options.configurations))
     rows_file = options.storage / "rows.jsonl"
     options.storage.mkdir(parents=True, exist_ok=True)
