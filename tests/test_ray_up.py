@@ -206,6 +206,7 @@ def test_a_study_runs_on_the_machines_that_ray_up_starts(hosts: Hosts):
     # Long enough that the machines that start last still find something to do.
     smoke = (ROOT / "tune_configs" / "smoke.yaml").read_text()
     longer = smoke.replace("trials: 2", "trials: 4") + "fixed: {refiner.optim.steps: 400}\n"
+    longer += f"resources: {{cpus_per_worker: {os.cpu_count()}}}\n"  # one for each machine
     (hosts.folder / "shared" / "search.yaml").write_text(longer)
     output = run(ray, "up", "-y", "--no-config-cache", cluster, env=environment)
     assert "cbnerf is up. Next" in output
