@@ -12,7 +12,8 @@ import torch
 
 def provenance(threads: int) -> str:
     """Command, date, commit, versions and hardware of this run, as one line of Markdown."""
-    status = _git("status", "--porcelain", "--untracked-files=no")
+    # Benchmarks that run one after the other leave their results there.
+    status = _git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!results")
     commit = _git("rev-parse", "--short", "HEAD") + (" with local changes" if status else "")
     command = shlex.join(["python", *sys.argv])
     return (

@@ -19,7 +19,7 @@ SIDE = 7
 """Pixels per side of a filter."""
 _REACH = SIDE // 2
 _INPUTS = 3 * SIDE**2 + 1
-PRIORS = (100.0, 300.0, 1e3, 1e4, 1e5)
+PRIORS = (100.0, 300.0, 1e3, 1e4, 3e4, 1e5)
 """Pixels that the common filter counts for in the regression of each code."""
 _JURY = 4
 """Every so many-th code takes part in the choice among them, at most those solved at once."""
