@@ -76,8 +76,8 @@ class Stopping:
     """`race` stops below this probability of being better than the best finished configuration,
     `wilcoxon` below this p-value."""
     margin: float = 0.05
-    """`race`: a lead below this does not count; in dB, and a thirtieth of it in SSIM. The default is
-    what another seed makes of a configuration."""
+    """`race`: a lead below this does not count; in dB, and a thirtieth of it in SSIM. The default
+    is what another seed makes of a configuration."""
 
     def __post_init__(self):
         if self.rungs < 1 or self.eta < 2:

@@ -13,7 +13,6 @@ import optuna
 import ray
 from mlflow.exceptions import MlflowException
 from ray import tune
-from ray.train import ControllerError
 from tqdm import tqdm
 
 from cbnerf.config import Config, with_overrides
@@ -168,8 +167,6 @@ def _remote(plan: Plan, function: Callable[..., Any]) -> Any:
         num_cpus=spec.cpus_per_worker if alone else 0,
         num_gpus=plan.gpus_per_worker if alone else 0,
         max_retries=2,
-        # Ray Train does not try again itself when a process dies while its group starts.
-        retry_exceptions=[ControllerError],
     )
 
 
