@@ -203,7 +203,7 @@ def main(options: Options) -> None:
         os.environ["MLFLOW_TRACKING_URI"] = options.tracking
     with tempfile.TemporaryDirectory() as folder:
         plan = make_plan(
-            replace(load_spec(options.space), trials=options.trials),
+            replace(load_spec(options.space), trials=options.trials, resolution="x2-504"),
             scenes="all", data=None, name=f"scale-{int(time.time())}", storage=Path(folder),
             has_gpu=False,
         )  # fmt: skip

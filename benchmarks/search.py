@@ -26,7 +26,7 @@ from provenance import provenance
 from cbnerf.config import flatten
 from cbnerf.search.ledger import Ledger
 from cbnerf.search.plan import Plan, make_plan
-from cbnerf.search.spec import Choices, Stopping, load_spec
+from cbnerf.search.spec import Choices, Sampler, Stopping, load_spec
 
 TARGETS = (0.05, 0.02, 0.01)
 """dB below the best of the table that a search has to come within."""
@@ -34,19 +34,22 @@ TARGETS = (0.05, 0.02, 0.01)
 
 class Method(NamedTuple):
     stopping: Stopping
-    sampler: str = "tpe"
+    sampler: Sampler = "tpe"
     cached: bool = True
     """Stage 1 is trained once per scene instead of once per configuration and scene."""
 
 
 METHODS = {
-    "naive random": Method(Stopping(rule="none", rungs=1), "random", cached=False),
-    "naive TPE": Method(Stopping(rule="none", rungs=1), cached=False),
-    "cache + TPE": Method(Stopping(rule="none", rungs=1)),
-    "cache + TPE + ASHA": Method(Stopping(rule="asha")),
-    "cache + TPE + Wilcoxon, p .10": Method(Stopping(rule="wilcoxon", rungs=1, threshold=0.1)),
-    "cache + TPE + Wilcoxon, p .26": Method(Stopping(rule="wilcoxon", rungs=1, threshold=0.26)),
-    "cache + TPE + race (ours)": Method(Stopping()),
+    "naive random": Method(Stopping(rule="none"), "random", cached=False),
+    "naive TPE": Method(Stopping(rule="none"), cached=False),
+    "cache + TPE": Method(Stopping(rule="none")),
+    "cache + TPE + ASHA": Method(Stopping(rule="asha", grace_period=1)),
+    "cache + TPE + Wilcoxon, p .10": Method(Stopping(rule="wilcoxon", threshold=0.1)),
+    "cache + TPE + Wilcoxon, p .26": Method(Stopping(rule="wilcoxon", threshold=0.26)),
+    "cache + TPE + race": Method(Stopping()),
+    "cache + Sobol and TPE": Method(Stopping(rule="none"), "sobol-tpe"),
+    "cache + Sobol and TPE + race of three rungs": Method(Stopping(grace_period=1), "sobol-tpe"),
+    "cache + Sobol and TPE + race (ours)": Method(Stopping(), "sobol-tpe"),
 }
 
 
@@ -77,6 +80,8 @@ class Table(NamedTuple):
     ssim: np.ndarray
     seconds: np.ndarray
     """From the rung below."""
+    straight: np.ndarray
+    """[configurations, scenes]: seconds of a training that is not judged on its way."""
     field_seconds: np.ndarray
     """[scenes]."""
     scenes: tuple[str, ...]
@@ -110,7 +115,10 @@ def load_table(file: Path, plan: Plan) -> Table:
     seeds = 1 + max(row["seed"] for row in rows)
     shape = (len(points), len(scenes), len(rows[0]["rungs"]), seeds)
     arrays = {name: np.full(shape, np.nan) for name in ("val/psnr", "val/ssim", "seconds")}
+    straight = np.full(shape[:2], np.nan)
     for row in rows:
+        if "straight" in row:
+            straight[row["configuration"], scenes.index(row["scene"])] = row["straight"]
         for name, array in arrays.items():
             place = (row["configuration"], scenes.index(row["scene"]), slice(None), row["seed"])
             array[place] = [rung[name] for rung in row["rungs"]]
@@ -118,7 +126,9 @@ def load_table(file: Path, plan: Plan) -> Table:
     psnr, ssim, seconds = (array[whole] for array in arrays.values())
     field_seconds = np.array([content["fields"][scene]["seconds"] for scene in scenes])
     truth = psnr[:, :, -1].mean(axis=(1, 2))
-    return Table(points[whole], psnr, ssim, seconds, field_seconds, scenes, truth)
+    return Table(
+        points[whole], psnr, ssim, seconds, straight[whole], field_seconds, scenes, truth
+    )
 
 
 def _coordinates(plan: Plan, knobs: dict[str, Any]) -> np.ndarray:
@@ -152,7 +162,7 @@ def replay(options: Options, name: str, workers: int, repetition: int) -> Trace:
     )
     table = load_table(options.table, plan)
     if options.field_share is not None:
-        refiner_seconds = float(table.seconds.sum(axis=2).mean())
+        refiner_seconds = float(table.straight.mean())
         table = table._replace(
             field_seconds=np.full(len(table.scenes), options.field_share * refiner_seconds)
         )
@@ -172,7 +182,11 @@ def replay(options: Options, name: str, workers: int, repetition: int) -> Trace:
             row = rows.setdefault(unit.configuration, _nearest(plan, table, unit.overrides))
             scene = table.scenes.index(unit.scene)
             rungs = slice(unit.rung + first_rung if unit.rung else 0, unit.rung + first_rung + 1)
-            seconds = float(table.seconds[row, scene, rungs, seed].sum())
+            seconds = float(
+                table.straight[row, scene]
+                if plan.rungs == 1
+                else table.seconds[row, scene, rungs, seed].sum()
+            )
             if not method.cached:
                 seconds += float(table.field_seconds[scene])
             count += 1
@@ -202,7 +216,7 @@ def _trace(
     at, clock, regret = map(np.array, zip(*history, strict=True))
     reached = [np.flatnonzero(np.append(regret > target, True)) for target in TARGETS]
     reached = [late[-2] + 1 if len(late) > 1 else 0 for late in reached]
-    refiners = float(table.seconds.sum(axis=2).mean()) * len(table.scenes)
+    refiners = float(table.straight.mean()) * len(table.scenes)
     horizon = trials * (float(table.field_seconds.sum()) + refiners)  # of a naive search
     grid = np.linspace(0, horizon, 2000)
     worst = float(table.truth.max() - np.median(table.truth))

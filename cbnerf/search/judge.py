@@ -13,6 +13,8 @@ from cbnerf.search.race import Race, Verdict, halving_keeps, signed_ranks_keep
 from cbnerf.search.spec import QUALITIES
 
 Metrics = dict[str, float]
+Place = tuple[str, int]
+"""Scene and rung."""
 
 _SCALES = {"val/psnr": 0.3, "val/ssim": 0.01}
 """Differences between configurations that a search starts to expect, before it has seen any."""
@@ -36,7 +38,7 @@ class Judge:
         shape = (num_configurations, len(plan.scenes), plan.rungs)
         self._values = {q: np.full(shape, np.nan) for q in self.qualities}
         self._seconds = np.full(shape, np.nan)
-        self._ended: list[int] = []
+        self._num_entered = 0
         self._races: dict[str, tuple[tuple[int, int], Race]] = {}
         self.finished: dict[int, Metrics] = {}
         """Objectives of the configurations that were trained to their end, by number."""
@@ -45,16 +47,13 @@ class Judge:
     def qualities(self) -> list[str]:
         return [name for name in self._objectives if name in QUALITIES]
 
-    def enter(self, number: int, scene: str, rung: int, metrics: Metrics) -> None:
+    def enter(self, number: int, place: Place, metrics: Metrics) -> None:
         """Take note of what a configuration reached."""
-        place = (number, self._plan.scenes.index(scene), rung)
+        at = (number, *self._at(place))
         for quality in self.qualities:
-            self._values[quality][place] = metrics[quality]
-        self._seconds[place] = metrics.get("seconds", math.nan)
-
-    def end(self, number: int) -> None:
-        """Nothing more will be done for a configuration; races learn from those that have ended."""
-        self._ended.append(number)
+            self._values[quality][at] = metrics[quality]
+        self._seconds[at] = metrics.get("seconds", math.nan)
+        self._num_entered += 1
 
     def finish(self, number: int, costs: Metrics) -> list[float]:
         """Its objectives, once all of its entries are there: means over scenes."""
@@ -92,6 +91,24 @@ class Judge:
             if not any(self._keeps(quality, number, rival) for quality in self.qualities):
                 return self._give_up(number, rival, costs)
         return None
+
+    def next_place(self, number: int, open_places: list[Place], in_flight: set[Place]) -> Place:
+        """Which of the open places to fill next: in a race the one that will leave least doubt
+        about the configuration, for the steps that it takes; else the first."""
+        best = self.best()
+        if self._stopping.rule != "race" or best is None:
+            return open_places[0]
+        known = ~np.isnan(self._seen(number))
+        for place in in_flight:
+            known[self._at(place)] = True
+        telling = self._race(self._objectives[0], best).telling(known)
+        heights = float(self._stopping.eta) ** np.arange(self._plan.rungs)
+        telling /= np.diff(heights, prepend=0)
+        return max(open_places, key=lambda place: telling[self._at(place)])
+
+    def _at(self, place: Place) -> tuple[int, int]:
+        scene, rung = place
+        return self._plan.scenes.index(scene), rung
 
     def _seen(self, number: int) -> np.ndarray:
         return self._values[self._objectives[0]][number]
@@ -135,11 +152,10 @@ class Judge:
         return self._race(quality, rival).verdict(self._values[quality][number], margin)
 
     def _race(self, quality: str, rival: int) -> Race:
-        known = (rival, len(self._ended))
+        known = (rival, self._num_entered)
         if self._races.get(quality, (None,))[0] != known:
             values = self._values[quality]
-            race = Race(values[self._ended], values[rival], scale=_SCALES[quality])
-            self._races[quality] = (known, race)
+            self._races[quality] = (known, Race(values, values[rival], scale=_SCALES[quality]))
         return self._races[quality][1]
 
     def _expected_seconds(self, number: int) -> float:

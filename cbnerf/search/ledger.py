@@ -14,13 +14,10 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from cbnerf.config import with_overrides
-from cbnerf.search.judge import Judge, Metrics, Stop
+from cbnerf.search.judge import Judge, Metrics, Place, Stop
 from cbnerf.search.plan import Plan
-from cbnerf.search.proposals import make_sampler, open_study, suggest
+from cbnerf.search.proposals import make_sampler, open_study, propose, suggest
 from cbnerf.training.refiner import count_parameters
-
-Place = tuple[str, int]
-"""Scene and rung."""
 
 
 class Unit(NamedTuple):
@@ -144,7 +141,8 @@ class Ledger:
         chosen = chosen or self._ask() or next(iter(waiting), None)
         if chosen is None:
             return None
-        place = self._open_places(chosen)[0]
+        open_places = self._open_places(chosen)
+        place = self._judge.next_place(chosen.number, open_places, chosen.in_flight)
         chosen.in_flight.add(place)
         return Unit(chosen.number, *place, chosen.overrides)
 
@@ -193,14 +191,11 @@ class Ledger:
         elif trial.state == TrialState.COMPLETE and number not in self.stopped:
             objectives = zip(self.plan.spec.objectives, trial.values, strict=True)
             self._judge.finished[number] = dict(objectives)
-        if trial.state.is_finished():
-            self._judge.end(number)
 
     def _ask(self) -> _Open | None:
         """A new configuration, if there may be one more."""
         while len(self._results) < self.plan.spec.trials:
-            self.study.sampler = make_sampler(self.plan, len(self._results))
-            trial = self.study.ask()
+            trial = propose(self.plan, self.study, len(self._results))
             self._results[trial.number] = {}
             if one := self._admit(trial):
                 return one
@@ -245,7 +240,7 @@ class Ledger:
     def _enter(self, number: int, place: Place, metrics: Metrics | None) -> None:
         self._results[number][place] = metrics
         if metrics is not None:
-            self._judge.enter(number, *place, metrics)
+            self._judge.enter(number, place, metrics)
 
     def _settle(self, one: _Open) -> None:
         """Tell Optuna if a configuration has failed, is finished or hopeless."""
@@ -261,7 +256,6 @@ class Ledger:
 
     def _tell(self, one: _Open, **outcome: Any) -> None:
         del self._open[one.number]
-        self._judge.end(one.number)
         self.study.tell(one.number, **outcome)
 
 

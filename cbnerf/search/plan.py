@@ -58,12 +58,20 @@ class Plan:
         """Rungs of a training; one where nothing is judged between them."""
         stopping = self.spec.stopping
         is_fitted = self.base.refiner.kind == "linear"  # in one step
-        return 1 if is_fitted or stopping.rule in ("none", "wilcoxon") else stopping.rungs
+        if is_fitted or stopping.rule in ("none", "wilcoxon"):
+            return 1
+        whole, rungs = self._whole_steps(self.base), stopping.rungs
+        while rungs > 1 and whole // stopping.eta ** (rungs - 1) < stopping.grace_period:
+            rungs -= 1
+        return rungs
 
     def steps(self, config: Config, rung: int) -> int:
         """Training steps up to a rung, counted from 0."""
-        whole = (config.field if self.stage == "field" else config.refiner).optim.steps
+        whole = self._whole_steps(config)
         return max(whole // self.spec.stopping.eta ** (self.rungs - 1 - rung), 1)
+
+    def _whole_steps(self, config: Config) -> int:
+        return (config.field if self.stage == "field" else config.refiner).optim.steps
 
     @property
     def source(self) -> str:

@@ -8,10 +8,12 @@ from typing import Any
 import optuna
 from numpy.random import SeedSequence
 from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from scipy.stats import qmc
 
 from cbnerf.config import flatten
 from cbnerf.search.plan import Plan
-from cbnerf.search.spec import QUALITIES, Choices
+from cbnerf.search.spec import QUALITIES, Choices, Range
 
 
 def open_study(plan: Plan, *, mend: bool = True) -> optuna.Study:
@@ -62,6 +64,18 @@ def initial_points(plan: Plan) -> list[dict[str, Any]]:
     return [point for index, point in enumerate(points) if point not in points[:index]]
 
 
+def propose(plan: Plan, study: optuna.Study, number: int) -> optuna.Trial:
+    """Ask for the configuration of a number: a point to try first, one of the even start, or what
+    the sampler makes of the trials so far."""
+    states = [trial.state for trial in study.get_trials(deepcopy=False)]
+    num_ended = sum(state.is_finished() for state in states)
+    starts = plan.spec.sampler == "sobol-tpe" and num_ended < _num_startup(plan)
+    if starts and TrialState.WAITING not in states:
+        study.enqueue_trial(even_point(plan, number))
+    study.sampler = make_sampler(plan, number)
+    return study.ask()
+
+
 def make_sampler(plan: Plan, number: int) -> optuna.samplers.BaseSampler:
     """The sampler of one configuration.
 
@@ -71,9 +85,38 @@ def make_sampler(plan: Plan, number: int) -> optuna.samplers.BaseSampler:
     seed = int(SeedSequence([plan.spec.seed, number]).generate_state(1)[0])
     if plan.spec.sampler == "random":
         return optuna.samplers.RandomSampler(seed=seed)
-    return optuna.samplers.TPESampler(
-        seed=seed, n_startup_trials=min(max(4, plan.spec.trials // 4), 10)
-    )
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=_num_startup(plan))
+
+
+def even_point(plan: Plan, number: int) -> dict[str, Any]:
+    """A point of a scrambled Sobol sequence: any number of them lies evenly in the space."""
+    sequence = qmc.Sobol(len(plan.spec.space), rng=plan.spec.seed)
+    if number:
+        sequence.fast_forward(number)
+    (shares,) = sequence.random()
+    return {
+        name: _value_at(domain, float(share))
+        for (name, domain), share in zip(plan.spec.space.items(), shares, strict=True)
+    }
+
+
+def _num_startup(plan: Plan) -> int:
+    """Configurations that must have ended before TPE learns from them."""
+    return min(max(4, plan.spec.trials // 4), 10)
+
+
+def _value_at(domain: Range | Choices, share: float) -> Any:
+    """The value below which a share in [0, 1) of the domain lies."""
+    if isinstance(domain, Choices):
+        return domain.choices[int(share * len(domain.choices))]
+    if domain.step:
+        num_values = int((domain.high - domain.low) / domain.step + 1e-9) + 1
+        return domain.low + domain.step * int(share * num_values)
+    if domain.log:
+        value = domain.low * (domain.high / domain.low) ** share
+    else:
+        value = domain.low + share * (domain.high - domain.low)
+    return round(value) if isinstance(domain.low, int) else value
 
 
 def suggest(trial: optuna.Trial, plan: Plan) -> dict[str, Any]:

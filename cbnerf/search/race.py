@@ -17,11 +17,13 @@ from scipy.stats import wilcoxon
 Array = NDArray[np.floating]
 
 _PRIOR_WEIGHT = 2.0
-"""Configurations that the prior of the covariances counts for."""
+"""Configurations that the prior counts for."""
+_ALIKE_WEIGHT = 8.0
+"""Configurations that the likeness of all scenes counts for."""
 _PRIOR_CORRELATION = 0.7
 """Between the effects at a rung and at the next, before any have been seen."""
 _LEARN_FROM = 200
-"""Latest configurations that the covariances are learned from."""
+"""Latest configurations that mean and covariance are learned from."""
 _BOUND = 4.0
 """Differences count up to so many spreads from their median."""
 _ITERATIONS = 4
@@ -40,12 +42,12 @@ class Verdict(NamedTuple):
 class Race:
     """A paired Bayesian race against a finished rival.
 
-    The difference of a configuration to its rival is Gaussian: `d[s, r] = effect[r] +
-    interaction[s, r]`. The effects of a configuration at all rungs have a common mean and
-    covariance, the interactions (and noise) of each scene another covariance. Both are learned from
-    all configurations, unfinished ones among them, by expectation maximisation with an
-    inverse-Wishart prior; conditioned on what has been seen they tell the rest. As covariances
-    learned from few are uncertain, chances are those of Student's t.
+    The differences of a configuration to its rival, of all scenes and rungs, are Gaussian. Their
+    mean and covariance are learned from all configurations, unfinished ones among them, by
+    expectation maximisation, and shrunk twice: towards scenes that are all alike, with one
+    covariance of rungs within a scene and another between scenes, and these towards a prior.
+    Conditioned on what has been seen they tell the rest. As a covariance learned from few is
+    uncertain, chances are those of Student's t.
     """
 
     def __init__(self, values: Array, rival: Array, *, scale: float):
@@ -58,33 +60,37 @@ class Race:
         behind = started & (differences != 0).any(axis=(1, 2))  # without the rival itself
         differences = differences[behind][-_LEARN_FROM:]
         self._degrees = _PRIOR_WEIGHT + len(differences)
+        self._last = np.arange(self._num_rungs - 1, rival.size, self._num_rungs)
         spread, self._bounds = _typical(differences, scale)
         steps = np.subtract.outer(np.arange(self._num_rungs), np.arange(self._num_rungs))
-        self._prior = spread**2 * _PRIOR_CORRELATION ** abs(steps)
-        self._mean = np.zeros(self._num_rungs)
-        self._set_covariance(self._prior, self._prior / 4)
-        self._learn(self._bounded(differences))
+        rungs = spread**2 * _PRIOR_CORRELATION ** abs(steps)
+        self._mean = np.zeros(rival.size)
+        self._covariance = prior = np.kron(
+            np.ones((self._num_scenes, self._num_scenes)) + np.eye(self._num_scenes) / 4, rungs
+        )
+        if len(differences):
+            self._learn(self._bounded(differences), prior)
 
     def verdict(self, values: Array, margin: float = 0.0) -> Verdict:
         """Expectation for a configuration, given its values so far."""
-        difference = self._bounded(values[None] - self._rival)[0]
-        gain, left = self._conditioning(~np.isnan(difference))
-        mean = self._conditional_means(difference[None], gain)[0]
-        last = np.arange(self._num_rungs - 1, len(mean), self._num_rungs)
-        expected = mean[last].mean()
-        spread = np.sqrt(max(left[np.ix_(last, last)].mean(), 1e-18))
+        difference = self._bounded(values[None] - self._rival)
+        gain, left = self._conditioning(~np.isnan(difference[0]))
+        expected = self._expected(difference, gain)[0, self._last].mean()
+        spread = np.sqrt(max(left[np.ix_(self._last, self._last)].mean(), 1e-18))
         chance = student.sf((margin - expected) / spread, self._degrees)
         return Verdict(float(chance), float(self._rival[:, -1].mean() + expected))
+
+    def telling(self, known: NDArray[np.bool_]) -> Array:
+        """[s, r]: by how much each value would lessen the variance of what a configuration is
+        worth, of which the values `known` [s, r] have been seen."""
+        _, left = self._conditioning(known.ravel())
+        shared = left[:, self._last].mean(axis=1)
+        return (shared**2 / (left.diagonal() + 1e-12)).reshape(known.shape)
 
     def _bounded(self, differences: Array) -> Array:
         """[configurations, entries]: how far a diverged training lies behind tells nothing, and
         would drown what the others tell."""
         return differences.clip(*self._bounds).reshape(len(differences), self._rival.size)
-
-    def _set_covariance(self, effect: Array, interaction: Array) -> None:
-        """Of all entries of a difference, scene by scene."""
-        ones, eye = np.ones((self._num_scenes, self._num_scenes)), np.eye(self._num_scenes)
-        self._covariance = np.kron(ones, effect) + np.kron(eye, interaction)
 
     def _conditioning(self, known: NDArray[np.bool_]) -> tuple[Array, Array]:
         """What known entries tell of all: gain [all, known] and the covariance that is left."""
@@ -93,41 +99,38 @@ class Race:
         gain = np.linalg.solve(between, covariance[known]).T
         return gain, covariance - gain @ covariance[known]
 
-    def _conditional_means(self, differences: Array, gain: Array) -> Array:
-        """Means of all entries of differences that have the same entries known."""
-        mean = np.tile(self._mean, self._num_scenes)
+    def _expected(self, differences: Array, gain: Array) -> Array:
+        """All entries of differences that have the same entries known."""
         known = ~np.isnan(differences[0])
-        return mean + (differences[:, known] - mean[known]) @ gain.T
+        return self._mean + (differences[:, known] - self._mean[known]) @ gain.T
 
-    def _learn(self, differences: Array) -> None:
-        """Expectation maximisation of the mean and of both covariances."""
-        if not len(differences):
-            return
+    def _learn(self, differences: Array, prior: Array) -> None:
+        """Expectation maximisation of mean and covariance."""
+        count = len(differences)
         patterns, members = np.unique(~np.isnan(differences), axis=0, return_inverse=True)
         for _ in range(_ITERATIONS):
-            moments = [
-                self._moments(known, differences[members == index])
-                for index, known in enumerate(patterns)
-            ]
-            means, effects, interactions = (np.sum(m, axis=0) for m in zip(*moments, strict=True))
-            count = _PRIOR_WEIGHT + len(differences)
-            self._mean = means / count
-            self._set_covariance(
-                _positive((_PRIOR_WEIGHT * self._prior + effects) / count),
-                _positive((_PRIOR_WEIGHT * self._prior / 4 + interactions) / count),
-            )
+            total, second = np.zeros_like(self._mean), np.zeros_like(prior)
+            for index, known in enumerate(patterns):
+                chosen = differences[members == index]
+                gain, left = self._conditioning(known)
+                expected = self._expected(chosen, gain)
+                centred = expected - self._mean
+                total += expected.sum(axis=0)
+                second += len(chosen) * left + centred.T @ centred
+            alike = (_PRIOR_WEIGHT * prior + self._alike(second)) / (_PRIOR_WEIGHT + count)
+            rungs = total.reshape(self._rival.shape).mean(axis=0) / (_PRIOR_WEIGHT + count)
+            mean = np.tile(rungs, self._num_scenes)
+            self._mean = (_ALIKE_WEIGHT * mean + total) / (_ALIKE_WEIGHT + count)
+            self._covariance = (_ALIKE_WEIGHT * alike + second) / (_ALIKE_WEIGHT + count)
 
-    def _moments(self, known: NDArray[np.bool_], differences: Array) -> tuple[Array, Array, Array]:
-        """Expected sums of means, of effects and of interactions (second moments)."""
-        scenes, rungs, count = self._num_scenes, self._num_rungs, len(differences)
-        gain, left = self._conditioning(known)
-        expected = self._conditional_means(differences, gain).reshape(count, scenes, rungs)
-        centred = expected - self._mean
-        second = count * left.reshape(scenes, rungs, scenes, rungs)
-        second = second + np.einsum("csr,ctq->srtq", centred, centred)
-        same = np.einsum("srsq->rq", second)
-        across = (second.sum(axis=(0, 2)) - same) / max(scenes * (scenes - 1), 1)
-        return expected.mean(axis=1).sum(axis=0), across, same / scenes - across
+    def _alike(self, matrix: Array) -> Array:
+        """A covariance averaged over all orders of the scenes."""
+        scenes, rungs = self._num_scenes, self._num_rungs
+        blocks = matrix.reshape(scenes, rungs, scenes, rungs)
+        within = np.einsum("srsq->rq", blocks)
+        between = (blocks.sum(axis=(0, 2)) - within) / max(scenes * (scenes - 1), 1)
+        one, eye = np.ones((scenes, scenes)), np.eye(scenes)
+        return np.kron(one, between) + np.kron(eye, within / scenes - between)
 
 
 def _typical(differences: Array, scale: float) -> tuple[float, tuple[Array, Array]]:
@@ -175,9 +178,3 @@ def signed_ranks_keep(values: Array, challenger: int, rival: int, threshold: flo
         return True
     p_value = np.asarray(wilcoxon(differences, alternative="less"))[1]
     return bool(p_value >= threshold)
-
-
-def _positive(matrix: Array) -> Array:
-    """The nearest covariance: symmetric, without negative eigenvalues."""
-    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    return (vectors * values.clip(1e-12)) @ vectors.T

@@ -58,7 +58,7 @@ class Resources:
 
 
 Rule = Literal["race", "asha", "wilcoxon", "none"]
-Sampler = Literal["tpe", "random"]
+Sampler = Literal["sobol-tpe", "tpe", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +69,12 @@ class Stopping:
     """`race` stops what is unlikely to beat the best, `asha` keeps the best 1 / `eta` of each rung,
     `wilcoxon` tests scenes of the top rung by signed ranks, `none` trains everything."""
     rungs: int = 3
-    """Shares of a whole training at which configurations are judged; 1 judges by scenes alone."""
+    """Shares of a whole training at which configurations are judged, at most; 1 judges by scenes
+    alone."""
     eta: int = 3
     """Ratio between the steps of a rung and of the one below."""
+    grace_period: int = 100
+    """Steps of the lowest rung, at least: fewer tell less than they and their evaluation cost."""
     threshold: float = 0.05
     """`race` stops below this probability of being better than the best finished configuration,
     `wilcoxon` below this p-value."""
@@ -82,6 +85,8 @@ class Stopping:
     def __post_init__(self):
         if self.rungs < 1 or self.eta < 2:
             raise ValueError("stopping.rungs must be at least 1, stopping.eta at least 2")
+        if self.grace_period < 1:
+            raise ValueError("stopping.grace_period must be at least 1")
         if self.margin < 0:
             raise ValueError("stopping.margin must not be negative")
         if not 0 < self.threshold < 0.5:
@@ -111,8 +116,9 @@ class SearchSpec:
     """Configurations to try."""
     seed: int = 0
     """Of the sampler; training is seeded by the knob `seed`."""
-    sampler: Sampler = "tpe"
-    """Optuna's multivariate TPE, or independent draws."""
+    sampler: Sampler = "sobol-tpe"
+    """`tpe` is Optuna's, which starts from independent draws; `sobol-tpe` starts from points that
+    lie evenly in the space; `random` draws to the end."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Knobs that differ from the preset in every trial."""
     space: Space = field(default_factory=dict)
@@ -182,7 +188,7 @@ def parse_spec(content: Mapping[str, Any]) -> SearchSpec:
     values["initial"] = tuple(_parse_point(point, values["space"]) for point in initial)
     values["resources"] = _parse_resources(values.get("resources", {}))
     values["stopping"] = _parse_stopping(values.get("stopping", {}))
-    _one_of("sampler", values.get("sampler", "tpe"), Sampler)
+    _one_of("sampler", values.get("sampler", "sobol-tpe"), Sampler)
     values["objectives"] = _parse_objectives(values.get("objectives", ["val/psnr"]))
     values["limits"] = _mapping(values.get("limits", {}), "limits")
     for name, limit in values["limits"].items():
@@ -200,7 +206,7 @@ def _parse_objectives(content: Any) -> tuple[str, ...]:
 
 def _parse_stopping(content: Any) -> Stopping:
     entries = _known(Stopping, content, "stopping")
-    kinds = {"rungs": int, "eta": int, "threshold": float, "margin": float}
+    kinds = {"rungs": int, "eta": int, "grace_period": int, "threshold": float, "margin": float}
     for name, value in entries.items():
         if name in kinds and not _is_number(value, kinds[name]):
             raise ValueError(f"stopping.{name} = {value!r} is not a number of its kind")

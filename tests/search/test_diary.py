@@ -24,7 +24,7 @@ pytestmark = [
 
 @pytest.fixture
 def plan(tiny_plan: Callable[..., Plan], empty_store: Path) -> Plan:
-    plan = tiny_plan("arcade,blinds", stopping={"rule": "race", "rungs": 2})
+    plan = tiny_plan("arcade,blinds", stopping={"rule": "race", "rungs": 2, "grace_period": 1})
     plan.storage.mkdir()
     shutil.copy(empty_store, plan.storage / "mlflow.db")
     return plan

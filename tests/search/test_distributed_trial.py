@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 SPEC = """
 resolution: tiny
 trials: 1
-stopping: {rule: race}
+stopping: {rule: race, grace_period: 1}
 fixed: {refiner.optim.batch_size: 4}
 space: {codebook.size: {choices: [64, 1024]}}
 resources: {workers: 2, cpus_per_worker: 1}

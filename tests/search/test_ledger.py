@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from optuna.trial import TrialState
 
@@ -235,7 +236,8 @@ def test_a_study_made_anew_is_another_study(tiny_plan):
     assert open_study(plan).study_name == "test"
 
 
-RACE = {"rule": "race", "rungs": 3}
+RACE = {"rule": "race", "rungs": 3, "grace_period": 1}
+SCENES = ["arcade", "blinds", "coral", "lattice"]
 
 
 def climb(unit: Unit) -> Metrics:
@@ -278,10 +280,25 @@ def test_a_race_stops_nothing_that_is_ahead(tiny_plan):
     assert len(live(ledger, objective=better)) == 30 and not ledger.stopped
 
 
+def test_a_race_learns_where_to_begin(tiny_plan):
+    """Where one scene tells configurations apart and the others do not, it comes first."""
+
+    def telling(unit: Unit) -> Metrics:
+        shared, own = np.random.default_rng(unit.configuration), SCENES.index(unit.scene)
+        worse = [0.02, 0.02, 0.4, 0.02][own] * abs(shared.normal()) * (unit.configuration > 0)
+        return {"val/psnr": 20 - worse - 0.05 * shared.normal(size=4)[own]}
+
+    plan = tiny_plan(",".join(SCENES), trials=16, stopping={"rule": "race"})
+    units = live(Ledger(plan), objective=telling)
+    begins = {unit.configuration: unit.scene for unit in reversed(units)}
+    assert begins[0] == "arcade"
+    assert {begins[number] for number in range(10, 16)} == {"coral"}
+
+
 @pytest.mark.parametrize("rule", ["race", "asha", "wilcoxon"])
 def test_any_rule_goes_on_from_any_line_of_its_journal(tiny_plan, rule: str):
     """The second life ends as the first did: same knobs, same verdicts, no unit done twice."""
-    stopping = {"rule": rule, "rungs": 2, "threshold": 0.2}
+    stopping = {"rule": rule, "rungs": 2, "grace_period": 1, "threshold": 0.2}
     plan = tiny_plan("arcade,blinds,coral,mosaic", trials=5, stopping=stopping)
     first = Ledger(plan)
     done = live(first, objective=climb)

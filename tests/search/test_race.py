@@ -95,6 +95,38 @@ def test_stated_chances_come_true(known: int, spread: float):
     assert np.mean(np.array(came_true)[doubtful]) < 0.08
 
 
+def test_what_a_value_tells_in_closed_form_before_anything_is_seen():
+    """Of a value with variance v and covariance c with the worth: c^2 / v."""
+    values = draw(0, np.zeros(1))
+    race = Race(values[1:], values[0], scale=0.3)
+    nothing = np.zeros((NUM_SCENES, NUM_RUNGS), bool)
+    covariance = 0.3**2 * (1 + 0.25 / NUM_SCENES) * 0.7 ** np.arange(NUM_RUNGS)[::-1]
+    told = covariance**2 / (0.3**2 * 1.25)
+    np.testing.assert_allclose(race.telling(nothing), np.tile(told, (NUM_SCENES, 1)))
+
+
+def test_what_has_been_seen_tells_nothing_more():
+    values = draw(3, np.array([0.0, 0.1, 0.2, 0.3]))
+    race = Race(values[1:], values[0], scale=0.3)
+    known = np.zeros((NUM_SCENES, NUM_RUNGS), bool)
+    known[2, 0] = known[5, 2] = True
+    telling = race.telling(known)
+    assert telling[known].max() < 1e-9 < telling[~known].min()
+    assert telling.sum() < race.telling(np.zeros_like(known)).sum()
+
+
+def test_a_race_learns_which_scene_tells_most():
+    """Configurations differ on one scene by twice as much as on the others, which add noise."""
+    rng = default_rng(0)
+    worse = abs(rng.normal(size=12))
+    worse[0] = 0
+    values = 20 - worse[:, None, None] + 0.5 * rng.normal(size=(12, NUM_SCENES, 1))
+    values[:, 6] = 20 - 2 * worse[:, None]
+    race = Race(values[1:], values[0], scale=0.3)
+    telling = race.telling(np.zeros((NUM_SCENES, 1), bool))
+    assert telling.argmax() == 6
+
+
 def test_halving_keeps_a_share_of_those_that_came_as_far():
     values = np.full((6, 2, 2), np.nan)
     values[:, :, 0] = np.arange(6)[:, None]

@@ -1,0 +1,67 @@
+"""The even start of a search, and what follows it; no training."""
+
+import numpy as np
+import pytest
+from optuna.trial import TrialState
+
+from cbnerf.search.proposals import even_point, make_study, propose, suggest
+
+pytestmark = pytest.mark.search
+
+SPACE = {
+    "codebook.size": {"choices": [64, 128, 256, 512]},
+    "codebook.beta": {"low": 0.05, "high": 2.0, "log": True},
+    "codebook.dim": {"low": 4, "high": 32, "step": 4},
+    "refiner.blocks": {"low": 1, "high": 8},
+    "loss.lambda_vq": {"low": 0.0, "high": 8.0},
+}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_points_of_the_start_lie_evenly_on_every_axis(tiny_plan, seed: int):
+    """Each half, quarter and eighth of a domain has its share of eight points."""
+    plan = tiny_plan(space=SPACE, seed=seed)
+    points = [even_point(plan, number) for number in range(8)]
+    sizes = [point["codebook.size"] for point in points]
+    assert sorted(sizes) == [64, 64, 128, 128, 256, 256, 512, 512]
+    assert sorted(point["codebook.dim"] for point in points) == [*range(4, 33, 4)]
+    assert sorted(int(point["loss.lambda_vq"]) for point in points) == [*range(8)]
+    shares = np.log([point["codebook.beta"] / 0.05 for point in points]) / np.log(2.0 / 0.05)
+    assert sorted(np.floor(8 * shares)) == [*range(8)]
+    assert all(type(p["refiner.blocks"]) is int and 1 <= p["refiner.blocks"] <= 8 for p in points)
+
+
+def test_points_of_the_start_depend_on_seed_and_number_alone(tiny_plan):
+    plan = tiny_plan(space=SPACE, trials=4)
+    more = tiny_plan(space=SPACE, trials=40)
+    other = tiny_plan(space=SPACE, trials=4, seed=1)
+    assert even_point(plan, 3) == even_point(more, 3)
+    assert even_point(plan, 3) != even_point(other, 3)
+    assert even_point(plan, 3) != even_point(plan, 2)
+
+
+@pytest.mark.parametrize("sampler", ["sobol-tpe", "tpe", "random"])
+def test_a_search_starts_from_the_points_to_try_first_and_then_evenly(tiny_plan, sampler: str):
+    initial = [{"codebook.size": 512}]
+    plan = tiny_plan(space=SPACE, trials=16, initial=initial, sampler=sampler)
+    study = make_study(plan)
+    proposed = []
+    for number in range(8):
+        trial = propose(plan, study, number)
+        proposed.append(suggest(trial, plan))
+        study.tell(trial, float(number))
+    assert proposed[0]["codebook.size"] == plan.base.codebook.size
+    assert proposed[1] == proposed[0] | {"codebook.size": 512}
+    even = [proposed[number] == even_point(plan, number) for number in range(8)]
+    # A quarter of sixteen ends before TPE learns from them.
+    assert even == [False, False, *([sampler == "sobol-tpe"] * 2), *([False] * 4)]
+
+
+def test_many_that_start_at_once_lie_evenly(tiny_plan):
+    plan = tiny_plan(space=SPACE, trials=16)
+    study = make_study(plan)
+    for number in range(9):
+        suggest(propose(plan, study, number), plan)
+    trials = study.get_trials()
+    assert [trial.state for trial in trials] == [TrialState.RUNNING] * 9
+    assert [t.params for t in trials[1:]] == [even_point(plan, number) for number in range(1, 9)]
