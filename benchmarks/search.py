@@ -126,9 +126,7 @@ def load_table(file: Path, plan: Plan) -> Table:
     psnr, ssim, seconds = (array[whole] for array in arrays.values())
     field_seconds = np.array([content["fields"][scene]["seconds"] for scene in scenes])
     truth = psnr[:, :, -1].mean(axis=(1, 2))
-    return Table(
-        points[whole], psnr, ssim, seconds, straight[whole], field_seconds, scenes, truth
-    )
+    return Table(points[whole], psnr, ssim, seconds, straight[whole], field_seconds, scenes, truth)
 
 
 def _coordinates(plan: Plan, knobs: dict[str, Any]) -> np.ndarray:

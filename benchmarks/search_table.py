@@ -48,7 +48,9 @@ def main(options: Options) -> None:
     configurations = list(_draw(spec, options.configurations))
     rows_file = options.storage / "rows.jsonl"
     options.storage.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = [json.loads(line) for line in rows_file.open()] if rows_file.exists() else []
+    rows: list[dict[str, Any]] = (
+        [json.loads(line) for line in rows_file.open()] if rows_file.exists() else []
+    )
     done = {(row["configuration"], row["scene"], row["seed"]) for row in rows}
     fields = {scene: _field(base, scene, options.storage) for scene in BUILT_IN_SCENES}
     with rows_file.open("a") as file:
