@@ -23,7 +23,7 @@ from cbnerf.search.report import SceneScores, write_report
 from cbnerf.search.searcher import TuneSearcher
 from cbnerf.search.spec import QUALITIES
 from cbnerf.search.tracking import Tracker
-from cbnerf.search.trial import run_base_field, run_units, score_best
+from cbnerf.search.trial import MAX_FAILURES, run_base_field, run_units, score_best
 from cbnerf.search.writer import Writer
 
 _FIRST_WAITING = 8
@@ -127,7 +127,7 @@ def _search(plan: Plan, ledger: Ledger, tracker: Tracker, concurrency: int | Non
             run_config=tune.RunConfig(
                 name="ray_tune",
                 storage_path=str(plan.folder),
-                failure_config=tune.FailureConfig(max_failures=2),
+                failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
                 callbacks=[diary],
                 verbose=0,
             ),
@@ -166,7 +166,7 @@ def _remote(plan: Plan, function: Callable[..., Any]) -> Any:
     return ray.remote(function).options(
         num_cpus=spec.cpus_per_worker if alone else 0,
         num_gpus=plan.gpus_per_worker if alone else 0,
-        max_retries=2,
+        max_retries=MAX_FAILURES,
     )
 
 

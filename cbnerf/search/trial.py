@@ -38,6 +38,8 @@ from cbnerf.training.stages import (
     run_refiner,
 )
 
+MAX_FAILURES = 2
+"""Of a training run, by accidents; then its configuration has failed."""
 _LASTING = (FloatingPointError, ValueError)
 """What divergence and knobs that do not fit each other raise; no accidents."""
 
@@ -165,7 +167,7 @@ def _train_together(
         run_config=RunConfig(
             name=f"{what}-{uuid.uuid4().hex[:8]}",
             storage_path=str(plan.folder / "ray_train"),
-            failure_config=FailureConfig(max_failures=2),
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
             callbacks=callbacks,
         ),
     )

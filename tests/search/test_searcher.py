@@ -112,6 +112,7 @@ def test_a_failed_unit_tells_why_and_the_search_goes_on(
             tune.report({**metrics, "unit": 0, "ended": True})
 
     monkeypatch.setattr(study, "run_units", run_units)
+    monkeypatch.setattr(study, "MAX_FAILURES", 0)
     ledger = Ledger(plan)
     study._search(plan, ledger, Tracker(plan, ledger.id), concurrency=2)
     output, errors = capfd.readouterr()

@@ -25,7 +25,8 @@ LAST = 2
 
 @pytest.fixture
 def plan(tiny_plan: Callable[..., Plan], empty_store: Path) -> Iterator[Plan]:
-    plan = tiny_plan("arcade,blinds", fixed={"codebook.dim": 8})
+    stopping = {"rungs": LAST + 1, "grace_period": 1}
+    plan = tiny_plan("arcade,blinds", fixed={"codebook.dim": 8}, stopping=stopping)
     plan.storage.mkdir()
     shutil.copy(empty_store, plan.storage / "mlflow.db")
     yield plan
