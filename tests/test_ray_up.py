@@ -203,9 +203,11 @@ def test_a_study_runs_on_the_machines_that_ray_up_starts(hosts: Hosts):
     def on_head(command: str) -> str:
         return run(ray, "exec", cluster, command, env=environment)
 
+    # Long enough that the machines that start last still find something to do.
     smoke = (ROOT / "tune_configs" / "smoke.yaml").read_text()
-    one_each = f"resources: {{cpus_per_worker: {os.cpu_count()}}}\n"  # at a time, on each machine
-    (hosts.folder / "shared" / "search.yaml").write_text(smoke + one_each)
+    longer = smoke.replace("trials: 2", "trials: 4") + "fixed: {refiner.optim.steps: 400}\n"
+    longer += f"resources: {{cpus_per_worker: {os.cpu_count()}}}\n"  # one for each machine
+    (hosts.folder / "shared" / "search.yaml").write_text(longer)
     output = run(ray, "up", "-y", "--no-config-cache", cluster, env=environment)
     assert "cbnerf is up. Next" in output
     try:
@@ -216,7 +218,7 @@ def test_a_study_runs_on_the_machines_that_ray_up_starts(hosts: Hosts):
         study = json.loads(_study(hosts))
     finally:
         run(ray, "down", "-y", cluster, env=environment)
-    assert study["kinds"] == {"configuration": 2, "scene": 16, "field": 8, "report": 1}
+    assert study["kinds"] == {"configuration": 4, "scene": 32, "field": 8, "report": 1}
     assert study["statuses"] == ["FINISHED"]
     assert {"first", "second"} <= set(study["nodes"])
     assert (hosts.folder / "shared" / "studies" / study["name"] / "best.yaml").exists()

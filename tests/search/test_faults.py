@@ -220,10 +220,9 @@ def test_a_full_disk_ends_the_study_and_room_lets_it_go_on(tmp_path: Path, undis
             wait_for(lambda: study.num_booked() >= 1, driver)
             before = study.num_booked()
             filler = disk / "filler"
-            with filler.open("wb") as file, pytest.raises(OSError):
+            with filler.open("wb", buffering=0) as file, pytest.raises(OSError):
                 while True:
                     file.write(bytes(65536))
-                    file.flush()
             errors = finish(driver, status=2)
             assert "make room" in errors or "No space left" in errors
             assert "Traceback" not in errors
