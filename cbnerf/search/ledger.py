@@ -1,8 +1,9 @@
 """The state of a search: configurations are handed out unit by unit, results are booked.
 
-A configuration climbs rung by rung, scene by scene; after each unit it is judged, and stopped once
-it is unlikely to become the best. The Optuna study is all that is kept: results of units stand in
-its user attributes, so a killed search goes on from there, whatever Tune remembers.
+A configuration climbs rung by rung on each scene, in the order that the judge chooses; after each
+unit it is judged, and stopped once it is unlikely to become the best. The Optuna study is all that
+is kept: results of units stand in its user attributes, so a killed search goes on from there,
+whatever Tune remembers.
 Knows Optuna, not Ray.
 """
 

@@ -188,7 +188,7 @@ def parse_spec(content: Mapping[str, Any]) -> SearchSpec:
     values["initial"] = tuple(_parse_point(point, values["space"]) for point in initial)
     values["resources"] = _parse_resources(values.get("resources", {}))
     values["stopping"] = _parse_stopping(values.get("stopping", {}))
-    _one_of("sampler", values.get("sampler", "sobol-tpe"), Sampler)
+    _one_of("sampler", values.get("sampler", SearchSpec.sampler), Sampler)
     values["objectives"] = _parse_objectives(values.get("objectives", ["val/psnr"]))
     values["limits"] = _mapping(values.get("limits", {}), "limits")
     for name, limit in values["limits"].items():
@@ -210,7 +210,7 @@ def _parse_stopping(content: Any) -> Stopping:
     for name, value in entries.items():
         if name in kinds and not _is_number(value, kinds[name]):
             raise ValueError(f"stopping.{name} = {value!r} is not a number of its kind")
-    _one_of("stopping.rule", entries.get("rule", "race"), Rule)
+    _one_of("stopping.rule", entries.get("rule", Stopping.rule), Rule)
     return Stopping(**entries)
 
 

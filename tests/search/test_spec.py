@@ -111,6 +111,10 @@ BAD = {
     "limit of wrong type": ("limits: {parameters: few}\n" + SPACE, "'few' is not a number"),
     "unknown rule": ("stopping: {rule: luck}\n" + SPACE, "stopping.rule = 'luck' is not one of"),
     "unknown key of stopping": ("stopping: {rung: 3}\n" + SPACE, "unknown key 'rung' in stopping"),
+    "no grace period": (
+        "stopping: {grace_period: 0}\n" + SPACE,
+        "stopping.grace_period must be at least 1",
+    ),
     "no rungs": ("stopping: {rungs: 0}\n" + SPACE, "stopping.rungs must be at least 1"),
     "a sure threshold": ("stopping: {threshold: 0.7}\n" + SPACE, "between 0 and 0.5"),
     "unknown sampler": ("sampler: grid\n" + SPACE, "sampler = 'grid' is not one of"),
