@@ -205,7 +205,7 @@ def test_a_study_runs_on_the_machines_that_ray_up_starts(hosts: Hosts):
 
     # Long enough that the machines that start last still find something to do.
     smoke = (ROOT / "tune_configs" / "smoke.yaml").read_text()
-    longer = smoke.replace("trials: 2", "trials: 4") + "fixed: {refiner.optim.steps: 400}\n"
+    longer = smoke.replace("trials: 2", "trials: 3") + "fixed: {refiner.optim.steps: 200}\n"
     longer += f"resources: {{cpus_per_worker: {os.cpu_count()}}}\n"  # one for each machine
     (hosts.folder / "shared" / "search.yaml").write_text(longer)
     output = run(ray, "up", "-y", "--no-config-cache", cluster, env=environment)
@@ -218,7 +218,7 @@ def test_a_study_runs_on_the_machines_that_ray_up_starts(hosts: Hosts):
         study = json.loads(_study(hosts))
     finally:
         run(ray, "down", "-y", cluster, env=environment)
-    assert study["kinds"] == {"configuration": 4, "scene": 32, "field": 8, "report": 1}
+    assert study["kinds"] == {"configuration": 3, "scene": 24, "field": 8, "report": 1}
     assert study["statuses"] == ["FINISHED"]
     assert {"first", "second"} <= set(study["nodes"])
     assert (hosts.folder / "shared" / "studies" / study["name"] / "best.yaml").exists()
