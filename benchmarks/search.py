@@ -62,8 +62,6 @@ class Options:
     repetitions: int = 30
     """Seeds of the sampler."""
     workers: tuple[int, ...] = (1, 8, 64)
-    field_share: float | None = None
-    """Seconds of stage 1 as a multiple of those of stage 2, instead of the recorded ones."""
     processes: int = 2
     output: Path = Path("benchmarks/results/search")
     """Receives replay.md and replay.json."""
@@ -159,11 +157,6 @@ def replay(options: Options, name: str, workers: int, repetition: int) -> Trace:
         spec, scenes="all", data=None, name="replay", storage=Path("replay"), has_gpu=False
     )
     table = load_table(options.table, plan)
-    if options.field_share is not None:
-        refiner_seconds = float(table.straight.mean())
-        table = table._replace(
-            field_seconds=np.full(len(table.scenes), options.field_share * refiner_seconds)
-        )
     plan = replace(plan, scenes=table.scenes)
     # Without the preset, which lies within 0.02 dB of the best: nothing would be left to find.
     ledger = Ledger(plan, optuna.create_study(direction="maximize"))

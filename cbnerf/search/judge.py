@@ -38,8 +38,7 @@ class Judge:
         shape = (num_configurations, len(plan.scenes), plan.rungs)
         self._values = {q: np.full(shape, np.nan) for q in self.qualities}
         self._seconds = np.full(shape, np.nan)
-        self._num_entered = 0
-        self._races: dict[str, tuple[tuple[int, int], Race]] = {}
+        self._races: dict[tuple[str, int], Race] = {}
         self.finished: dict[int, Metrics] = {}
         """Objectives of the configurations that were trained to their end, by number."""
 
@@ -53,7 +52,7 @@ class Judge:
         for quality in self.qualities:
             self._values[quality][at] = metrics[quality]
         self._seconds[at] = metrics.get("seconds", math.nan)
-        self._num_entered += 1
+        self._races.clear()  # There is more to learn from.
 
     def finish(self, number: int, costs: Metrics) -> list[float]:
         """Its objectives, once all of its entries are there: means over scenes."""
@@ -152,11 +151,10 @@ class Judge:
         return self._race(quality, rival).verdict(self._values[quality][number], margin)
 
     def _race(self, quality: str, rival: int) -> Race:
-        known = (rival, self._num_entered)
-        if self._races.get(quality, (None,))[0] != known:
+        if (quality, rival) not in self._races:
             values = self._values[quality]
-            self._races[quality] = (known, Race(values, values[rival], scale=_SCALES[quality]))
-        return self._races[quality][1]
+            self._races[quality, rival] = Race(values, values[rival], scale=_SCALES[quality])
+        return self._races[quality, rival]
 
     def _expected_seconds(self, number: int) -> float:
         """Mean seconds of a whole training, from the highest rung seen on each scene."""

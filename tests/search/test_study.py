@@ -214,15 +214,12 @@ def experiment_of(folder: Path) -> tuple[str, str]:
     return store, experiment.experiment_id
 
 
-def check_runs(folder: Path, configurations: int) -> None:
-    """MLflow holds each run of the study once, finished and with its whole curve."""
-    store, experiment = experiment_of(folder)
+def test_mlflow_holds_each_run_of_the_study_once(story: Story):
+    store, experiment = experiment_of(story.folder)
     client = MlflowClient(store)
     runs = client.search_runs([experiment])
     kinds = Counter(run.data.tags["cbnerf.kind"] for run in runs)
-    assert kinds == {
-        "configuration": configurations, "scene": 2 * configurations, "field": 2, "report": 1,
-    }  # fmt: skip
+    assert kinds == {"configuration": 3, "scene": 6, "field": 2, "report": 1}
     assert {run.info.status for run in runs} == {"FINISHED"}
     for run in runs:
         if run.data.tags["cbnerf.kind"] == "scene":
@@ -230,10 +227,6 @@ def check_runs(folder: Path, configurations: int) -> None:
             steps = [point.step for point in curve]
             assert steps == sorted(set(steps)) and steps[-1] == 10
     assert all("val/psnr" in run.data.metrics for run in runs)
-
-
-def test_mlflow_holds_each_run_of_the_study_once(story: Story):
-    check_runs(story.folder, configurations=3)
 
 
 def test_stage_1_is_trained_once(story: Story):
