@@ -169,7 +169,7 @@ def _train_mlp(options: Options, scene: Scene, budget: float) -> Run:
         "data.validation": False,
         "field.num_coarse_samples": 64,
         "field.num_fine_samples": 64,
-        "field.precision": "bfloat16",
+        "field.precision": "auto",
         "field.optim.batch_size": options.mlp_batch,
         "field.optim.evaluations": 1,
         "field.optim.steps": 5,

@@ -146,8 +146,9 @@ class FieldConfig:
     """Samples per ray of the first pass: coarse network or proposal."""
     num_fine_samples: int = 32
     """Samples per ray that the second pass adds."""
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the matrix products in the networks; positions, densities and sums stay float32."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the matrix products in the networks; positions, densities and sums stay float32. `auto` is
+    bfloat16 where the device has instructions for it, else float32."""
     planes: PlanesConfig = PlanesConfig()
     mlp: MLPConfig = MLPConfig()
     optim: OptimConfig = OptimConfig(steps=10_000, batch_size=4096, lr=4e-2)
@@ -361,7 +362,7 @@ RESOLUTIONS: dict[str, dict[str, Any]] = {
 """Overrides by name: image size, and below 504 pixels a schedule that a CPU can run."""
 
 _PUBLISHED_CPU_SIZE = {
-    "field.precision": "bfloat16",
+    "field.precision": "auto",
     "field.optim.batch_size": 128,
     # A render by the MLP takes as long as twenty of its steps.
     "field.optim.evaluations": 2,

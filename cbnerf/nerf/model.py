@@ -3,6 +3,7 @@
 Rays come grouped, `[pixels sub_rays 3]`: the sub-pixel rays of one low-res pixel stand in one row.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -147,7 +148,20 @@ def build_field(config: Config, cameras: Cameras) -> FieldModel:
 
 def autocast(config: FieldConfig, device: torch.device) -> torch.autocast:
     """The precision of the networks' matrix products."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+    is_short = config.precision == "bfloat16" or (
+        config.precision == "auto" and multiplies_bfloat16(device)
+    )
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_short)
+
+
+@cache
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for it: emulated, it is far slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Before get_capabilities came, torch did not tell.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "bf16"))
 
 
 def midpoints(edges: Float[Tensor, "*rays edges"]) -> Float[Tensor, "*rays bins"]:

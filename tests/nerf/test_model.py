@@ -1,9 +1,21 @@
+import platform
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
 from cbnerf.config import METHODS, Config, with_overrides
 from cbnerf.nerf.fields import FeaturePlanes
-from cbnerf.nerf.model import FieldModel, PlanesModel, build_field, proposal_loss, render_image
+from cbnerf.nerf.model import (
+    FieldModel,
+    PlanesModel,
+    autocast,
+    build_field,
+    multiplies_bfloat16,
+    proposal_loss,
+    render_image,
+)
 from cbnerf.nerf.rays import Cameras, make_rays, make_sub_pixel_rays
 from cbnerf.noise import Noise
 from cbnerf.training.field import low_res_cameras
@@ -159,3 +171,21 @@ def test_planes_are_composed_once_for_an_image(cameras: Cameras, monkeypatch: py
     rendered, _ = render_image(model, cameras, 0, 2, chunk=64)
     torch.testing.assert_close(rendered, expected)
     assert len(calls) == 2  # of the field and of its proposals
+
+
+@pytest.mark.skipif(
+    platform.system() != "Linux" or not hasattr(torch.cpu, "get_capabilities"),
+    reason="asks the kernel and a later torch",
+)
+def test_networks_multiply_in_bfloat16_where_the_processor_does():
+    cpu, field = torch.device("cpu"), METHODS["cb-nerf"].field
+    told = {"avx512_bf16", "bf16"} & set(Path("/proc/cpuinfo").read_text().split())
+    assert multiplies_bfloat16(cpu) == bool(told)
+    weight = torch.ones(4, 4)
+    for precision, dtype in (
+        ("auto", torch.bfloat16 if told else torch.float32),
+        ("bfloat16", torch.bfloat16),
+        ("float32", torch.float32),
+    ):
+        with autocast(replace(field, precision=precision), cpu):
+            assert (weight @ weight).dtype == dtype
