@@ -23,7 +23,7 @@ def other_value(value: Any) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, str):
-        return {"planes": "mlp", "box": "lanczos", "bfloat16": "float32"}[value]
+        return {"planes": "mlp", "box": "lanczos", "auto": "float32"}[value]
     if isinstance(value, tuple):
         return (1, 2, 3)
     return value + 1 if isinstance(value, int) else value / 2
