@@ -7,11 +7,12 @@ control: the same parameters, steps, seeds and patches, but one code everywhere.
 stage 1 and the fitted filter `linear`. Prints and writes mean scores of held-out views and paired
 differences: means over views, each of which is the mean over seeds, with intervals of 95 %
 (Student's t over views, and a bootstrap that draws scenes, then views). `--unseen` trains refiners
-on the other scenes alone.
+on the other scenes alone, `--shared` one refiner on all.
 """
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ class Options:
     """`test`, or `val` to select on."""
     unseen: bool = False
     """Train refiners on the other scenes only."""
+    shared: bool = False
+    """One refiner, and one codebook, for all scenes."""
     threads: int = 1
     name: str = ""
     """Of the files; the default says resolution and protocol."""
@@ -76,6 +79,8 @@ class Trial:
 
 
 def main(options: Options) -> None:
+    if options.unseen and options.shared:
+        raise SystemExit("--unseen, --shared: a refiner for all scenes knows each of them")
     torch.set_num_threads(options.threads)
     knobs = dict(item.split("=", 1) for item in options.overrides)
     parsed = {name: json.loads(value) for name, value in knobs.items()}
@@ -83,12 +88,13 @@ def main(options: Options) -> None:
     config = with_overrides(preset("cb-nerf", options.resolution), schedule | parsed)
     pairs = {name: _stage1(options, config, name) for name in options.scenes}
     trials: list[Trial] = []
-    for scene in options.scenes:
+    for served in [options.scenes] if options.shared else [(scene,) for scene in options.scenes]:
         for row, change in ROWS.items():
             for seed in range(1 if row == "linear" else options.seeds):
                 trained = with_overrides(config, change | {"seed": seed})
-                trials.append(_try(options, trained, pairs, row, scene, seed))
-                print(row, scene, seed, trials[-1].gains.mean(0).tolist(), flush=True)
+                for trial in _try(options, trained, pairs, row, served, seed):
+                    print(row, trial.scene, seed, trial.gains.mean(0).tolist(), flush=True)
+                    trials.append(trial)
     bases = {name: _base(options, config, *pair) for name, pair in pairs.items()}
     _write(options, trials, bases)
 
@@ -117,20 +123,24 @@ def _base(options: Options, config: Config, scene: Scene, renders: Renders) -> T
 
 def _try(
     options: Options, config: Config, pairs: dict[str, tuple[Scene, Renders]],
-    row: str, name: str, seed: int,
-) -> Trial:  # fmt: skip
-    scene, renders = pairs[name]
-    others = [pair for other, pair in pairs.items() if other != name] if options.unseen else []
+    row: str, served: tuple[str, ...], seed: int,
+) -> Iterator[Trial]:  # fmt: skip
+    """Train one refiner, and score it on each scene that it serves."""
+    (scene, renders), *beside = (pairs[name] for name in served)
+    others = [pair for other, pair in pairs.items() if other not in served]
     last: dict[str, float] = {}
     device = choose_device()
     refiner = train_refiner(
         config, scene, renders,
-        device=device, report=lambda step, metrics, kept: last.update(metrics), others=others,
+        device=device, report=lambda step, metrics, kept: last.update(metrics),
+        beside=beside, others=others if options.unseen else (),
     )  # fmt: skip
-    views = _views(options, config, scene)
-    scores = _score(refine_views(refiner, renders.rgb[views], device), scene.images[views])
-    gains = scores - _base(options, config, scene, renders)
-    return Trial(row, name, seed, gains, {key: last[key] for key in HEALTH if key in last})
+    health = {key: last[key] for key in HEALTH if key in last}
+    for name in served:
+        scene, renders = pairs[name]
+        views = _views(options, config, scene)
+        scores = _score(refine_views(refiner, renders.rgb[views], device), scene.images[views])
+        yield Trial(row, name, seed, scores - _base(options, config, scene, renders), health)
 
 
 def by_view(trials: list[Trial], row: str) -> dict[str, Tensor]:
@@ -163,6 +173,7 @@ def interval(differences: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Te
 
 def _write(options: Options, trials: list[Trial], bases: dict[str, Tensor]) -> None:
     protocol = "unseen-scene" if options.unseen else "holdout"
+    protocol += "-shared" if options.shared else ""
     gains = {row: by_view(trials, row) for row in ROWS}
     lines = [
         f"# Codes on and off: {options.resolution}, {protocol}, {options.views} views\n",

@@ -87,10 +87,10 @@ class TrainField:
 class TrainRefiner:
     """Train stage 2 on the photographs of a scene and the renders of its field."""
 
-    scene: str
-    """LLFF scene folder, or the name of a built-in scene."""
-    field: Path
-    """Folder that `train-field` wrote."""
+    scene: tuple[str, ...]
+    """LLFF scene folder, or the name of a built-in scene; with --codebook.shared several."""
+    field: tuple[Path, ...]
+    """Folder that `train-field` wrote, of each scene."""
     output: Path
     """Folder for refiner.pt, strip.png, config.yaml and metrics.json; an unfinished one goes on."""
     config: Knobs
@@ -100,14 +100,25 @@ class TrainRefiner:
     """Image size and schedule; must be that of the field."""
 
     def run(self) -> None:
-        scene = _load_scene(self.scene, self.config)
-        renders = load_renders(self.field / RENDERS_FILE)
-        _check_same_size(scene, renders, self.field)
+        if len(self.scene) != len(self.field):
+            raise ValueError(
+                f"--scene has {len(self.scene)} values, --field {len(self.field)}; give the field "
+                "of each scene, in their order"
+            )
+        if len(self.scene) > 1 and not self.config.codebook.shared:
+            raise ValueError("--scene: several scenes share a refiner with --codebook.shared only")
+        (scene, renders), *beside = map(self._load, self.scene, self.field)
         with joined_processes() as device:
             metrics = run_refiner(
-                self.config, scene, renders, self.output, device=device, report=_print_report
-            )
+                self.config, scene, renders, self.output,
+                device=device, report=_print_report, beside=beside,
+            )  # fmt: skip
         _print_metrics(self.output, metrics)
+
+    def _load(self, name: str, field: Path) -> tuple[Scene, Renders]:
+        scene, renders = _load_scene(name, self.config), load_renders(field / RENDERS_FILE)
+        _check_same_size(scene, renders, field)
+        return scene, renders
 
 
 @dataclass(kw_only=True)
@@ -333,7 +344,7 @@ def parse_command(
     chosen, _ = first.parse_known_args(arguments)
     config = preset(chosen.preset, chosen.resolution)
     field = TrainField(scene="", output=Path(), config=config)
-    refiner = TrainRefiner(scene="", field=Path(), output=Path(), config=config)
+    refiner = TrainRefiner(scene=(), field=(), output=Path(), config=config)
     for command, flag in ((field, "scene"), (field, "output"),
                           (refiner, "scene"), (refiner, "field"), (refiner, "output")):  # fmt: skip
         setattr(command, flag, tyro.MISSING)  # it must be given

@@ -203,6 +203,9 @@ class CodebookConfig:
     """Start from k-means over latents of the training photographs instead of normal noise."""
     revive_below: float = 0.0
     """Replace codes whose average number of uses per step falls below this; 0 never does."""
+    shared: bool = False
+    """One codebook, in one refiner, learns on all scenes of a run and serves them all; else each
+    scene has its own."""
 
     def __post_init__(self):
         _check(self.size >= 2, "codebook.size", self.size, "at least 2")
@@ -293,6 +296,13 @@ class Config:
     loss: LossConfig = LossConfig()
     seed: int = 0
     """Of all random numbers in training."""
+
+    def __post_init__(self):
+        kind = self.refiner.kind
+        _check(
+            not self.codebook.shared or kind not in ("reference", "none"),
+            "codebook.shared", True, f"false with refiner.kind = {kind}",
+        )  # fmt: skip
 
 
 _MLP_FIELD = FieldConfig(

@@ -105,6 +105,26 @@ def test_a_refiner_that_wants_photographs_is_scored_but_renders_no_video(
     assert not (tmp_path / "video").exists()
 
 
+def test_scenes_can_share_a_refiner(runs: Path, tmp_path: Path, capsys):
+    twice = [f"--scene={runs}/scene", "mosaic", f"--field={runs}/field", f"{tmp_path}/field"]
+    twice = [part for word in twice for part in word.split("=", 1)]
+    main(["train-field", "--scene=mosaic", f"--output={tmp_path}/field", *SHORT])
+    command = ["train-refiner", *twice, f"--output={tmp_path}/refiner", *SHORT]
+    main([*command, "--codebook.shared"])
+    for scene, field in ((f"{runs}/scene", runs), ("mosaic", tmp_path)):
+        main(["evaluate", f"--scene={scene}", f"--field={field}/field",
+              f"--refiner={tmp_path}/refiner"])  # fmt: skip
+    assert "refined  mean" in capsys.readouterr().out
+    for wrong, problem in (
+        (command, "--codebook.shared only"),
+        ([*command, "--codebook.shared", "--field", f"{tmp_path}/field"], "--field 1"),
+    ):
+        with pytest.raises(SystemExit):
+            main(wrong)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert problem in line
+
+
 def test_a_field_of_all_views_has_none_left_to_score(tiny_capture: Capture, tmp_path: Path, capsys):
     write_capture(tmp_path / "scene", tiny_capture)
     main(["train-field", f"--scene={tmp_path}/scene", f"--output={tmp_path}/field", *SHORT,

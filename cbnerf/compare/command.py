@@ -56,6 +56,11 @@ def settle(request: Request) -> Comparison:
                 f"--methods: {name} is for {config.data}, but {next(iter(methods))} for {first}; "
                 "only equal images can be compared"
             )
+        if config.codebook.shared and request.protocol == "table1":
+            raise ValueError(
+                f"--methods: {name} has codebook.shared, but table1 takes the best evaluation of "
+                "each scene's own refiner; choose another protocol"
+            )
     folder, available = locate_data(request.data)
     scenes = choose_scenes(request.scenes, available, folder)
     if request.protocol == "unseen-scene" and len(scenes) < 2:

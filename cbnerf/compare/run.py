@@ -22,7 +22,7 @@ from cbnerf.compare.rows import Row, make_images, make_rows
 from cbnerf.config import Config, DataConfig
 from cbnerf.data.library import read_scene
 from cbnerf.data.references import reference_view
-from cbnerf.data.renders import load_renders
+from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene
 from cbnerf.training.cache import StageCache
 from cbnerf.training.evaluation import score_views
@@ -83,11 +83,19 @@ class Comparison:
             for name in self.scenes
         }
 
+    def served(self, method: str, name: str) -> list[str]:
+        """The scenes that the refiner of this one serves: all where they share a codebook, which
+        `unseen-scene` forbids."""
+        shared = self.methods[method].codebook.shared and self.protocol != "unseen-scene"
+        return sorted(self.scenes) if shared else [name]
+
     def folders(self, method: str, name: str) -> tuple[Path, Path]:
         """Where the field and the refiner of a method stand for a scene."""
-        fields = [self._field_keys[method, used] for used in (name, *self.others(name))]
-        refiner = refiner_key(self.methods[method], fields)
-        return self.cache.path("field", name, fields[0]), self.cache.path("refiner", name, refiner)
+        field = self.cache.path("field", name, self._field_keys[method, name])
+        served = self.served(method, name)
+        fields = [self._field_keys[method, one] for one in (*served, *self.others(name))]
+        whose = "all" if len(served) > 1 else name
+        return field, self.cache.path("refiner", whose, refiner_key(self.methods[method], fields))
 
 
 class Cost(NamedTuple):
@@ -174,25 +182,24 @@ def _train_field(
 def _train_refiner(
     comparison: Comparison, method: str, name: str, device: torch.device, say: Callable[[str], None]
 ) -> None:
-    config, scene = comparison.methods[method], comparison.scene(name)
-    field, entry = comparison.folders(method, name)
-    renders = load_renders(field / RENDERS_FILE)
-    others = []
-    for other in comparison.others(name):
-        other_field, _ = comparison.folders(method, other)
-        others.append((comparison.scene(other), load_renders(other_field / RENDERS_FILE)))
+    config, served = comparison.methods[method], comparison.served(method, name)
+
+    def load(one: str) -> tuple[Scene, Renders]:
+        field, _ = comparison.folders(method, one)
+        return comparison.scene(one), load_renders(field / RENDERS_FILE)
 
     def train(folder: Path) -> None:
-        report = ignore
+        report, ((scene, renders), *beside) = ignore, map(load, served)
         if comparison.protocol == "table1":
             report = History(config, scene, renders, folder, device)
             report.catch_up()
         metrics = run_refiner(
-            config, scene, renders, folder, device=device, report=report, others=others
-        )
-        say(f"{name}: stage 2 of {method} trained in {metrics['seconds']:.0f} s")
+            config, scene, renders, folder, device=device, report=report,
+            beside=beside, others=[load(one) for one in comparison.others(name)],
+        )  # fmt: skip
+        say(f"{', '.join(served)}: stage 2 of {method} trained in {metrics['seconds']:.0f} s")
 
-    comparison.cache.complete(entry, train)
+    comparison.cache.complete(comparison.folders(method, name)[1], train)
 
 
 def _score_images(

@@ -85,7 +85,7 @@ def importances(ledger: Ledger) -> go.Figure:
     evaluator, first = PedAnovaImportanceEvaluator(), ledger.plan.spec.objectives[0]
     # PED-ANOVA asks what makes a target low.
     targets = {"all scenes": lambda trial: -trial.values[0]}
-    for scene in ledger.plan.scenes:
+    for scene in ledger.plan.trainings:
         targets[scene] = lambda trial, s=scene: -_value_on(ledger, trial, s, first)
     for name, target in targets.items():
         with warnings.catch_warnings():

@@ -279,7 +279,7 @@ def _describe(plan: Plan, views: dict[str, int | None]) -> None:
     )
     print(
         f"search     {spec.trials} configurations x {len(plan.scenes)} scenes "
-        f"over {', '.join(spec.space)}"
+        f"{'together ' if plan.base.codebook.shared else ''}over {', '.join(spec.space)}"
     )
     print(f"objective  {', '.join(spec.objectives)}; stopping by {spec.stopping.rule}"
           f"{f' at {plan.rungs} rungs' if plan.rungs > 1 else ''}")  # fmt: skip
@@ -314,7 +314,8 @@ def _check_room(plan: Plan, address: str | None) -> None:
 def _price(plan: Plan) -> None:
     device = choose_device()
     scene = load_scene(plan, plan.scenes[0], plan.base.data)
-    estimate = calibrate(plan.base, scene, device)
+    num_together = len(plan.scenes) // len(plan.trainings)
+    estimate = calibrate(plan.base, scene, device, num_together=num_together)
     print(
         f"estimate   {estimate.field_seconds:.1f} s for a field, "
         f"{estimate.refiner_seconds:.1f} s for a refiner (calibrated on {scene.name}, {device})"
@@ -338,7 +339,7 @@ def _bytes_needed(plan: Plan, views: dict[str, int | None]) -> int:
     """Renders of all views, a checkpoint of each training, as much again for MLflow's copies."""
     width = plan.base.data.width
     pixels = sum(count or 20 for count in views.values()) * width * width * 3 // 4
-    return pixels * 5 + plan.spec.trials * len(plan.scenes) * 2 * 20_000_000 // (
+    return pixels * 5 + plan.spec.trials * len(plan.trainings) * 2 * 20_000_000 // (
         1 if width > 256 else 8
     )
 

@@ -26,15 +26,16 @@ class Estimate(NamedTuple):
     refiner_seconds: float
 
     def unit_seconds(self, plan: Plan) -> float:
-        """One configuration on one scene, trained to its end."""
+        """One training of a configuration to its end."""
         if plan.stage == "field":
             return self.field_seconds
-        return self.refiner_seconds + (0 if plan.shares_fields else self.field_seconds)
+        num_fields = 0 if plan.shares_fields else len(plan.scenes) / len(plan.trainings)
+        return self.refiner_seconds + num_fields * self.field_seconds
 
     def wall_seconds(self, plan: Plan, slots: int) -> float:
         """The whole study with `slots` training runs at a time, if no configuration is stopped."""
         stage_1 = -(-len(plan.scenes) // slots) * self.field_seconds if plan.shares_fields else 0
-        num_trainings = plan.spec.trials * len(plan.scenes)
+        num_trainings = plan.spec.trials * len(plan.trainings)
         return stage_1 + -(-num_trainings // slots) * self.unit_seconds(plan)
 
     def run_hours(self, plan: Plan) -> float:
@@ -42,8 +43,11 @@ class Estimate(NamedTuple):
         return self.wall_seconds(plan, 1) / 3600
 
 
-def calibrate(config: Config, scene: Scene, device: torch.device) -> Estimate:
-    """Time a few steps of both stages and one render, and scale up."""
+def calibrate(
+    config: Config, scene: Scene, device: torch.device, *, num_together: int = 1
+) -> Estimate:
+    """Time a few steps of both stages and one render, and scale up; as many scenes like this one
+    as are `num_together` share a refiner."""
 
     def field(steps: int) -> None:
         short = _shortened(config, "field", steps)
@@ -53,7 +57,8 @@ def calibrate(config: Config, scene: Scene, device: torch.device) -> Estimate:
 
     def refiner(steps: int) -> None:
         short = _shortened(config, "refiner", steps)
-        train_refiner(short, scene, blank, device=device, report=ignore)
+        beside = [(scene, blank)] * (num_together - 1)
+        train_refiner(short, scene, blank, device=device, report=ignore, beside=beside)
 
     one_step = with_overrides(
         _shortened(config, "field", 1), {"data.validation": False, "field.optim.batch_size": 64}

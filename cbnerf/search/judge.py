@@ -35,7 +35,7 @@ class Judge:
         self._plan = plan
         self._objectives = plan.spec.objectives
         self._stopping = plan.spec.stopping
-        shape = (num_configurations, len(plan.scenes), plan.rungs)
+        shape = (num_configurations, len(plan.trainings), plan.rungs)
         self._values = {q: np.full(shape, np.nan) for q in self.qualities}
         self._seconds = np.full(shape, np.nan)
         self._races: dict[tuple[str, int], Race] = {}
@@ -107,7 +107,7 @@ class Judge:
 
     def _at(self, place: Place) -> tuple[int, int]:
         scene, rung = place
-        return self._plan.scenes.index(scene), rung
+        return self._plan.trainings.index(scene), rung
 
     def _seen(self, number: int) -> np.ndarray:
         return self._values[self._objectives[0]][number]

@@ -22,7 +22,7 @@ from cbnerf.training.refiner import count_parameters
 
 
 class Unit(NamedTuple):
-    """One configuration on one scene, up to one rung."""
+    """One configuration on one scene, or on all that share a codebook, up to one rung."""
 
     configuration: int
     """Number of the Optuna trial."""
@@ -55,7 +55,7 @@ class Ledger:
         """The configurations that were given up, by number."""
         trials = self.study.get_trials(deepcopy=False)
         self._judge = Judge(plan, max(plan.spec.trials, len(trials)))
-        self._places = [(scene, rung) for rung in range(plan.rungs) for scene in plan.scenes]
+        self._places = [(scene, rung) for rung in range(plan.rungs) for scene in plan.trainings]
         self._results: dict[int, dict[Place, Metrics | None]] = {}
         self._open: dict[int, _Open] = {}
         booked = self.study.user_attrs

@@ -10,6 +10,8 @@ from cbnerf.search.spec import SearchSpec
 from cbnerf.training.cache import StageCache
 from cbnerf.training.checkpoint import Stage
 
+ALL_SCENES = "all"
+"""In place of a scene: the training that all scenes share."""
 FULL = 2_000_000
 """A disk with fewer bytes left counts as full."""
 
@@ -52,6 +54,19 @@ class Plan:
         """Whether all configurations refine the renders of the same fields."""
         own = [name for name in self.spec.space if name.startswith(("field.", "seed"))]
         return self.stage == "refiner" and not own
+
+    @property
+    def trainings(self) -> tuple[str, ...]:
+        """What a configuration trains at each rung: a scene each, or all scenes together."""
+        return (ALL_SCENES,) if self.base.codebook.shared else self.scenes
+
+    def training_of(self, scene: str) -> str:
+        """The training that serves a scene."""
+        return ALL_SCENES if self.base.codebook.shared else scene
+
+    def scenes_of(self, training: str) -> tuple[str, ...]:
+        """The scenes that a training learns on."""
+        return self.scenes if training == ALL_SCENES else (training,)
 
     @property
     def rungs(self) -> int:
@@ -143,6 +158,11 @@ def _check_space(base: Config, spec: SearchSpec) -> None:
                 f"space: {idle[0]} is a knob of stage 2, and {spec.method} ends with stage 1; "
                 "search knobs of `field` (tune_configs/stage1.yaml) or another method"
             )
+    elif "codebook.shared" in spec.space:
+        raise ValueError(
+            "space: codebook.shared decides what is trained at all; set it under `fixed`, and "
+            "search with and without"
+        )
     elif "none" in getattr(spec.space.get("refiner.kind"), "choices", ()):
         raise ValueError("space: refiner.kind: `none` has no stage 2 to be judged")
 

@@ -124,7 +124,7 @@ class Tracker:
         """Mean metrics over the scenes of whole trainings; one that failed on a scene has none."""
         run = self._runs[_configuration_key(number)]
         finished = [metrics for metrics in results.values() if metrics is not None]
-        if len(finished) < len(self._plan.scenes):
+        if len(finished) < len(self._plan.trainings):
             self._close(number, "failed", "FAILED")
             return
         means = {name: sum(m[name] for m in finished) / len(finished) for name in finished[0]}
@@ -135,7 +135,7 @@ class Tracker:
         """A configuration that was given up: its open runs end as killed, with the reason."""
         run = self._runs[_configuration_key(number)]
         self._client.set_tag(run, "mlflow.note.content", f"stopped: {reason}")
-        for scene in self._plan.scenes:
+        for scene in self._plan.trainings:
             key = _unit_key(Unit(number, scene, 0, {}))
             if key in self._runs and key not in self._ended:
                 self._client.set_terminated(self._runs[key], "KILLED")

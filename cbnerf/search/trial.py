@@ -56,7 +56,8 @@ def run_units(about: Mapping[str, Any], plan: Plan) -> None:
                 _run_unit(plan, index, unit, choose_device(), tune.report)
         else:
             for unit in units:
-                _complete_field(plan, _config(plan, unit), unit.scene)
+                for scene in plan.scenes_of(unit.scene):
+                    _complete_field(plan, _config(plan, unit), scene)
             callbacks = [TuneReportCallback()]
             _train_together(plan, "units", _walk_in_worker, {"units": about["units"]}, callbacks)
     except _LASTING as error:
@@ -75,7 +76,7 @@ def score_best(
 ) -> dict[str, dict[str, float]]:
     """Validation and test metrics of stage 1 and of a trained configuration on one scene."""
     scene, device = load_scene(plan, scene_name, config.data), choose_device()
-    trained = plan.trial_folder(configuration, scene_name)
+    trained = plan.trial_folder(configuration, plan.training_of(scene_name))
     if plan.stage == "field":
         renders, refiner = load_renders(trained / RENDERS_FILE), None
     else:  # The cache may have been emptied since.
@@ -121,14 +122,21 @@ def _run_unit(
     def report(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
         tell({**metrics, "unit": index, "step": step})
 
-    scene = load_scene(plan, unit.scene, config.data)
     if plan.stage == "field":
+        scene = load_scene(plan, unit.scene, config.data)
         metrics = run_field(config, scene, folder, device=device, report=report, until=until)
     else:
-        renders = _read_renders(_complete_field(plan, config, unit.scene) / RENDERS_FILE)
+        (scene, renders), *beside = [
+            (
+                load_scene(plan, name, config.data),
+                _read_renders(_complete_field(plan, config, name) / RENDERS_FILE),
+            )
+            for name in plan.scenes_of(unit.scene)
+        ]
         metrics = run_refiner(
-            config, scene, renders, folder, device=device, report=report, until=until
-        )
+            config, scene, renders, folder,
+            device=device, report=report, beside=beside, until=until,
+        )  # fmt: skip
     tell({**metrics, "unit": index, "ended": True})
 
 

@@ -43,7 +43,8 @@ def field_key(config: Config, scene: Scene) -> str:
 
 def refiner_key(config: Config, fields: Sequence[str]) -> str:
     """Hash of all knobs, the code of both stages, and the `fields`, keys of what a refiner is made
-    of: of the scene itself, then of the others that it is trained on instead, if any."""
+    of: of the scene itself, then of the others that it is trained on instead, if any; or of all
+    scenes that share it."""
     content = json.dumps([fields, flatten(config), _stage_code(_REFINER_CODE)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 

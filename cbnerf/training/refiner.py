@@ -30,6 +30,8 @@ from cbnerf.training.loop import Losses, Report, Task, fit
 from cbnerf.training.processes import num_processes, process_rank
 
 Pairs = Sequence[tuple[Scene, Renders]]
+Images = UInt8[Tensor, "views height width 3"]
+References = UInt8[Tensor, "views references height width 3"] | None
 DrawLosses = Callable[[nn.Module, int, Noise], Losses]
 
 
@@ -42,18 +44,19 @@ def train_refiner(
     report: Report,
     resume_from: Path | None = None,
     until: int | None = None,
+    beside: Pairs = (),
     others: Pairs = (),
 ) -> AnyRefiner:
     """Train on the training views' photographs and renders; score refined validation views.
 
-    With `others` those scenes alone are trained on, and nothing of `scene` (`unseen-scene`). With
-    `until` the training stops after that many of its steps, to be resumed.
+    With `beside` those scenes share the refiner: it is trained on them, too, and scores are means
+    over all. With `others` those scenes alone are trained on, and nothing of `scene`
+    (`unseen-scene`). With `until` the training stops after that many of its steps, to be resumed.
 
     Reports the losses as `train/...`, codebook health since the last report as `codebook/...` (of
     rank 0's patches), `val/psnr` (dB), `val/ssim`, and `val/gain` (dB), the change of PSNR against
     the stage-1 render.
     """
-    split = split_views(scene.num_views, config.data)
     if num_processes() > 1 and config.refiner.optim.batch_size // num_processes() % 2:
         # `refiner.skips=mixed` alternates over rows, which must not depend on the processes.
         raise ValueError(
@@ -64,22 +67,23 @@ def train_refiner(
         torch.manual_seed(config.seed)
         refiner = build_refiner(config).to(device)
 
-    before = mean_scores(renders.rgb[split.val], scene.images[split.val], "val")
-    references = find_references(config, scene, renders, split.val)
+    served = [(scene, renders), *beside]
+    validation = _Validation(config, served)
+    before = validation.scores(lambda rgb, references: rgb)
 
     health = None
     if isinstance(refiner, Refiner):
         health = CodebookHealth(refiner.autoencoder.quantizer.num_codes, device)
 
-    pairs = list(others) or [(scene, renders)]
-    seen, wanted, parts = _training_views(config, pairs)
+    by_scene = len(others) > 1
+    seen, wanted, parts = _training_views(config, others or served, by_scene)
     if isinstance(refiner, Refiner) and resume_from is None:
         refiner.start_from(to_unit(wanted, device))
 
     def fit_filters() -> None:
         if isinstance(refiner, ResidualRefiner):
             images = to_unit(seen, device), to_unit(wanted, device)
-            held_out = range(len(pairs)) if len(pairs) > 1 else [part for part in {*parts} if part]
+            held_out = [part for part in {*parts} if part or by_scene]
             refiner.fit_filters(*images, parts, held_out)
 
     def evaluate() -> dict[str, float]:
@@ -87,11 +91,11 @@ def train_refiner(
         use = health.metrics() if health else {}
         if health:
             health.clear()
-        if not split.val:
-            return use
-        refined = refine_views(refiner, renders.rgb[split.val], device, references)
-        scores = mean_scores(refined, scene.images[split.val], "val")
-        return use | scores | {"val/gain": scores["val/psnr"] - before["val/psnr"]}
+        scores = validation.scores(
+            lambda rgb, references: refine_views(refiner, rgb, device, references)
+        )
+        gain = {"val/gain": scores["val/psnr"] - before["val/psnr"]} if scores else {}
+        return use | scores | gain
 
     if isinstance(refiner, LinearRefiner):
         views = zip(seen.split(1), wanted.split(1), strict=True)
@@ -107,7 +111,7 @@ def train_refiner(
     if health is not None:
         patches = PatchSampler(seen, wanted, config.refiner.patch_size, device)
         losses = _code_losses(config, patches, health)
-    elif others:
+    elif others or beside:
         raise ValueError("refiner.kind = reference needs a high-res photograph of its scene")
     else:
         losses = _reference_losses(config, scene, renders, device)
@@ -178,11 +182,27 @@ def _reference_losses(
     return losses
 
 
+class _Validation:
+    """The validation views of all scenes that a refiner serves."""
+
+    def __init__(self, config: Config, served: Pairs):
+        self._parts: list[tuple[Images, Images, References]] = []
+        for scene, renders in served:
+            views = split_views(scene.num_views, config.data).val
+            references = find_references(config, scene, renders, views)
+            self._parts.append((renders.rgb[views], scene.images[views], references))
+
+    def scores(self, refine: Callable[[Images, References], Images]) -> dict[str, float]:
+        """Means over scenes, each the mean over its views; empty without views."""
+        scores = [mean_scores(refine(rgb, r), target, "val") for rgb, target, r in self._parts]
+        return {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
+
+
 def _training_views(
-    config: Config, pairs: Pairs
-) -> tuple[UInt8[Tensor, "views height width 3"], UInt8[Tensor, "views height width 3"], list[int]]:
+    config: Config, pairs: Pairs, by_scene: bool
+) -> tuple[Images, Images, list[int]]:
     """Renders and photographs of the training views of all scenes, cut to their common size, and
-    the part of each: its scene, or of a single scene 1 for every fourth view and 0 for others."""
+    the part of each: its scene, or 1 for every fourth view of a scene and 0 for the others."""
     height = min(scene.height for scene, _ in pairs)
     width = min(scene.width for scene, _ in pairs)
     seen, wanted, parts = [], [], []
@@ -190,7 +210,5 @@ def _training_views(
         views = split_views(scene.num_views, config.data).train
         seen.append(renders.rgb[views, :height, :width])
         wanted.append(scene.images[views, :height, :width])
-        parts += (
-            [i] * len(views) if len(pairs) > 1 else [int(v % 4 == 1) for v in range(len(views))]
-        )
+        parts += [i if by_scene else int(v % 4 == 1) for v in range(len(views))]
     return torch.cat(seen), torch.cat(wanted), parts

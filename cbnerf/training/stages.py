@@ -74,19 +74,21 @@ def run_refiner(
     *,
     device: torch.device,
     report: Report = ignore,
+    beside: Pairs = (),
     others: Pairs = (),
     until: int | None = None,
 ) -> dict[str, float]:
     """Train stage 2 and write a strip (photograph | stage 1 | refined) of a validation view.
 
-    With `others` it is trained on those scenes alone (protocol `unseen-scene`). With `until` it
-    stops after that many steps, and a later call goes on from there.
+    With `beside` it is trained on those scenes, too, and validated on all (`codebook.shared`); with
+    `others` on those scenes alone (protocol `unseen-scene`). With `until` it stops after that many
+    steps, and a later call goes on from there.
     """
 
     def train(keep: Report, resume_from: Path | None) -> None:
         refiner = train_refiner(
-            config, scene, renders,
-            device=device, report=keep, resume_from=resume_from, others=others, until=until,
+            config, scene, renders, device=device, report=keep, resume_from=resume_from,
+            beside=beside, others=others, until=until,
         )  # fmt: skip
         if process_rank() == 0 and _is_whole(until, config.refiner.optim):
             view = (split_views(scene.num_views, config.data).val or [0])[0]

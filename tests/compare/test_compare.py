@@ -164,6 +164,21 @@ def test_an_unseen_scene_is_refined_by_what_others_taught(compare, photographs: 
     assert report["rows"]["linear"]["mean"] != own["rows"]["linear"]["mean"]
 
 
+def test_scenes_can_share_a_codebook(compare, storage: Path, photographs: Path, tmp_path: Path):
+    shared = with_overrides(preset("cb-nerf", "tiny"), {"codebook.shared": True})
+    save_config(shared, tmp_path / "shared.yaml")
+    arguments = (f"--data={photographs}", f"--methods=cb-nerf,{tmp_path}/shared.yaml")
+    report, _, printed = compare(*arguments, "--scenes=horns,fern")
+    row = f"{tmp_path.name} shared"
+    assert f"fern, horns: stage 2 of {row} trained" in printed
+    assert printed.count(f"stage 2 of {row}") == 1
+    assert len(list(storage.glob("cache/refiner-all-*"))) == 1
+    assert report["rows"][row]["scenes"].keys() == {"fern", "horns"}
+    assert report["rows"][row]["mean"] != report["rows"]["cb-nerf"]["mean"]
+    _, _, printed = compare(*arguments, "--scenes=fern,horns")
+    assert "trained" not in printed
+
+
 def test_a_file_is_a_method_too(compare, photographs: Path, tmp_path: Path):
     (tmp_path / "tuned").mkdir()
     config = with_overrides(preset("cb-nerf", "tiny"), {"codebook.beta": 1.0})
@@ -193,6 +208,14 @@ MISTAKES = {
     "no knob": (["--knobs", "much"], "--knobs 'much' is not NAME=VALUE"),
     "unknown knob": (["--knobs", "codebook.sise=3"], "unknown knob 'codebook.sise'"),
     "no such file": (["--methods=nowhere/best.yaml"], "nowhere/best.yaml: no such file"),
+    "shared for table1": (
+        ["--protocol=table1", "--methods=cb-nerf", "--knobs", "codebook.shared=true"],
+        "cb-nerf has codebook.shared, but table1",
+    ),
+    "shared without photographs": (
+        ["--methods=nerf-sr", "--knobs", "codebook.shared=true"],
+        "codebook.shared = True must be false with refiner.kind = reference",
+    ),
     "other images": (["--methods=linear,{other}"], "only equal images can be compared"),
 }  # fmt: skip
 

@@ -147,6 +147,31 @@ def test_an_unseen_scene_gives_no_photograph(method: str, tiny_scene, tiny_rende
     assert any(not torch.equal(value, weights[0][name]) for name, value in own.items())
 
 
+def test_scenes_that_share_a_refiner_teach_it_and_are_scored_together(
+    tiny_scene, tiny_renders, keep
+):
+    config = make_config("residual", **{"codebook.shared": True})
+    smaller = replace(tiny_scene, name="smaller", images=tiny_scene.images[:, :40].flip(2))
+    cut = Renders(tiny_renders.rgb[:, :40].flip(2), tiny_renders.depth[:, :40])
+    weights = []
+    for views in ([], [0, 4, 8], [1]):  # test and validation views are 0, 8 and 4
+        beside = [(blacken(smaller, views), cut)]
+        refiner = train_refiner(
+            config, tiny_scene, tiny_renders, device=CPU, report=keep, beside=beside
+        )
+        weights.append(refiner.state_dict()["filters.table"])
+        pairs = [(tiny_scene, tiny_renders), *beside]
+        scores = [
+            mean_scores(refine_views(refiner, r.rgb[[4]], CPU), s.images[[4]], "val")
+            for s, r in pairs
+        ]
+        before = [mean_scores(r.rgb[[4]], s.images[[4]], "val") for s, r in pairs]
+        mean, base = (sum(s["val/psnr"] for s in part) / 2 for part in (scores, before))
+        assert keep.metrics[6]["val/psnr"] == pytest.approx(mean)
+        assert keep.metrics[6]["val/gain"] == pytest.approx(mean - base)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
 def test_a_reference_must_be_of_the_scene_itself(tiny_scene, tiny_renders, keep):
     with pytest.raises(ValueError, match="needs a high-res photograph of its scene"):
         train_refiner(
@@ -176,10 +201,12 @@ def test_codebook_health_covers_the_whole_interval(train, keep):
 def test_several_scenes_are_parts_of_their_own_and_one_scene_is_two(tiny_scene, tiny_renders):
     config = make_config("residual")
     pair = (tiny_scene, tiny_renders)
-    _, _, alone = _training_views(config, [pair])
+    _, _, alone = _training_views(config, [pair], by_scene=False)
     assert alone[:5] == [0, 1, 0, 0, 0] and set(alone) == {0, 1}
-    _, _, three = _training_views(config, [pair] * 3)
+    _, _, three = _training_views(config, [pair] * 3, by_scene=True)
     assert three == sorted(three) and set(three) == {0, 1, 2}
+    _, _, shared = _training_views(config, [pair] * 3, by_scene=False)
+    assert shared == alone * 3
 
 
 def test_reported_refiners_have_their_filters(train, keep):
