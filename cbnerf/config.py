@@ -296,6 +296,9 @@ class Config:
     loss: LossConfig = LossConfig()
     seed: int = 0
     """Of all random numbers in training."""
+    deterministic: bool = False
+    """Train to the same bits on a GPU, too, by slower operations where others have no fixed order;
+    a CPU with as many threads does so anyway."""
 
     def __post_init__(self):
         kind = self.refiner.kind
@@ -323,6 +326,9 @@ _REFERENCE_REFINER = replace(_PAPER_REFINER, kind="reference", channels=128)
 _HEALTHY_CODEBOOK = CodebookConfig(
     dim=32, imitation="ce", ema=True, kmeans_init=True, revive_below=0.05
 )
+
+FIELD_KNOBS = ("data.", "field.", "seed", "deterministic")
+"""What the names of the knobs that stage 1 knows of begin with."""
 
 METHODS: dict[str, Config] = {
     "nerf": Config(

@@ -58,7 +58,7 @@ class FeaturePlanes(nn.Module):
             pyramid = list(self.grids[first : first + self._levels])
             plane = pyramid.pop()
             for grid in reversed(pyramid):
-                plane = grid + _enlarge(plane, grid.shape[:2])
+                plane = grid + enlarge(plane, grid.shape[:2])
             planes.append(plane)
         return join_planes(planes)
 
@@ -67,12 +67,18 @@ def _level_size(size: tuple[int, int], level: int) -> tuple[int, int]:
     return max(-(-size[0] // 2**level), 2), max(-(-size[1] // 2**level), 2)
 
 
-def _enlarge(
+def enlarge(
     grid: Float[Tensor, "_ _ channels"], size: tuple[int, ...]
 ) -> Float[Tensor, "height width channels"]:
-    image = grid.permute(2, 0, 1)[None]
-    enlarged = F.interpolate(image, size, mode="bilinear", align_corners=True)
-    return enlarged[0].permute(1, 2, 0)
+    """Bilinear, corners on corners: as `F.interpolate` does, with a backward of a fixed order."""
+    for axis, count in enumerate(size):
+        last = grid.shape[axis] - 1
+        place = torch.linspace(0, last, count, device=grid.device)
+        before = place.floor().clamp(max=last - 1)
+        share = (place - before).unflatten(0, (-1, *[1] * (grid.ndim - 1 - axis)))
+        first = before.int()
+        grid = torch.lerp(grid.index_select(axis, first), grid.index_select(axis, first + 1), share)
+    return grid
 
 
 def interpolate_planes(

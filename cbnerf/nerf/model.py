@@ -14,7 +14,7 @@ from cbnerf.config import Config, FieldConfig
 from cbnerf.nerf.fields import MLPField, Planes, PlanesField, ProposalField, total_variation
 from cbnerf.nerf.rays import Cameras, Rays, make_rays, make_sub_pixel_rays, ndc_extent
 from cbnerf.nerf.rendering import Rendering, composite, reaching_to_infinity, render_weights
-from cbnerf.nerf.sampling import sample_importance, sample_stratified
+from cbnerf.nerf.sampling import prefix_sums, sample_importance, sample_stratified
 from cbnerf.noise import Noise
 
 
@@ -175,7 +175,7 @@ def proposal_loss(
     weights: Float[Tensor, "rays samples"],
 ) -> Float[Tensor, ""]:
     """Proposed weights must be an upper envelope of the field's (mip-NeRF 360, eq. 13)."""
-    cumulative = torch.nn.functional.pad(torch.cumsum(proposed, dim=-1), (1, 0))
+    cumulative = prefix_sums(proposed)
     bins, edges = bins.contiguous(), edges.contiguous()
     last = proposed.shape[-1]
     first_bin = torch.searchsorted(bins, edges[:, :-1].contiguous(), right=True).sub(1)

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cbnerf.nerf.sampling import prefix_sums
+
 
 class Rendering(NamedTuple):
     rgb: Float[Tensor, "rays 3"]
@@ -20,8 +22,8 @@ def render_weights(
     """Share of a ray's light that each sample sends: transmittance times alpha."""
     optical_depth = density * lengths
     alpha = 1 - torch.exp(-optical_depth)
-    # Not cumsum minus its last term: that loses everything before an infinitely long sample.
-    before = torch.nn.functional.pad(torch.cumsum(optical_depth[..., :-1], dim=-1), (1, 0))
+    # The last sample, which may be infinitely long, takes no part in what is before it.
+    before = prefix_sums(optical_depth[..., :-1])
     return alpha * torch.exp(-before)
 
 

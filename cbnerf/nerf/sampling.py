@@ -9,6 +9,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
+def prefix_sums(
+    values: Float[Tensor, "*rays values"],
+) -> Float[Tensor, "*rays values_plus_1"]:
+    """Sums of the values before each, and of all: a product, for on GPUs `cumsum` adds in no fixed
+    order. Values must be finite."""
+    count = values.shape[-1]
+    return values @ torch.ones(count, count + 1, device=values.device).triu(1)
+
+
 def choose_sub_pixels(
     scores: Float[Tensor, "pixels sub_pixels"], number: int, *, opposite: bool
 ) -> Int[Tensor, "pixels sub_rays"]:
@@ -49,8 +58,7 @@ def sample_importance(
     """
     # 1e-4 keeps every bin reachable (NeRF's code uses 1e-5 on weights that sum to one).
     density = weights + 1e-4
-    cdf = torch.cumsum(density / density.sum(-1, keepdim=True), dim=-1)
-    cdf = torch.nn.functional.pad(cdf, (1, 0))
+    cdf = prefix_sums(density / density.sum(-1, keepdim=True))
     offset = 0.5 if jitter is None else jitter
     quantiles = (torch.arange(num_samples, device=edges.device) + offset) / num_samples
     quantiles = quantiles.expand(edges.shape[0], -1).contiguous()

@@ -4,7 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from cbnerf.config import Config, preset, with_overrides
+from cbnerf.config import FIELD_KNOBS, Config, preset, with_overrides
 from cbnerf.data.library import choose_scenes, locate_data, scene_folder
 from cbnerf.search.spec import SearchSpec
 from cbnerf.training.cache import StageCache
@@ -52,7 +52,7 @@ class Plan:
     @property
     def shares_fields(self) -> bool:
         """Whether all configurations refine the renders of the same fields."""
-        own = [name for name in self.spec.space if name.startswith(("field.", "seed"))]
+        own = [name for name in self.spec.space if name.startswith(FIELD_KNOBS)]
         return self.stage == "refiner" and not own
 
     @property
@@ -152,7 +152,7 @@ def make_plan(
 def _check_space(base: Config, spec: SearchSpec) -> None:
     """Refuse a space that cannot change what is scored."""
     if base.refiner.kind == "none":
-        idle = [name for name in spec.space if not name.startswith(("field.", "seed"))]
+        idle = [name for name in spec.space if not name.startswith(FIELD_KNOBS)]
         if idle:
             raise ValueError(
                 f"space: {idle[0]} is a knob of stage 2, and {spec.method} ends with stage 1; "

@@ -2,13 +2,12 @@
 
 import os
 import uuid
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 
-from cbnerf.config import Config, flatten, with_overrides
+from cbnerf.config import FIELD_KNOBS, Config, flatten, with_overrides
 
 Stage = Literal["field", "refiner"]
 
@@ -34,7 +33,8 @@ def knobs_of_stage(config: Config, stage: Stage) -> Config:
     """The configuration with all knobs at their defaults that this stage knows nothing of."""
     if stage == "refiner":
         return config
-    return replace(Config(), data=config.data, field=config.field, seed=config.seed)
+    known = {k: v for k, v in flatten(config).items() if k.startswith(FIELD_KNOBS)}
+    return with_overrides(Config(), known)
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:

@@ -17,9 +17,10 @@ from cbnerf.nerf.sampling import choose_sub_pixels
 from cbnerf.noise import Noise
 from cbnerf.training.checkpoint import load_checkpoint
 from cbnerf.training.evaluation import mean_scores, render_views
-from cbnerf.training.loop import Losses, Report, Task, fit
+from cbnerf.training.loop import Losses, Report, Task, fit, heeding_determinism
 
 
+@heeding_determinism
 def train_field(
     config: Config,
     scene: Scene,

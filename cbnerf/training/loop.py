@@ -5,9 +5,11 @@ DistributedDataParallel. `report` is its only seam to the world around it.
 """
 
 import math
+import os
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,10 @@ from cbnerf.training.processes import num_processes, process_rank
 Report = Callable[[int, dict[str, float], Checkpoint], None]
 """Called with (step, metrics, checkpoint) on every process after every evaluation; metrics are
 those of rank 0."""
+
+
+Parameters = ParamSpec("Parameters")
+Trained = TypeVar("Trained")
 
 
 class Losses(NamedTuple):
@@ -90,6 +96,27 @@ def fit(
             metrics = averages | _evaluate(task) if rank == 0 else {}
             report(step + 1, metrics, _checkpoint(task, step + 1, optimizer, metrics))
     task.model.eval()
+
+
+def heeding_determinism(
+    train: Callable[Concatenate[Config, Parameters], Trained],
+) -> Callable[Concatenate[Config, Parameters], Trained]:
+    """Let torch choose operations of a fixed order, or refuse, while a configuration that is
+    `deterministic` is trained."""
+
+    @wraps(train)
+    def run(config: Config, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Trained:
+        before = torch.are_deterministic_algorithms_enabled()
+        if config.deterministic:
+            # cuBLAS reads it when it starts, and torch refuses to multiply without it.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(before or config.deterministic)
+        try:
+            return train(config, *args, **kwargs)
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+    return run
 
 
 def learning_rate_factor(step: int, optim: OptimConfig) -> float:

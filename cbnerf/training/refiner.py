@@ -26,7 +26,7 @@ from cbnerf.data.splits import split_views
 from cbnerf.noise import Noise
 from cbnerf.training.checkpoint import Checkpoint, load_checkpoint
 from cbnerf.training.evaluation import mean_scores, refine_views, to_unit
-from cbnerf.training.loop import Losses, Report, Task, fit
+from cbnerf.training.loop import Losses, Report, Task, fit, heeding_determinism
 from cbnerf.training.processes import num_processes, process_rank
 
 Pairs = Sequence[tuple[Scene, Renders]]
@@ -35,6 +35,7 @@ References = UInt8[Tensor, "views references height width 3"] | None
 DrawLosses = Callable[[nn.Module, int, Noise], Losses]
 
 
+@heeding_determinism
 def train_refiner(
     config: Config,
     scene: Scene,

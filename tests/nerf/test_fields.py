@@ -11,6 +11,7 @@ from cbnerf.nerf.fields import (
     PlanesField,
     density_activation,
     encode,
+    enlarge,
     interpolate_planes,
     join_planes,
     total_variation,
@@ -109,6 +110,14 @@ def test_a_plane_is_the_sum_of_its_levels():
     expected[3, 5] += 7
     torch.testing.assert_close(planes.compose().planes[0][..., 0], expected)
     assert planes.compose().planes[1].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("size", [(2, 2), (3, 5), (9, 12), (16, 7)])
+def test_planes_are_enlarged_as_torch_does(size: tuple[int, int]):
+    grid = torch.rand(2, 7, 3, generator=torch.Generator().manual_seed(0))
+    image = grid.permute(2, 0, 1)[None]
+    expected = F.interpolate(image, size, mode="bilinear", align_corners=True)[0].permute(1, 2, 0)
+    torch.testing.assert_close(enlarge(grid, size), expected, rtol=0, atol=1e-6)
 
 
 def test_a_new_field_starts_from_its_coarsest_grids_alone():

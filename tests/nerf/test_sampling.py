@@ -1,13 +1,24 @@
 import pytest
 import torch
 
-from cbnerf.nerf.sampling import choose_sub_pixels, sample_importance, sample_stratified
+from cbnerf.nerf.sampling import (
+    choose_sub_pixels,
+    prefix_sums,
+    sample_importance,
+    sample_stratified,
+)
 
 CPU = torch.device("cpu")
 
 
 def draw(*shape: int) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_prefix_sums_are_those_of_cumsum():
+    values = draw(3, 50, 24)
+    expected = torch.nn.functional.pad(values.double().cumsum(-1), (1, 0))
+    torch.testing.assert_close(prefix_sums(values).double(), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("opposite", [False, True])

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from cbnerf.config import flatten, preset, with_overrides
+from cbnerf.config import FIELD_KNOBS, flatten, preset, with_overrides
 from cbnerf.data.procedural import make_capture
 from cbnerf.data.scene import Scene, make_scene
 from cbnerf.training import keys
@@ -30,7 +30,7 @@ def other_value(value: Any) -> Any:
 
 
 KNOBS = flatten(CONFIG)
-STAGE_1 = [name for name in KNOBS if name.startswith(("data.", "field.", "seed"))]
+STAGE_1 = [name for name in KNOBS if name.startswith(FIELD_KNOBS)]
 
 
 @pytest.mark.parametrize("name", STAGE_1)
