@@ -249,6 +249,9 @@ class RefinerConfig:
     """Residual blocks of the residual refiner."""
     references: int = 8
     """Patches of the high-res photograph that the reference refiner sees with each render."""
+    neighbours: int = 3
+    """Codes nearest to a pixel whose filters correct it together in the residual refiner; 1 leaves
+    it to the nearest."""
     patch_size: int = 64
     """Side of a training patch in high-res pixels; a multiple of 4."""
     optim: OptimConfig = OptimConfig(steps=10_000, batch_size=32, lr=2e-3)
@@ -262,7 +265,7 @@ class RefinerConfig:
             self.kind != "reference" or self.patch_size % 8 == 0,
             "refiner.patch_size", self.patch_size, "a multiple of 8 for the reference refiner",
         )  # fmt: skip
-        for name in ("channels", "blocks", "references"):
+        for name in ("channels", "blocks", "references", "neighbours"):
             _check(getattr(self, name) >= 1, f"refiner.{name}", getattr(self, name), "at least 1")
 
 
@@ -305,6 +308,11 @@ class Config:
         _check(
             not self.codebook.shared or kind not in ("reference", "none"),
             "codebook.shared", True, f"false with refiner.kind = {kind}",
+        )  # fmt: skip
+        neighbours, size = self.refiner.neighbours, self.codebook.size
+        _check(
+            kind != "residual" or neighbours < size,
+            "refiner.neighbours", neighbours, f"less than codebook.size = {size}",
         )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cbnerf.codebook.fsq import build_quantizer
 from cbnerf.codebook.imitation import imitation_loss
-from cbnerf.codebook.quantizer import Quantized, vq_loss
+from cbnerf.codebook.quantizer import Neighbours, find_neighbours, vq_loss
 from cbnerf.config import CodebookConfig
 
 STRIDE = 4
@@ -245,8 +245,10 @@ class VQAutoencoder(nn.Module):
         self, sr: Float[Tensor, "batch 3 height width"]
     ) -> tuple[Float[Tensor, "batch _ _ _"], ...]:
         """Skips of the codes that SR images find: all there is at inference."""
-        return self.decode(self.find(sr).latents).skips
+        return self.decode(self.quantizer(self.encode_sr(sr), learn=False).latents).skips
 
-    def find(self, sr: Float[Tensor, "batch 3 height width"]) -> Quantized:
-        """The codes of SR images."""
-        return self.quantizer(self.encode_sr(sr), learn=False)
+    def find_neighbours(self, sr: Float[Tensor, "batch 3 height width"], number: int) -> Neighbours:
+        """The nearest codes of SR images, `[batch rows columns neighbours]`."""
+        latents = self.quantizer.place(self.encode_sr(sr))
+        found = find_neighbours(latents.flatten(0, -2), self.quantizer.codes(), number)
+        return Neighbours(*(part.unflatten(0, latents.shape[:-1]) for part in found))

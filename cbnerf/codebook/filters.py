@@ -1,9 +1,10 @@
 """Filters of codes: what a code knows of high-res detail, as an affine map of the render around it.
 
-The correction of a pixel is its 7x7 neighbourhood times the filter of its code, as in RAISR (Romano
-et al., 2016) and A+ (Timofte et al., 2014), with codes as their classes and anchors. Filters are
-solved, not descended: ridge regression towards the one filter that serves all codes, so that a
-code met by few pixels corrects as the others do. Images are `[3 height width]` in [-1, 1].
+The correction of a pixel is its 7x7 neighbourhood times the filters of its nearest codes, each as
+much as its share; RAISR (Romano et al., 2016) and A+ (Timofte et al., 2014) take one, with codes as
+their classes and anchors. Filters are solved, not descended: ridge regression, in which a pixel
+counts for its share, towards the one filter that serves all codes, so that a code met by few pixels
+corrects as the others do. Images are `[3 height width]` in [-1, 1].
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from cbnerf.codebook.quantizer import Neighbours
 
 SIDE = 7
 """Pixels per side of a filter."""
@@ -31,10 +34,11 @@ _CODES = 256
 
 
 class Corrections(NamedTuple):
-    """A render, the code of each pixel, and the correction wanted."""
+    """A render, the nearest codes of each pixel, and the correction wanted."""
 
     sr: Float[Tensor, "3 height width"]
-    indices: Int[Tensor, "height width"]
+    codes: Neighbours
+    """`[height width neighbours]`."""
     wanted: Float[Tensor, "3 height width"]
 
 
@@ -46,15 +50,20 @@ class CodeFilters(nn.Module):
         self.table = nn.Parameter(torch.zeros(num_codes, _INPUTS, 3), requires_grad=False)
 
     def forward(
-        self, sr: Float[Tensor, "3 height width"], indices: Int[Tensor, "height width"]
+        self, sr: Float[Tensor, "3 height width"], codes: Neighbours
     ) -> Float[Tensor, "3 height width"]:
-        """The correction of each pixel by the filter of its code."""
-        views = _Neighbourhoods([sr])
-        codes, places = indices.flatten(), torch.arange(indices.numel(), device=sr.device)
-        parts = [
-            torch.einsum("ni,nic->nc", views.rows(some), self.table[codes[some]])
-            for some in places.split(_ROWS)
-        ]
+        """The correction of each pixel by the filters of its codes `[height width neighbours]`."""
+        around = _Neighbourhoods([sr])
+        indices, shares = codes.indices.flatten(0, 1), codes.shares.flatten(0, 1)
+        parts = []
+        for some in torch.arange(len(indices), device=sr.device).split(_ROWS):
+            rows = around.rows(some)
+            parts.append(
+                sum(
+                    share[:, None] * torch.einsum("ni,nic->nc", rows, self.table[index])
+                    for index, share in zip(indices[some].T, shares[some].T, strict=True)
+                )
+            )
         return torch.cat(parts).T.view_as(sr)
 
     @torch.no_grad()
@@ -148,34 +157,46 @@ class _Neighbourhoods:
 
 
 class _Pixels:
-    """All pixels of some views, sorted by their codes."""
+    """All pixels of some views, sorted by their codes: a pixel stands with each of them."""
 
     def __init__(self, views: Sequence[Corrections]):
         self._around = _Neighbourhoods([view.sr for view in views])
         self._wanted = torch.cat([view.wanted.flatten(1) for view in views], dim=1).T
-        sorted_codes, self._order = torch.cat([v.indices.flatten() for v in views]).sort()
-        self.codes, counts = sorted_codes.unique_consecutive(return_counts=True)
-        pixels = self._order.split(counts.tolist())
-        self._pixels = dict(zip(self.codes.tolist(), pixels, strict=True))
+        indices, shares = (
+            torch.cat([part.flatten(0, 1) for part in parts])
+            for parts in zip(*(view.codes for view in views), strict=True)
+        )
+        self._places = torch.arange(len(indices), device=indices.device)
+        codes, order = indices.flatten().sort()
+        self.codes, counts = codes.unique_consecutive(return_counts=True)
+        pixels = (order // indices.shape[1]).split(counts.tolist())
+        counted = shares.flatten()[order].split(counts.tolist())
+        members = zip(pixels, counted, strict=True)
+        self._members = dict(zip(self.codes.tolist(), members, strict=True))
+        self._nobody = self._places[:0], shares.flatten()[:0]
 
     def total(self) -> _Sums:
         """Over all pixels, in float64."""
         gram = self._wanted.new_zeros(_INPUTS, _INPUTS, dtype=torch.float64)
         moments = self._wanted.new_zeros(_INPUTS, 3, dtype=torch.float64)
-        for places in self._order.split(_ROWS):
+        for places in self._places.split(_ROWS):
             rows = self._around.rows(places)
             gram += rows.T @ rows
             moments += rows.T @ self._wanted[places]
         return _Sums(gram, moments)
 
     def sums(self, codes: Int[Tensor, " codes"], common: _Common) -> _Sums:
-        """Over the whitened pixels of each of these codes."""
+        """Over the whitened pixels of each of these codes, each as much as its share."""
         gram = self._wanted.new_zeros(len(codes), _INPUTS, _INPUTS)
         moments = self._wanted.new_zeros(len(codes), _INPUTS, 3)
-        own = [self._pixels.get(code, self._order[:0]) for code in codes.tolist()]
+        members = [self._members.get(code, self._nobody) for code in codes.tolist()]
+        own, shares = zip(*members, strict=True)
         slots = torch.arange(len(codes)).repeat_interleave(torch.tensor([len(o) for o in own]))
-        for places, some in zip(torch.cat(own).split(_ROWS), slots.split(_ROWS), strict=True):
-            rows, wanted = common.whiten(self._around.rows(places)), self._wanted[places]
+        chunks = (x.split(_ROWS) for x in (torch.cat(own), torch.cat(shares), slots))
+        for places, share, some in zip(*chunks, strict=True):
+            weight = share.sqrt()[:, None]
+            rows = common.whiten(self._around.rows(places)) * weight
+            wanted = self._wanted[places] * weight
             met, counts = (x.tolist() for x in some.unique_consecutive(return_counts=True))
             for slot, of_code, target in zip(
                 met, rows.split(counts), wanted.split(counts), strict=True

@@ -33,6 +33,14 @@ class Quantized(NamedTuple):
     """Pulls latents towards codes."""
 
 
+class Neighbours(NamedTuple):
+    """The nearest codes of latents, nearest first."""
+
+    indices: Int[Tensor, "*batch neighbours"]
+    shares: Float[Tensor, "*batch neighbours"]
+    """How much each counts; they sum to one."""
+
+
 def vq_loss(quantized: Quantized, config: CodebookConfig) -> Float[Tensor, ""]:
     """Both terms weighted as the paper says, or with beta on the other term as in its code."""
     codebook, commitment = quantized.codebook_loss, quantized.commitment_loss
@@ -75,6 +83,27 @@ def find_nearest(
             distances = torch.mm(_append_ones(chunk), columns, out=buffer[: len(chunk)])
             found.copy_(_find_least(distances))
     return indices
+
+
+@torch.no_grad()
+def find_neighbours(
+    latents: Float[Tensor, "rows dim"],
+    codes: Float[Tensor, "codes dim"],
+    number: int,
+    max_distances: int | None = None,
+) -> Neighbours:
+    """The `number` nearest codes of each latent, fewer than there are codes.
+
+    Shares fall with the squared distance, to nothing at the nearest code that is left out: as a
+    latent moves, no code comes or goes at once.
+    """
+    found = []
+    for chunk in latents.split(rows_at_once(latents, len(codes), max_distances)):
+        ranks, indices = rank_codes(chunk, codes).topk(number + 1, dim=1, largest=False)
+        nearness = (ranks[:, -1:] - ranks[:, :-1]).clamp_min(torch.finfo(ranks.dtype).tiny)
+        found.append((indices[:, :-1], nearness / nearness.sum(dim=1, keepdim=True)))
+    indices, shares = zip(*found, strict=True)
+    return Neighbours(torch.cat(indices), torch.cat(shares))
 
 
 def rows_at_once(latents: Tensor, num_codes: int, max_distances: int | None = None) -> int:

@@ -25,7 +25,7 @@ from cbnerf.codebook.autoencoder import (
 )
 from cbnerf.codebook.filters import CodeFilters, Corrections
 from cbnerf.codebook.linear import LinearRefiner
-from cbnerf.codebook.quantizer import VectorQuantizer
+from cbnerf.codebook.quantizer import Neighbours, VectorQuantizer
 from cbnerf.codebook.reference import ReferenceRefiner
 from cbnerf.config import Config, LossConfig
 
@@ -211,7 +211,7 @@ def _init_kaiming(layer: nn.Module) -> None:
 
 
 class ResidualRefiner(Refiner):
-    """A small CNN corrects the render, then each pixel by the filter of the code found there.
+    """A small CNN corrects the render, then each pixel by the filters of the codes found there.
 
     The CNN works at half resolution and starts as the identity, the filters as zero. Filters take
     no part in training; `fit_filters` solves them for what the CNN leaves. The codes describe
@@ -232,9 +232,8 @@ class ResidualRefiner(Refiner):
         nn.init.zeros_(tail.weight)
         nn.init.zeros_(tail.bias)  # pyright: ignore[reportArgumentType]
         self.tail = nn.Sequential(tail, nn.PixelShuffle(2))
-        # The control finds the first code everywhere.
-        self._uses_codes = int(config.refiner.codes)
-        self.filters = CodeFilters(self.autoencoder.quantizer.num_codes * self._uses_codes or 1)
+        self._uses_codes, self._neighbours = config.refiner.codes, config.refiner.neighbours
+        self.filters = CodeFilters(self.autoencoder.quantizer.num_codes if self._uses_codes else 1)
         # At half resolution 2 pixels for each block and 1 for each of head and tail; or a code:
         # 1 cell of the smooth image, 3 pixels of its encoder.
         self.halo = STRIDE * max(blocks + 1, 3)
@@ -264,7 +263,7 @@ class ResidualRefiner(Refiner):
         for render, photograph, part in zip(renders, photographs, parts, strict=True):
             sr, wanted = _pad(render[None]), _pad(photograph[None])
             wanted = wanted - self._sharpen(sr, ())
-            views[part].append(Corrections(sr[0], self._find_codes(sr)[0], wanted[0]))
+            views[part].append(Corrections(sr[0], self._find_codes(sr[0]), wanted[0]))
         self.filters.fit(views, held_out)
 
     def _select_coded(self, images: Tensor) -> Tensor:
@@ -275,11 +274,16 @@ class ResidualRefiner(Refiner):
         return sr + self.tail(self.blocks(self.head(sr)))
 
     def _refine(self, sr: Tensor) -> Tensor:
-        pairs = zip(sr, self._find_codes(sr), strict=True)
-        return self._sharpen(sr, ()) + torch.stack([self.filters(*pair) for pair in pairs])
+        corrections = [self.filters(image, self._find_codes(image)) for image in sr]
+        return self._sharpen(sr, ()) + torch.stack(corrections)
 
-    def _find_codes(self, sr: Tensor) -> Int[Tensor, "batch height width"]:
-        return self.autoencoder.find(self._select_coded(sr)).indices * self._uses_codes
+    def _find_codes(self, sr: Float[Tensor, "3 height width"]) -> Neighbours:
+        """The nearest codes of each pixel, `[height width neighbours]`."""
+        if not self._uses_codes:  # one filter for all
+            place = (*sr.shape[1:], 1)
+            return Neighbours(sr.new_zeros(place, dtype=torch.int64), sr.new_ones(place))
+        found = self.autoencoder.find_neighbours(self._select_coded(sr[None]), self._neighbours)
+        return Neighbours(*(part[0] for part in found))
 
 
 AnyRefiner = PaperRefiner | ResidualRefiner | ReferenceRefiner | LinearRefiner

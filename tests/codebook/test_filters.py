@@ -4,16 +4,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cbnerf.codebook.filters import PRIORS, CodeFilters, Corrections
+from cbnerf.codebook.quantizer import Neighbours
 
 
-def draw_views(filters: CodeFilters, count: int, noise: float = 0.0, seed: int = 0):
+def draw_codes(codes: int, height: int, width: int, neighbours: int = 1) -> Neighbours:
+    """Random codes of each pixel, no two alike, with random shares."""
+    indices = torch.rand(height, width, codes).argsort(dim=-1)[..., :neighbours]
+    return Neighbours(indices, torch.rand(height, width, neighbours).softmax(-1))
+
+
+def draw_views(
+    filters: CodeFilters, count: int, noise: float = 0.0, seed: int = 0, neighbours: int = 1
+) -> list[Corrections]:
     """Random renders with random codes, and what these filters make of them."""
     torch.manual_seed(seed)
     views = []
     for _ in range(count):
-        sr, indices = torch.rand(3, 24, 20), torch.randint(len(filters.table), (24, 20))
-        wanted = filters(sr, indices) + noise * torch.randn(3, 24, 20)
-        views.append(Corrections(sr, indices, wanted))
+        sr, codes = torch.rand(3, 24, 20), draw_codes(len(filters.table), 24, 20, neighbours)
+        wanted = filters(sr, codes) + noise * torch.randn(3, 24, 20)
+        views.append(Corrections(sr, codes, wanted))
     return views
 
 
@@ -25,27 +34,27 @@ def make_filters(codes: int, scale: float = 0.05) -> CodeFilters:
 
 
 def error(filters: CodeFilters, views: list[Corrections]) -> float:
-    errors = [(filters(v.sr, v.indices) - v.wanted).square().mean().item() for v in views]
+    errors = [(filters(v.sr, v.codes) - v.wanted).square().mean().item() for v in views]
     return sum(errors) / len(errors)
 
 
-def test_a_filter_corrects_by_the_pixels_around():
+@pytest.mark.parametrize("neighbours", [1, 3])
+def test_filters_correct_by_the_pixels_around(neighbours: int):
     filters = make_filters(5)
-    sr, indices = torch.rand(3, 9, 11), torch.randint(5, (9, 11))
-    corrected = filters(sr, indices)
+    sr, codes = torch.rand(3, 9, 11), draw_codes(5, 9, 11, neighbours)
+    corrected = filters(sr, codes)
     padded = F.pad(sr[None], (3,) * 4, mode="replicate")[0]
     for row, column in ((0, 0), (4, 7), (8, 10)):
         around = padded[:, row : row + 7, column : column + 7].flatten()
-        own = filters.table[indices[row, column]]
-        expected = around @ own[:-1] + own[-1]
+        expected = torch.zeros(3)
+        for index, share in zip(codes.indices[row, column], codes.shares[row, column], strict=True):
+            own = filters.table[index]
+            expected += share * (around @ own[:-1] + own[-1])
         torch.testing.assert_close(corrected[:, row, column], expected)
 
 
 def test_unfitted_filters_correct_nothing():
-    assert (
-        CodeFilters(4)(torch.rand(3, 8, 8), torch.ones(8, 8, dtype=torch.int64)).count_nonzero()
-        == 0
-    )
+    assert CodeFilters(4)(torch.rand(3, 8, 8), draw_codes(4, 8, 8, 2)).count_nonzero() == 0
 
 
 def test_the_filters_that_made_the_corrections_are_found():
@@ -68,24 +77,42 @@ def test_codes_that_mean_nothing_share_the_common_filter():
     assert (found.table - found.table.mean(0)).std() < 0.1 * found.table.std()
 
 
-def test_fit_is_ridge_regression_towards_the_common_filter():
-    views = draw_views(make_filters(3), 4, noise=0.1)
+@pytest.mark.parametrize("neighbours", [1, 2])
+def test_fit_is_ridge_regression_towards_the_common_filter(neighbours: int):
+    views = draw_views(make_filters(3), 4, noise=0.1, neighbours=neighbours)
     found = CodeFilters(3)
     prior = found.fit([views[:3], views[3:]], [1])
-    rows, codes, wanted = (torch.cat(part) for part in zip(*map(unfold, views), strict=True))
+    rows, shares, wanted = (torch.cat(part) for part in zip(*map(unfold, views), strict=True))
     ones = torch.eye(148, dtype=torch.float64)
     gram, moments = rows.T @ rows / len(rows) + 1e-5 * ones, rows.T @ wanted / len(rows)
     for code in range(3):
-        own, target = rows[codes == code], wanted[codes == code]
-        expected = torch.linalg.solve(own.T @ own + prior * gram, own.T @ target + prior * moments)
+        own = rows * shares[:, code, None]
+        expected = torch.linalg.solve(
+            own.T @ rows + prior * gram, own.T @ wanted + prior * moments
+        )  # fmt: skip
         torch.testing.assert_close(found.table[code].double(), expected, atol=1e-3, rtol=0)
 
 
 def unfold(view: Corrections) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each pixel what is around it, the share of each of three codes, what is wanted."""
     padded = F.pad(view.sr[None], (3,) * 4, mode="replicate")
     rows = F.unfold(padded, 7)[0].T.double()
     rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
-    return rows, view.indices.flatten(), view.wanted.flatten(1).T.double()
+    indices, shares = (part.flatten(0, 1) for part in view.codes)
+    dense = torch.zeros(len(rows), 3).scatter(1, indices, shares).double()
+    return rows, dense, view.wanted.flatten(1).T.double()
+
+
+def test_shares_are_heeded_when_filters_are_fitted():
+    true = make_filters(6)
+    views = draw_views(true, 30, neighbours=3)
+    found, heedless = CodeFilters(6), CodeFilters(6)
+    found.fit([views[:20], views[20:]], [1])
+    whole = torch.ones(24, 20, 1)
+    alone = [v._replace(codes=Neighbours(v.codes.indices[..., :1], whole)) for v in views]
+    heedless.fit([alone[:20], alone[20:]], [1])
+    test = draw_views(true, 2, seed=5, neighbours=3)
+    assert error(found, test) < error(heedless, test) < error(CodeFilters(6), test)
 
 
 @pytest.mark.parametrize("codes", [1, 6])
@@ -94,6 +121,7 @@ def test_a_code_that_nobody_met_has_the_common_filter(codes: int):
     found = CodeFilters(codes + 1)
     found.fit([views[:3], views[3:]], [1])
     alone = CodeFilters(1)
-    everywhere = [view._replace(indices=torch.zeros_like(view.indices)) for view in views]
+    first = Neighbours(torch.zeros(24, 20, 1, dtype=torch.int64), torch.ones(24, 20, 1))
+    everywhere = [view._replace(codes=first) for view in views]
     alone.fit([everywhere[:3], everywhere[3:]], [1])
     torch.testing.assert_close(found.table[codes], alone.table[0], atol=2e-3, rtol=0)
