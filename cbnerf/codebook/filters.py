@@ -137,22 +137,14 @@ class _Neighbourhoods:
     """The 7x7 pixels around each pixel of images of one size, and a one for the constant."""
 
     def __init__(self, images: Sequence[Float[Tensor, "3 height width"]]):
-        batch = torch.stack(list(images))
-        self._size = batch.shape[-2:]
-        self._padded = F.pad(batch, (_REACH,) * 4, mode="replicate")
-        _, channels, height, width = self._padded.shape
-        steps = torch.arange(SIDE, device=batch.device)
-        window = steps[:, None] * width + steps
-        planes = torch.arange(channels, device=batch.device) * height * width
-        self._window = (planes[:, None, None] + window).flatten()
+        padded = F.pad(torch.stack(list(images)), (_REACH,) * 4, mode="replicate")
+        self._windows = padded.unfold(2, SIDE, 1).unfold(3, SIDE, 1)
 
     def rows(self, places: Int[Tensor, " pixels"]) -> Float[Tensor, "pixels inputs"]:
         """Of the pixels at these places, counted through all images."""
-        height, width = self._size
-        _, channels, tall, wide = self._padded.shape
+        _, _, height, width, _, _ = self._windows.shape
         image, row = places // (height * width), places // width % height
-        first = image * channels * tall * wide + row * wide + places % width
-        around = self._padded.flatten()[first[:, None] + self._window]
+        around = self._windows[image, :, row, places % width].flatten(1)
         return torch.cat([around, torch.ones_like(around[:, :1])], dim=1)
 
 

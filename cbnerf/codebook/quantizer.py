@@ -18,7 +18,8 @@ from cbnerf.config import CodebookConfig
 # Distances held at once while searching: few enough for a CPU's caches, enough to keep a GPU busy.
 _CPU_DISTANCES, _GPU_DISTANCES = 2**20, 2**24
 _PARTS, _MANY = 8, 256  # of codes: less is not worth the trouble
-_KMEANS_ROUNDS = 10
+# A round of k-means takes every so many-th latent: the first ones need not see all.
+_KMEANS_STRIDES = (8, 8, 4, 4, 2, 2, 1, 1)
 # A code used less than this is left alone: the quotient of its averages is no longer exact.
 _MIN_USAGE = 1e-5
 
@@ -154,11 +155,12 @@ class VectorQuantizer(nn.Module):
         """Take the centres of k-means (Lloyd) over some latents, which all processes must share."""
         latents = self.place(latents)
         codes, uses = _spread(latents, self.num_codes), latents.new_zeros(self.num_codes)
-        for _ in range(_KMEANS_ROUNDS):
-            totals = _sum_by_code(latents, find_nearest(latents, codes), self.num_codes)
+        for stride in _KMEANS_STRIDES:
+            some = latents[::stride]
+            totals = _sum_by_code(some, find_nearest(some, codes), self.num_codes)
             uses = totals[:, -1]
             means = self.place(totals[:, :-1] / uses.clamp(min=1)[:, None])
-            codes = torch.where(uses[:, None] > 0, means, _share_out(latents, uses == 0))
+            codes = torch.where(uses[:, None] > 0, means, _share_out(some, uses == 0))
         # As if one step had seen all latents: what is known of many is not forgotten for a few.
         self._replace(torch.ones_like(uses, dtype=torch.bool), codes, uses)
 
