@@ -6,8 +6,8 @@ Trains stage 1 of each scene once, then for each scene and seed the refiner with
 control: the same parameters, steps, seeds and patches, but one code everywhere. Beside them stand
 stage 1 and the fitted filter `linear`. Prints and writes mean scores of held-out views and paired
 differences: means over views, each of which is the mean over seeds, with intervals of 95 %
-(Student's t over views, and a bootstrap that draws scenes, then views). `--unseen` trains refiners
-on the other scenes alone, `--shared` one refiner on all.
+(Student's t over views, and a bootstrap that draws scenes, then views). `--protocol unseen-scene`
+trains refiners on the other scenes alone, `low-res-only` a scale below, `--shared` one on all.
 """
 
 import json
@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from cbnerf.config import Config, preset, with_overrides
 from cbnerf.data.llff import read_capture
+from cbnerf.data.pixels import scale_below
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene, make_scene
 from cbnerf.data.splits import split_views
@@ -55,8 +56,8 @@ class Options:
     seeds: int = 3
     views: str = "test"
     """`test`, or `val` to select on."""
-    unseen: bool = False
-    """Train refiners on the other scenes only."""
+    protocol: Literal["holdout", "unseen-scene", "low-res-only"] = "holdout"
+    """As in `cbnerf compare`."""
     shared: bool = False
     """One refiner, and one codebook, for all scenes."""
     threads: int = 1
@@ -79,29 +80,37 @@ class Trial:
 
 
 def main(options: Options) -> None:
-    if options.unseen and options.shared:
-        raise SystemExit("--unseen, --shared: a refiner for all scenes knows each of them")
+    if options.protocol != "holdout" and options.shared:
+        raise SystemExit("--shared: a refiner for all scenes knows each of them (holdout)")
     torch.set_num_threads(options.threads)
     knobs = dict(item.split("=", 1) for item in options.overrides)
     parsed = {name: json.loads(value) for name, value in knobs.items()}
     schedule = {"field.optim.steps": options.field_steps, "refiner.optim.evaluations": 1}
     config = with_overrides(preset("cb-nerf", options.resolution), schedule | parsed)
     pairs = {name: _stage1(options, config, name) for name in options.scenes}
+    below = {}
+    if options.protocol == "low-res-only":
+        below = {name: _stage1(options, config, name, below=True) for name in options.scenes}
     trials: list[Trial] = []
     for served in [options.scenes] if options.shared else [(scene,) for scene in options.scenes]:
         for row, change in ROWS.items():
             for seed in range(1 if row == "linear" else options.seeds):
                 trained = with_overrides(config, change | {"seed": seed})
-                for trial in _try(options, trained, pairs, row, served, seed):
+                for trial in _try(options, trained, pairs, below, row, served, seed):
                     print(row, trial.scene, seed, trial.gains.mean(0).tolist(), flush=True)
                     trials.append(trial)
     bases = {name: _base(options, config, *pair) for name, pair in pairs.items()}
     _write(options, trials, bases)
 
 
-def _stage1(options: Options, config: Config, name: str) -> tuple[Scene, Renders]:
+def _stage1(
+    options: Options, config: Config, name: str, *, below: bool = False
+) -> tuple[Scene, Renders]:
     scene = make_scene(read_capture(options.data / name, config.data.width), config.data)
     folder = options.cache / f"{options.resolution}-{options.field_steps}" / name
+    if below:
+        scene = scale_below(scene, config.data.low_res_kernel)
+        folder = folder.with_name(f"{name}@low-res")
     run_field(config, scene, folder, device=choose_device())
     return scene, load_renders(folder / RENDERS_FILE)
 
@@ -123,17 +132,21 @@ def _base(options: Options, config: Config, scene: Scene, renders: Renders) -> T
 
 def _try(
     options: Options, config: Config, pairs: dict[str, tuple[Scene, Renders]],
-    row: str, served: tuple[str, ...], seed: int,
+    below: dict[str, tuple[Scene, Renders]], row: str, served: tuple[str, ...], seed: int,
 ) -> Iterator[Trial]:  # fmt: skip
     """Train one refiner, and score it on each scene that it serves."""
     (scene, renders), *beside = (pairs[name] for name in served)
-    others = [pair for other, pair in pairs.items() if other not in served]
+    others = []
+    if options.protocol == "unseen-scene":
+        others = [pair for other, pair in pairs.items() if other not in served]
+    elif below:
+        others = [below[name] for name in served]
     last: dict[str, float] = {}
     device = choose_device()
     refiner = train_refiner(
         config, scene, renders,
         device=device, report=lambda step, metrics, kept: last.update(metrics),
-        beside=beside, others=others if options.unseen else (),
+        beside=beside, others=others,
     )  # fmt: skip
     health = {key: last[key] for key in HEALTH if key in last}
     for name in served:
@@ -172,8 +185,7 @@ def interval(differences: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def _write(options: Options, trials: list[Trial], bases: dict[str, Tensor]) -> None:
-    protocol = "unseen-scene" if options.unseen else "holdout"
-    protocol += "-shared" if options.shared else ""
+    protocol = options.protocol + ("-shared" if options.shared else "")
     gains = {row: by_view(trials, row) for row in ROWS}
     lines = [
         f"# Codes on and off: {options.resolution}, {protocol}, {options.views} views\n",

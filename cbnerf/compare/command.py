@@ -22,8 +22,9 @@ class Request:
     """`all`, or names separated by commas; a YAML file is a method, too, such as a study's
     best.yaml."""
     protocol: Protocol = "holdout"
-    """`holdout`; `unseen-scene` trains stage 2 on the other scenes only; `table1` is the released
-    scoring, for the published comparison only."""
+    """`holdout`; `unseen-scene` trains stage 2 on the other scenes only; `low-res-only` on the
+    low-res photographs of the scene; `table1` is the released scoring, for the published comparison
+    only."""
     resolution: str | None = None
     """Image size and schedule; x2-504 with a GPU and x2-128 without if not given."""
     data: Path | None = None

@@ -14,7 +14,10 @@ from cbnerf.config import Config, DataConfig, with_overrides
 from cbnerf.data.library import PAPER_SCENES
 from cbnerf.data.splits import split_views
 
-Protocol = Literal["holdout", "unseen-scene", "table1"]
+Protocol = Literal["holdout", "unseen-scene", "low-res-only", "table1"]
+
+WITHOUT_PHOTOGRAPH: tuple[Protocol, ...] = ("unseen-scene", "low-res-only")
+"""Protocols in which a scene gives no high-res photograph."""
 
 DESCRIPTIONS: dict[Protocol, str] = {
     "holdout": (
@@ -25,6 +28,11 @@ DESCRIPTIONS: dict[Protocol, str] = {
     "unseen-scene": (
         "As holdout, but stage 2 is trained on the photographs of the other scenes only: the scene "
         "that is scored has given no high-res image at all."
+    ),
+    "low-res-only": (
+        "As holdout, but no high-res image is seen at all: stage 2 is trained a scale below, on "
+        "the low-res photographs of the scene and the renders of another stage 1, which has seen "
+        "them at lower resolution still."
     ),
     "table1": (
         "The released scoring of Codebook-NeRF, for the published comparison only: all views train "

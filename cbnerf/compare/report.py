@@ -13,7 +13,7 @@ from PIL import Image
 import cbnerf
 from cbnerf.compare import figure
 from cbnerf.compare.figure import Panel
-from cbnerf.compare.protocols import DESCRIPTIONS
+from cbnerf.compare.protocols import DESCRIPTIONS, WITHOUT_PHOTOGRAPH
 from cbnerf.compare.run import Comparison, Results
 from cbnerf.compare.score_tables import (
     cost_table,
@@ -149,7 +149,7 @@ def _notes(comparison: Comparison, results: Results, device: torch.device) -> li
         f"{results.about_lpips}. Bold: the best system; a vq-vae row is no system, for it sees the "
         "photograph that it is scored on."
     )
-    if comparison.protocol == "unseen-scene":
+    if comparison.protocol in WITHOUT_PHOTOGRAPH:
         without = [m for m, c in comparison.methods.items() if c.refiner.kind == "reference"]
         notes += [
             f"{method} has no row of its own: its refiner needs a high-res photograph of the scene."

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from cbnerf.codebook.refiner import Refiner
-from cbnerf.compare.protocols import Protocol
+from cbnerf.compare.protocols import WITHOUT_PHOTOGRAPH, Protocol
 from cbnerf.config import Config, FieldConfig
 from cbnerf.data.references import find_references
 from cbnerf.data.renders import load_renders
@@ -58,7 +58,7 @@ def make_rows(methods: dict[str, Config], protocol: Protocol) -> list[Row]:
         if config.field not in fields:
             fields.append(config.field)
             rows.append(Row(f"{method} stage 1", method, "stage 1"))
-        if kind == "reference" and protocol == "unseen-scene":
+        if kind == "reference" and protocol in WITHOUT_PHOTOGRAPH:
             continue  # It needs a high-res photograph of the scene.
         rows.append(Row(method, method, "refined"))
         if kind in ("residual", "paper") and config.refiner.codes:

@@ -17,10 +17,17 @@ from torch import Tensor
 
 from cbnerf.compare.history import RELEASED_PSNR, History, read_history
 from cbnerf.compare.perceptual import Distance, load_lpips
-from cbnerf.compare.protocols import Protocol, released_psnr, scored_views, summarise
+from cbnerf.compare.protocols import (
+    WITHOUT_PHOTOGRAPH,
+    Protocol,
+    released_psnr,
+    scored_views,
+    summarise,
+)
 from cbnerf.compare.rows import Row, make_images, make_rows
 from cbnerf.config import Config, DataConfig
 from cbnerf.data.library import read_scene
+from cbnerf.data.pixels import scale_below
 from cbnerf.data.references import reference_view
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene
@@ -38,6 +45,9 @@ from cbnerf.training.stages import (
     run_field,
     run_refiner,
 )
+
+_BELOW = "@low-res"
+"""Ends the name of a scene that stands for another one a scale below."""
 
 
 @dataclass(frozen=True)
@@ -66,36 +76,46 @@ class Comparison:
         return next(iter(self.methods.values())).data
 
     def scene(self, name: str) -> Scene:
-        return read_scene(name, self.data, self.storage, self.split)
+        """A scene of the comparison, or one of `others`."""
+        at_full_size = name.removesuffix(_BELOW)
+        scene = read_scene(at_full_size, self.data, self.storage, self.split)
+        return scene if name == at_full_size else scale_below(scene, self.split.low_res_kernel)
 
     def others(self, name: str) -> list[str]:
-        """The scenes that a refiner of this one is trained on, if not on itself."""
-        if self.protocol != "unseen-scene":
-            return []
-        return [other for other in self.scenes if other != name]
+        """What a refiner of this scene is trained on, if not on the scene itself."""
+        if self.protocol == "low-res-only":
+            return [name + _BELOW]
+        if self.protocol == "unseen-scene":
+            return [other for other in self.scenes if other != name]
+        return []
 
     @cached_property
     def _field_keys(self) -> dict[tuple[str, str], str]:
         """By method and scene; photographs are hashed, which takes a while."""
+        others = {other for name in self.scenes for other in self.others(name)}
         return {
             (method, name): field_key(config, self.scene(name))
             for method, config in self.methods.items()
-            for name in self.scenes
+            for name in {*self.scenes, *others}
         }
 
     def served(self, method: str, name: str) -> list[str]:
-        """The scenes that the refiner of this one serves: all where they share a codebook, which
-        `unseen-scene` forbids."""
-        shared = self.methods[method].codebook.shared and self.protocol != "unseen-scene"
+        """The scenes that the refiner of this one serves: all where they share a codebook and may
+        give photographs."""
+        gives = self.protocol not in WITHOUT_PHOTOGRAPH
+        shared = self.methods[method].codebook.shared and gives
         return sorted(self.scenes) if shared else [name]
 
-    def folders(self, method: str, name: str) -> tuple[Path, Path]:
-        """Where the field and the refiner of a method stand for a scene."""
-        field = self.cache.path("field", name, self._field_keys[method, name])
+    def field_folder(self, method: str, name: str) -> Path:
+        """Where the field of a method stands for a scene or one of `others`."""
+        return self.cache.path("field", name, self._field_keys[method, name])
+
+    def refiner_folder(self, method: str, name: str) -> Path:
+        """Where the refiner of a method stands for a scene."""
         served = self.served(method, name)
         fields = [self._field_keys[method, one] for one in (*served, *self.others(name))]
         whose = "all" if len(served) > 1 else name
-        return field, self.cache.path("refiner", whose, refiner_key(self.methods[method], fields))
+        return self.cache.path("refiner", whose, refiner_key(self.methods[method], fields))
 
 
 class Cost(NamedTuple):
@@ -144,6 +164,8 @@ def run_comparison(
     for row in comparison.rows:
         if row.part == "refined":
             for name in comparison.scenes:
+                for other in comparison.others(name):
+                    _train_field(comparison, row.method, other, device, say)
                 _train_refiner(comparison, row.method, name, device, say)
     results = Results({row.name: {} for row in comparison.rows}, {}, about_lpips)
     for name in comparison.scenes:
@@ -152,7 +174,8 @@ def run_comparison(
         view = next(v for v in views if v != reference_view(scene, comparison.split))
         results.shown[name] = Shown(view, scene.images[view], {})
         for row in comparison.rows:
-            field, refiner = comparison.folders(row.method, name)
+            field = comparison.field_folder(row.method, name)
+            refiner = comparison.refiner_folder(row.method, name)
             config = comparison.methods[row.method]
             images = make_images(row.part, config, scene, views, field, refiner, device)
             values = _score_images(images, scene.images[views], comparison.protocol, lpips)
@@ -176,7 +199,7 @@ def _train_field(
         metrics = run_field(config, scene, folder, device=device)
         say(f"{name}: stage 1 of {method} trained in {metrics['seconds']:.0f} s")
 
-    comparison.cache.complete(comparison.folders(method, name)[0], train)
+    comparison.cache.complete(comparison.field_folder(method, name), train)
 
 
 def _train_refiner(
@@ -185,8 +208,8 @@ def _train_refiner(
     config, served = comparison.methods[method], comparison.served(method, name)
 
     def load(one: str) -> tuple[Scene, Renders]:
-        field, _ = comparison.folders(method, one)
-        return comparison.scene(one), load_renders(field / RENDERS_FILE)
+        renders = comparison.field_folder(method, one) / RENDERS_FILE
+        return comparison.scene(one), load_renders(renders)
 
     def train(folder: Path) -> None:
         report, ((scene, renders), *beside) = ignore, map(load, served)
@@ -199,7 +222,7 @@ def _train_refiner(
         )  # fmt: skip
         say(f"{', '.join(served)}: stage 2 of {method} trained in {metrics['seconds']:.0f} s")
 
-    comparison.cache.complete(comparison.folders(method, name)[1], train)
+    comparison.cache.complete(comparison.refiner_folder(method, name), train)
 
 
 def _score_images(

@@ -1,5 +1,6 @@
 """Low-res photographs from high-res ones, and batches of their pixels."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,18 @@ def downsample(
         return torch.from_numpy(np.stack(resized))
     averaged = F.avg_pool2d(images.movedim(-1, 1).float(), scale)
     return averaged.round().to(torch.uint8).movedim(1, -1).contiguous()
+
+
+def scale_below(scene: Scene, kernel: str) -> Scene:
+    """The scene as its low-res photographs show it: they stand for the high-res ones."""
+    low_res = downsample(scene.images, scene.scale, kernel)
+    height, width = (side - side % scene.scale for side in low_res.shape[1:3])
+    return replace(
+        scene,
+        images=low_res[:, :height, :width].contiguous(),
+        focal=scene.focal / scene.scale,
+        center=(scene.center[0] / scene.scale, scene.center[1] / scene.scale),
+    )
 
 
 class PixelBatch(NamedTuple):

@@ -52,7 +52,9 @@ def train_refiner(
 
     With `beside` those scenes share the refiner: it is trained on them, too, and scores are means
     over all. With `others` those scenes alone are trained on, and nothing of `scene`
-    (`unseen-scene`). With `until` the training stops after that many of its steps, to be resumed.
+    (`unseen-scene`, `low-res-only`); what codes learn there is trusted as far as one of them
+    confirms it for another. With `until` the training stops after that many of its steps, to be
+    resumed.
 
     Reports the losses as `train/...`, codebook health since the last report as `codebook/...` (of
     rank 0's patches), `val/psnr` (dB), `val/ssim`, and `val/gain` (dB), the change of PSNR against
@@ -76,16 +78,14 @@ def train_refiner(
     if isinstance(refiner, Refiner):
         health = CodebookHealth(refiner.autoencoder.quantizer.num_codes, device)
 
-    by_scene = len(others) > 1
-    seen, wanted, parts = _training_views(config, others or served, by_scene)
+    seen, wanted, parts = _training_views(config, others or served, by_scene=bool(others))
+    held_out = [part for part in sorted({*parts}) if part or len(others) > 1]
     if isinstance(refiner, Refiner) and resume_from is None:
         refiner.start_from(to_unit(wanted, device))
 
     def fit_filters() -> None:
         if isinstance(refiner, ResidualRefiner):
-            images = to_unit(seen, device), to_unit(wanted, device)
-            held_out = [part for part in {*parts} if part or by_scene]
-            refiner.fit_filters(*images, parts, held_out)
+            refiner.fit_filters(to_unit(seen, device), to_unit(wanted, device), parts, held_out)
 
     def evaluate() -> dict[str, float]:
         fit_filters()

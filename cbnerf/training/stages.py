@@ -81,8 +81,8 @@ def run_refiner(
     """Train stage 2 and write a strip (photograph | stage 1 | refined) of a validation view.
 
     With `beside` it is trained on those scenes, too, and validated on all (`codebook.shared`); with
-    `others` on those scenes alone (protocol `unseen-scene`). With `until` it stops after that many
-    steps, and a later call goes on from there.
+    `others` on those scenes alone (protocols `unseen-scene` and `low-res-only`). With `until` it
+    stops after that many steps, and a later call goes on from there.
     """
 
     def train(keep: Report, resume_from: Path | None) -> None:

@@ -21,7 +21,7 @@ from cbnerf.training.evaluation import mean_score, score_views
 KNOBS = [
     "data.width=32", "field.num_coarse_samples=8", "field.num_fine_samples=4",
     "field.optim.steps=2", "field.optim.batch_size=16", "refiner.optim.steps=4",
-    "refiner.optim.evaluations=2", "refiner.patch_size=16", "refiner.references=2",
+    "refiner.optim.evaluations=2", "refiner.patch_size=8", "refiner.references=2",
     "codebook.size=16",
 ]  # fmt: skip
 
@@ -162,6 +162,21 @@ def test_an_unseen_scene_is_refined_by_what_others_taught(compare, photographs: 
     for row in ("cb-nerf stage 1", "nerf-sr stage 1"):
         assert report["rows"][row]["mean"] == own["rows"][row]["mean"]
     assert report["rows"]["linear"]["mean"] != own["rows"]["linear"]["mean"]
+
+
+def test_low_res_photographs_alone_can_teach_a_refiner(compare, storage: Path, photographs: Path):
+    arguments = (f"--data={photographs}", "--scenes=fern", "--methods=cb-nerf,linear,nerf-sr")
+    report, _, printed = compare(*arguments, "--protocol=low-res-only")
+    own, _, _ = compare(*arguments)
+    assert set(own["rows"]) - set(report["rows"]) == {"nerf-sr"}
+    assert report["rows"]["cb-nerf stage 1"]["mean"] == own["rows"]["cb-nerf stage 1"]["mean"]
+    assert report["rows"]["linear"]["mean"] != own["rows"]["linear"]["mean"]
+    assert "fern@low-res: stage 1 of cb-nerf trained" in printed
+    assert "fern@low-res: stage 1 of nerf-sr" not in printed
+    (below,) = storage.glob("cache/field-fern@low-res-*")
+    assert load_renders(below / "renders.npz").rgb.shape == (10, 12, 16, 3)
+    _, _, printed = compare(*arguments, "--protocol=low-res-only")
+    assert "trained" not in printed
 
 
 def test_scenes_can_share_a_codebook(compare, storage: Path, photographs: Path, tmp_path: Path):

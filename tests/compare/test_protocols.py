@@ -6,6 +6,7 @@ import torch
 from cbnerf.compare.protocols import (
     DESCRIPTIONS,
     PUBLISHED,
+    WITHOUT_PHOTOGRAPH,
     adapt,
     released_psnr,
     scored_views,
@@ -43,7 +44,7 @@ def test_released_psnr_is_six_decibels_low(pair):
 def test_table1_takes_the_best_view_the_others_the_mean():
     views = [{"psnr": 20.0, "ssim": 0.9}, {"psnr": 23.0, "ssim": 0.5}, {"psnr": 20.0, "ssim": 0.7}]
     assert summarise(views, "table1") == {"psnr": 23.0, "ssim": 0.9}
-    for protocol in ("holdout", "unseen-scene"):
+    for protocol in ("holdout", *WITHOUT_PHOTOGRAPH):
         assert summarise(views, protocol) == pytest.approx({"psnr": 21.0, "ssim": 0.7})
 
 

@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cbnerf.compare.protocols import WITHOUT_PHOTOGRAPH, Protocol
 from cbnerf.compare.rows import enlarge, make_rows
 from cbnerf.config import METHODS, RESOLUTIONS, preset
 
@@ -20,8 +21,9 @@ def test_all_methods_give_all_rows_and_shared_fields_one(resolution: str):
     assert [row.name for row in make_rows(methods, "table1")] == ALL
 
 
-def test_an_unseen_scene_has_no_reference_to_look_into():
-    rows = make_rows(METHODS, "unseen-scene")
+@pytest.mark.parametrize("protocol", WITHOUT_PHOTOGRAPH)
+def test_without_a_photograph_there_is_no_reference_to_look_into(protocol: Protocol):
+    rows = make_rows(METHODS, protocol)
     assert [row.name for row in rows] == [name for name in ALL if name != "nerf-sr"]
 
 

@@ -1,9 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from cbnerf.data.pixels import PixelSampler, downsample
+from cbnerf.data.pixels import PixelSampler, downsample, scale_below
 from cbnerf.data.scene import Scene
+from cbnerf.nerf.rays import make_world_rays
 from cbnerf.noise import Noise
+from cbnerf.training.field import scene_cameras
 
 CPU = torch.device("cpu")
 
@@ -39,6 +43,29 @@ def test_kernels_differ(tiny_scene: Scene):
 
 def test_scale_one_changes_nothing(tiny_scene: Scene):
     assert torch.equal(downsample(tiny_scene.images, 1, "lanczos"), tiny_scene.images)
+
+
+def test_a_scale_below_stand_the_low_res_photographs_with_their_rays(tiny_scene: Scene):
+    below = scale_below(tiny_scene, "box")
+    assert torch.equal(below.images, downsample(tiny_scene.images, 2, "box"))
+    assert (below.scale, below.name) == (2, tiny_scene.name)
+    # The middle of a low-res pixel is the corner that four high-res pixels share.
+    view = torch.tensor([3, 3, 3])
+    column, row = torch.tensor([0.5, 7.5, 31.5]), torch.tensor([0.5, 11.5, 23.5])
+    rays = make_world_rays(scene_cameras(below, CPU), view, column, row)
+    expected = make_world_rays(scene_cameras(tiny_scene, CPU), view, 2 * column, 2 * row)
+    torch.testing.assert_close(rays, expected)
+
+
+@pytest.mark.parametrize("scale, size", [(2, (22, 32)), (4, (8, 16))])
+def test_a_scale_below_sides_are_multiples_of_the_scale_again(
+    tiny_scene: Scene, scale: int, size: tuple[int, int]
+):
+    scene = replace(tiny_scene, images=tiny_scene.images[:, :44], scale=scale)
+    below = scale_below(scene, "box")
+    assert below.images.shape[1:3] == size
+    low_res = downsample(scene.images, scale, "box")
+    assert torch.equal(below.images, low_res[:, : size[0], : size[1]])
 
 
 def test_pixels_have_the_colour_of_their_place(tiny_scene: Scene):

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cbnerf.codebook.refiner import ResidualRefiner
 from cbnerf.config import METHODS, Config, preset, with_overrides
 from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders
@@ -207,6 +208,24 @@ def test_several_scenes_are_parts_of_their_own_and_one_scene_is_two(tiny_scene, 
     assert three == sorted(three) and set(three) == {0, 1, 2}
     _, _, shared = _training_views(config, [pair] * 3, by_scene=False)
     assert shared == alone * 3
+
+
+@pytest.mark.parametrize("others, expected", [(0, [1]), (1, []), (2, [0, 1])])
+def test_codes_are_trusted_as_far_as_what_is_held_out_confirms(
+    others: int, expected: list[int], tiny_scene, tiny_renders, keep, monkeypatch
+):
+    asked: list[list[int]] = []
+    fit = ResidualRefiner.fit_filters
+
+    def ask(refiner, renders, photographs, parts, held_out) -> None:
+        asked.append(held_out)
+        fit(refiner, renders, photographs, parts, held_out)
+
+    monkeypatch.setattr(ResidualRefiner, "fit_filters", ask)
+    pair = (tiny_scene, tiny_renders)
+    config = make_config("residual")
+    train_refiner(config, *pair, device=CPU, report=keep, others=[pair] * others)
+    assert asked == [expected] * 2
 
 
 def test_reported_refiners_have_their_filters(train, keep):
