@@ -250,8 +250,8 @@ class RefinerConfig:
     references: int = 8
     """Patches of the high-res photograph that the reference refiner sees with each render."""
     neighbours: int = 3
-    """Codes nearest to a pixel whose filters correct it together in the residual refiner; 1 leaves
-    it to the nearest."""
+    """Codes nearest to a pixel whose filters correct it together in the residual refiner, all but
+    one of a tiny codebook at most; 1 leaves it to the nearest."""
     patch_size: int = 64
     """Side of a training patch in high-res pixels; a multiple of 4."""
     optim: OptimConfig = OptimConfig(steps=10_000, batch_size=32, lr=2e-3)
@@ -308,11 +308,6 @@ class Config:
         _check(
             not self.codebook.shared or kind not in ("reference", "none"),
             "codebook.shared", True, f"false with refiner.kind = {kind}",
-        )  # fmt: skip
-        neighbours, size = self.refiner.neighbours, self.codebook.size
-        _check(
-            kind != "residual" or neighbours < size,
-            "refiner.neighbours", neighbours, f"less than codebook.size = {size}",
         )  # fmt: skip
 
 

@@ -232,8 +232,10 @@ class ResidualRefiner(Refiner):
         nn.init.zeros_(tail.weight)
         nn.init.zeros_(tail.bias)  # pyright: ignore[reportArgumentType]
         self.tail = nn.Sequential(tail, nn.PixelShuffle(2))
-        self._uses_codes, self._neighbours = config.refiner.codes, config.refiner.neighbours
-        self.filters = CodeFilters(self.autoencoder.quantizer.num_codes if self._uses_codes else 1)
+        num_codes = self.autoencoder.quantizer.num_codes
+        self._uses_codes = config.refiner.codes
+        self._neighbours = min(config.refiner.neighbours, num_codes - 1)
+        self.filters = CodeFilters(num_codes if self._uses_codes else 1)
         # At half resolution 2 pixels for each block and 1 for each of head and tail; or a code:
         # 1 cell of the smooth image, 3 pixels of its encoder.
         self.halo = STRIDE * max(blocks + 1, 3)

@@ -111,6 +111,19 @@ def test_the_control_is_the_same_network_with_one_filter():
         assert torch.equal(network.refine(sr), before) == ignores
 
 
+def test_neighbours_join_the_nearest_code():
+    sr, _ = draw_pair()
+    table = torch.randn(16, 148, 3, generator=torch.Generator().manual_seed(2)) * 0.02
+    refined = []
+    for neighbours in (1, 3, 15, 99):
+        refiner = make_refiner(refiner__neighbours=neighbours)
+        refiner.filters.table.copy_(table)
+        refined.append(refiner.refine(sr))
+    one, three, most, more = refined
+    assert not torch.equal(one, three) and not torch.equal(three, most)
+    assert torch.equal(most, more)  # there are 16 codes
+
+
 def test_control_gets_the_same_gradients():
     sr, high_res = draw_pair()
     gradients: list[dict[str, torch.Tensor]] = []
