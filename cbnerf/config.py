@@ -330,9 +330,6 @@ _HEALTHY_CODEBOOK = CodebookConfig(
     dim=32, imitation="ce", ema=True, kmeans_init=True, revive_below=0.05
 )
 
-FIELD_KNOBS = ("data.", "field.", "seed", "deterministic")
-"""What the names of the knobs that stage 1 knows of begin with."""
-
 METHODS: dict[str, Config] = {
     "nerf": Config(
         field=replace(_MLP_FIELD, super_sampling=False), refiner=RefinerConfig(kind="none")
@@ -412,6 +409,10 @@ def preset(method: str, resolution: str = DEFAULT_RESOLUTION) -> Config:
     return with_overrides(METHODS[method], RESOLUTIONS[resolution] | published)
 
 
+FIELD_KNOBS = ("data.", "field.", "seed", "deterministic")
+"""What the names of the knobs that stage 1 knows of begin with."""
+
+
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """All knobs as `{"codebook.size": 1024, ...}`, in the order of this page."""
     flat: dict[str, Any] = {}
@@ -420,6 +421,11 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         name = prefix + knob.name
         flat |= flatten(value, name + ".") if is_dataclass(value) else {name: value}
     return flat
+
+
+def flatten_field(config: Config) -> dict[str, Any]:
+    """The knobs that stage 1 knows of."""
+    return {name: v for name, v in flatten(config).items() if name.startswith(FIELD_KNOBS)}
 
 
 def knob_type(name: str) -> Any:

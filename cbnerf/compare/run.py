@@ -164,8 +164,6 @@ def run_comparison(
     for row in comparison.rows:
         if row.part == "refined":
             for name in comparison.scenes:
-                for other in comparison.others(name):
-                    _train_field(comparison, row.method, other, device, say)
                 _train_refiner(comparison, row.method, name, device, say)
     results = Results({row.name: {} for row in comparison.rows}, {}, about_lpips)
     for name in comparison.scenes:
@@ -192,14 +190,15 @@ def run_comparison(
 
 def _train_field(
     comparison: Comparison, method: str, name: str, device: torch.device, say: Callable[[str], None]
-) -> None:
+) -> Path:
+    """The folder of a field, trained now if nobody has."""
     config, scene = comparison.methods[method], comparison.scene(name)
 
     def train(folder: Path) -> None:
         metrics = run_field(config, scene, folder, device=device)
         say(f"{name}: stage 1 of {method} trained in {metrics['seconds']:.0f} s")
 
-    comparison.cache.complete(comparison.field_folder(method, name), train)
+    return comparison.cache.complete(comparison.field_folder(method, name), train)
 
 
 def _train_refiner(
@@ -208,8 +207,8 @@ def _train_refiner(
     config, served = comparison.methods[method], comparison.served(method, name)
 
     def load(one: str) -> tuple[Scene, Renders]:
-        renders = comparison.field_folder(method, one) / RENDERS_FILE
-        return comparison.scene(one), load_renders(renders)
+        folder = _train_field(comparison, method, one, device, say)
+        return comparison.scene(one), load_renders(folder / RENDERS_FILE)
 
     def train(folder: Path) -> None:
         report, ((scene, renders), *beside) = ignore, map(load, served)

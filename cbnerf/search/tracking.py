@@ -14,7 +14,7 @@ import imageio.v3 as iio
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 
-from cbnerf.config import FIELD_KNOBS, flatten, with_overrides
+from cbnerf.config import flatten_field, with_overrides
 from cbnerf.search.judge import Metrics
 from cbnerf.search.ledger import Unit
 from cbnerf.search.plan import Plan
@@ -58,9 +58,7 @@ class Tracker:
         run = self._run(f"field/{folder.name}", f"stage 1 {scene}", {"cbnerf.kind": "field",
                         "cbnerf.scene": scene, "cbnerf.field": folder.name})  # fmt: skip
         self._fields[scene] = run
-        knobs = flatten(self._plan.base)
-        stage_knobs = {k: v for k, v in knobs.items() if k.startswith(FIELD_KNOBS)}
-        self._log(run, {}, params={"scene": scene, **stage_knobs})
+        self._log(run, {}, params={"scene": scene, **flatten_field(self._plan.base)})
         self._log_once(run, metrics, self._plan.base.field.optim.steps)
         for name in (CONFIG_FILE, FIELD_FILE):
             self._client.log_artifact(run, str(folder / name))

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from cbnerf.config import FIELD_KNOBS, Config, flatten, with_overrides
+from cbnerf.config import Config, flatten, flatten_field, with_overrides
 
 Stage = Literal["field", "refiner"]
 
@@ -33,8 +33,7 @@ def knobs_of_stage(config: Config, stage: Stage) -> Config:
     """The configuration with all knobs at their defaults that this stage knows nothing of."""
     if stage == "refiner":
         return config
-    known = {k: v for k, v in flatten(config).items() if k.startswith(FIELD_KNOBS)}
-    return with_overrides(Config(), known)
+    return with_overrides(Config(), flatten_field(config))
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import cbnerf
-from cbnerf.config import FIELD_KNOBS, Config, flatten
+from cbnerf.config import Config, flatten, flatten_field
 from cbnerf.data.scene import Scene
 
 # What stage 1 is made of; a change there makes old entries unreachable.
@@ -34,8 +34,7 @@ def field_key(config: Config, scene: Scene) -> str:
     digest.update(scene.images.numpy().tobytes())
     digest.update(scene.camera_to_world.numpy().tobytes())
     intrinsics = [scene.focal, scene.center, scene.depth_range, scene.scale]
-    knobs = {k: v for k, v in flatten(config).items() if k.startswith(FIELD_KNOBS)}
-    digest.update(json.dumps([intrinsics, knobs], sort_keys=True).encode())
+    digest.update(json.dumps([intrinsics, flatten_field(config)], sort_keys=True).encode())
     digest.update(_stage_code().encode())
     return digest.hexdigest()[:16]
 
