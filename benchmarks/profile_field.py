@@ -5,7 +5,7 @@
 Trains a field under torch's profiler and sums operators' own time by what they serve. The floor is
 the time that the step's matrix products (FLOP, torch's counter) and its memory traffic (bytes that
 operators read and write) would take at the peaks that this machine reaches in the same run: a
-large bfloat16 matrix product and a large copy.
+large matrix product, in bfloat16 where the networks multiply in it, and a large copy.
 """
 
 import time
@@ -25,14 +25,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from cbnerf.config import preset, with_overrides
 from cbnerf.data.procedural import make_capture
 from cbnerf.data.scene import make_scene
+from cbnerf.nerf.model import multiplies_bfloat16
 from cbnerf.training.field import train_field
 from cbnerf.training.processes import choose_device
 
 PARTS = {
-    "plane lookups": ("embedding_bag", "index_add", "scatter_add"),
-    "plane pyramid": ("upsample",),
-    "networks": ("aten::mm", "addmm", "threshold_backward", "clamp_min"),
-    "sampling": ("searchsorted", "gather", "cumsum", "sort", "rand", "uniform_"),
+    "plane lookups": ("embedding_bag", "scatter_add"),
+    "plane pyramid": ("lerp", "index_select"),
+    "backward of the pyramid, on a GPU of the lookups, too": ("index_add",),
+    "networks and sums along rays": ("aten::mm", "addmm", "threshold_backward", "clamp_min"),
+    "sampling": ("searchsorted", "gather", "sort", "rand", "uniform_"),
     "optimiser": ("adam", "Adam"),
     "loss of total variation": ("mse_loss",),
 }
@@ -92,7 +94,9 @@ def main(options: Options) -> None:
         train()
     gflop = flops.get_total_flops() / options.steps / 1e9
     gigabytes = traffic.total / options.steps / 1e9
-    peak_flops, peak_bytes = _peak_gflop_per_second(device), _peak_gigabytes_per_second(device)
+    dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+    peak_flops = _peak_gflop_per_second(device, dtype)
+    peak_bytes = _peak_gigabytes_per_second(device)
     floor = max(gflop / peak_flops, gigabytes / peak_bytes)
     lines = [
         f"# A training step of {options.method} at {options.resolution}, batch "
@@ -129,8 +133,8 @@ def _shares(recorded: profile) -> dict[str, float]:
     return {part: spent / total for part, spent in times.items()}
 
 
-def _peak_gflop_per_second(device: torch.device, size: int = 4096) -> float:
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+def _peak_gflop_per_second(device: torch.device, dtype: torch.dtype, size: int = 4096) -> float:
+    a = torch.randn(size, size, device=device, dtype=dtype)
     return 2 * size**3 / _seconds(lambda: a @ a) / 1e9
 
 

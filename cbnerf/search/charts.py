@@ -57,9 +57,9 @@ def _figures(ledger: Ledger) -> Iterator[tuple[str, str, go.Figure]]:
     study, objectives = ledger.study, ledger.plan.spec.objectives
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     for index, name in enumerate(objectives):
-        figure = charts.plot_optimization_history(
-            study, target=lambda trial, i=index: trial.values[i], target_name=name
-        )
+        # Without a target, Optuna draws the best so far; it knows that of a single objective.
+        target = None if len(objectives) == 1 else lambda trial, i=index: trial.values[i]
+        figure = charts.plot_optimization_history(study, target=target, target_name=name)
         yield f"History of {name}", "Each configuration in the order of its number.", figure
     if len(objectives) in (2, 3):
         figure = charts.plot_pareto_front(study, target_names=list(objectives))
