@@ -252,6 +252,10 @@ class RefinerConfig:
     neighbours: int = 3
     """Codes nearest to a pixel whose filters correct it together in the residual refiner, all but
     one of a tiny codebook at most; 1 leaves it to the nearest."""
+    consistency: float = 10.0
+    """Where a scene gives no high-res photograph (`unseen-scene`, `low-res-only`): how much it
+    counts that refined views, shrunk, are its low-res ones, against keeping to what was learned
+    elsewhere; of `residual` and `linear`. 0 leaves it out."""
     patch_size: int = 64
     """Side of a training patch in high-res pixels; a multiple of 4."""
     optim: OptimConfig = OptimConfig(steps=10_000, batch_size=32, lr=2e-3)
@@ -267,6 +271,7 @@ class RefinerConfig:
         )  # fmt: skip
         for name in ("channels", "blocks", "references", "neighbours"):
             _check(getattr(self, name) >= 1, f"refiner.{name}", getattr(self, name), "at least 1")
+        _check(self.consistency >= 0, "refiner.consistency", self.consistency, "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,6 +123,7 @@ def test_values_become_the_type_of_their_knob(name: str, value, expected):
         ("codebook.beta", float("nan"), "codebook.beta = nan must be at least 0"),
         ("field.planes.scales", [], "field.planes.scales"),
         ("refiner.neighbours", 0, "refiner.neighbours = 0 must be at least 1"),
+        ("refiner.consistency", -1.0, "refiner.consistency = -1.0 must be at least 0"),
         ("refiner.patch_size", 30, "refiner.patch_size = 30 must be a multiple of 4"),
         ("data.width", 4, "data.width = 4 must be at least 8"),
         ("data.test_every", 1, "data.test_every = 1 must be at least 2"),

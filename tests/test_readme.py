@@ -1,4 +1,4 @@
-"""The commands of README.md run, or at least parse, as they stand there."""
+"""The commands of README.md and benchmarks/README.md run, or at least parse, as they stand."""
 
 import re
 import shlex
@@ -12,9 +12,11 @@ from cbnerf.cli import Compare, parse_command
 from cbnerf.config import Config, flatten, load_yaml
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-COMPARE_COMMANDS = re.findall(r"cbnerf compare ([^#\n`]*)", README)
-TUNE_COMMANDS = re.findall(r"python (?:~/cbnerf/)?tune\.py ([^#\n`']*)", README)
+PAGES = {page: (ROOT / page).read_text() for page in ("README.md", "benchmarks/README.md")}
+README = PAGES["README.md"]
+TEXT = "".join(PAGES.values())
+COMPARE_COMMANDS = re.findall(r"cbnerf compare (-[^#\n`]*)", TEXT)
+TUNE_COMMANDS = re.findall(r"python (?:~/cbnerf/)?tune\.py ([^#\n`']*)", TEXT)
 
 
 def block_after(mark: str) -> str:
@@ -64,6 +66,9 @@ def test_set_up_lines_use_the_constraints_that_were_tested():
     assert all("-c constraints.txt" in line for line in lines)
 
 
-def test_files_that_readme_shows_exist():
-    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_shows_exist(page: str):
+    shown = re.findall(r"\]\(([^)]+)\)", PAGES[page])
+    assert shown
+    for path in shown:
+        assert (ROOT / page).parent.joinpath(path).exists(), path

@@ -12,23 +12,17 @@ from functools import reduce
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from cbnerf.codebook.neighbourhoods import INPUTS, ROWS, Neighbourhoods
 from cbnerf.codebook.quantizer import Neighbours
 
-SIDE = 7
-"""Pixels per side of a filter."""
-_REACH = SIDE // 2
-_INPUTS = 3 * SIDE**2 + 1
 PRIORS = (100.0, 300.0, 1e3, 1e4, 3e4, 1e5)
 """Pixels that the common filter counts for in the regression of each code."""
 _JURY = 4
 """Every so many-th code takes part in the choice among them, at most those solved at once."""
 _RIDGE = 1e-5
-_ROWS = 2**15
-"""Neighbourhoods that are held at once."""
 _CODES = 256
 """Regressions that are solved at once."""
 
@@ -47,16 +41,20 @@ class CodeFilters(nn.Module):
 
     def __init__(self, num_codes: int):
         super().__init__()
-        self.table = nn.Parameter(torch.zeros(num_codes, _INPUTS, 3), requires_grad=False)
+        self.table = nn.Parameter(torch.zeros(num_codes, INPUTS, 3), requires_grad=False)
+
+    def add(self, filter: Float[Tensor, "inputs 3"]) -> None:
+        """Let all codes correct by this one, too."""
+        self.table += filter.to(self.table.dtype)
 
     def forward(
         self, sr: Float[Tensor, "3 height width"], codes: Neighbours
     ) -> Float[Tensor, "3 height width"]:
         """The correction of each pixel by the filters of its codes `[height width neighbours]`."""
-        around = _Neighbourhoods([sr])
+        around = Neighbourhoods([sr])
         indices, shares = codes.indices.flatten(0, 1), codes.shares.flatten(0, 1)
         parts = []
-        for some in torch.arange(len(indices), device=sr.device).split(_ROWS):
+        for some in torch.arange(len(indices), device=sr.device).split(ROWS):
             rows = around.rows(some)
             parts.append(
                 sum(
@@ -133,26 +131,11 @@ class _Common:
         return self._inverse.T @ filters
 
 
-class _Neighbourhoods:
-    """The 7x7 pixels around each pixel of images of one size, and a one for the constant."""
-
-    def __init__(self, images: Sequence[Float[Tensor, "3 height width"]]):
-        padded = F.pad(torch.stack(list(images)), (_REACH,) * 4, mode="replicate")
-        self._windows = padded.unfold(2, SIDE, 1).unfold(3, SIDE, 1)
-
-    def rows(self, places: Int[Tensor, " pixels"]) -> Float[Tensor, "pixels inputs"]:
-        """Of the pixels at these places, counted through all images."""
-        _, _, height, width, _, _ = self._windows.shape
-        image, row = places // (height * width), places // width % height
-        around = self._windows[image, :, row, places % width].flatten(1)
-        return torch.cat([around, torch.ones_like(around[:, :1])], dim=1)
-
-
 class _Pixels:
     """All pixels of some views, sorted by their codes: a pixel stands with each of them."""
 
     def __init__(self, views: Sequence[Corrections]):
-        self._around = _Neighbourhoods([view.sr for view in views])
+        self._around = Neighbourhoods([view.sr for view in views])
         self._wanted = torch.cat([view.wanted.flatten(1) for view in views], dim=1).T
         indices, shares = (
             torch.cat([part.flatten(0, 1) for part in parts])
@@ -169,9 +152,9 @@ class _Pixels:
 
     def total(self) -> _Sums:
         """Over all pixels, in float64."""
-        gram = self._wanted.new_zeros(_INPUTS, _INPUTS, dtype=torch.float64)
-        moments = self._wanted.new_zeros(_INPUTS, 3, dtype=torch.float64)
-        for places in self._places.split(_ROWS):
+        gram = self._wanted.new_zeros(INPUTS, INPUTS, dtype=torch.float64)
+        moments = self._wanted.new_zeros(INPUTS, 3, dtype=torch.float64)
+        for places in self._places.split(ROWS):
             rows = self._around.rows(places)
             gram += rows.T @ rows
             moments += rows.T @ self._wanted[places]
@@ -179,12 +162,12 @@ class _Pixels:
 
     def sums(self, codes: Int[Tensor, " codes"], common: _Common) -> _Sums:
         """Over the whitened pixels of each of these codes, each as much as its share."""
-        gram = self._wanted.new_zeros(len(codes), _INPUTS, _INPUTS)
-        moments = self._wanted.new_zeros(len(codes), _INPUTS, 3)
+        gram = self._wanted.new_zeros(len(codes), INPUTS, INPUTS)
+        moments = self._wanted.new_zeros(len(codes), INPUTS, 3)
         members = [self._members.get(code, self._nobody) for code in codes.tolist()]
         own, shares = zip(*members, strict=True)
         slots = torch.arange(len(codes)).repeat_interleave(torch.tensor([len(o) for o in own]))
-        chunks = (x.split(_ROWS) for x in (torch.cat(own), torch.cat(shares), slots))
+        chunks = (x.split(ROWS) for x in (torch.cat(own), torch.cat(shares), slots))
         for places, share, some in zip(*chunks, strict=True):
             weight = share.sqrt()[:, None]
             rows = common.whiten(self._around.rows(places)) * weight

@@ -6,14 +6,10 @@ There is nothing to search and nothing random: the filter is the minimum of the 
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-SIDE = 7
-"""Pixels per side of the filter."""
-_STRIP = 64
-"""Rows of an image that are unfolded at once."""
+from cbnerf.codebook.neighbourhoods import INPUTS, ROWS, SIDE, Neighbourhoods, solve
 
 
 class LinearRefiner(nn.Module):
@@ -32,6 +28,13 @@ class LinearRefiner(nn.Module):
         """Refine whole images of any size, in [0, 1]."""
         return self.filter(sr).clamp(0, 1)
 
+    @torch.no_grad()
+    def add_filter(self, filter: Float[Tensor, "inputs 3"]) -> None:
+        """Correct by this filter of the render, too."""
+        self.filter.weight += filter[:-1].T.reshape_as(self.filter.weight)
+        assert self.filter.bias is not None
+        self.filter.bias += filter[-1]
+
 
 @torch.no_grad()
 def fit_filter(
@@ -43,33 +46,20 @@ def fit_filter(
     Returns its mean squared error, of values in [0, 1], before clamping.
     """
     device = refiner.filter.weight.device
-    inputs = 3 * SIDE**2 + 1
-    gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
-    moments = torch.zeros(inputs, 3, dtype=torch.float64, device=device)
+    gram = torch.zeros(INPUTS, INPUTS, dtype=torch.float64, device=device)
+    moments = torch.zeros(INPUTS, 3, dtype=torch.float64, device=device)
     square, count = torch.zeros((), dtype=torch.float64, device=device), 0
     for render, photograph in pairs:
-        for rows, colors in _unfold(render, photograph):
-            gram += rows @ rows.T
-            moments += rows @ colors.T
+        around, wanted = Neighbourhoods([render]), photograph.flatten(1).T.double()
+        for places in torch.arange(len(wanted), device=device).split(ROWS):
+            rows, colors = around.rows(places).double(), wanted[places]
+            gram += rows.T @ rows
+            moments += rows.T @ colors
             square += colors.square().sum()
             count += colors.numel()
-    # gelsd, which bears a rank-deficient system, exists on the CPU only.
-    solution = torch.linalg.lstsq(gram.cpu(), moments.cpu(), driver="gelsd").solution.to(device)
-    refiner.filter.weight.copy_(solution[:-1].T.reshape_as(refiner.filter.weight))
-    assert refiner.filter.bias is not None
-    refiner.filter.bias.copy_(solution[-1])
+    solution = solve(gram, moments)
+    for parameter in refiner.parameters():
+        parameter.zero_()
+    refiner.add_filter(solution)
     error = square - 2 * (solution * moments).sum() + (solution * (gram @ solution)).sum()
     return float(error) / count
-
-
-def _unfold(
-    render: Tensor, photograph: Tensor
-) -> Iterable[tuple[Float[Tensor, "inputs pixels"], Float[Tensor, "3 pixels"]]]:
-    """Neighbourhoods, with a one for the constant, and the colours wanted; some rows at a time."""
-    margin = SIDE // 2
-    padded = F.pad(render[None], (margin,) * 4, mode="replicate")
-    for top in range(0, photograph.shape[1], _STRIP):
-        colors = photograph[:, top : top + _STRIP].flatten(1).double()
-        strip = padded[:, :, top : top + _STRIP + 2 * margin]
-        around = F.unfold(strip, SIDE)[0].double()
-        yield torch.cat([around, torch.ones_like(around[:1])]), colors

@@ -268,6 +268,13 @@ class ResidualRefiner(Refiner):
             views[part].append(Corrections(sr[0], self._find_codes(sr[0]), wanted[0]))
         self.filters.fit(views, held_out)
 
+    @torch.no_grad()
+    def add_filter(self, filter: Float[Tensor, "inputs 3"]) -> None:
+        """Correct by this filter of the render in [0, 1], too, whatever the code."""
+        # x = (signed + 1) / 2: colours keep their factors, the constant takes what they lose.
+        constant = filter[:-1].sum(0) + 2 * filter[-1]
+        self.filters.add(torch.cat([filter[:-1], constant[None]]))
+
     def _select_coded(self, images: Tensor) -> Tensor:
         smooth = F.avg_pool2d(images, STRIDE)
         return images - F.interpolate(smooth, scale_factor=STRIDE, mode="bilinear")

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
+from cbnerf.codebook.consistency import LowResView, fit_consistent_filter
 from cbnerf.codebook.health import CodebookHealth
 from cbnerf.codebook.linear import LinearRefiner, fit_filter
 from cbnerf.codebook.refiner import (
@@ -19,6 +20,7 @@ from cbnerf.codebook.refiner import (
 )
 from cbnerf.config import Config
 from cbnerf.data.patches import PatchSampler
+from cbnerf.data.pixels import downsample
 from cbnerf.data.references import ReferencePatchSampler, find_references, reference_view
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
@@ -51,10 +53,10 @@ def train_refiner(
     """Train on the training views' photographs and renders; score refined validation views.
 
     With `beside` those scenes share the refiner: it is trained on them, too, and scores are means
-    over all. With `others` those scenes alone are trained on, and nothing of `scene`
-    (`unseen-scene`, `low-res-only`); what codes learn there is trusted as far as one of them
-    confirms it for another. With `until` the training stops after that many of its steps, to be
-    resumed.
+    over all. With `others` those scenes alone are trained on (`unseen-scene`, `low-res-only`); what
+    codes learn there is trusted as far as one of them confirms it for another, and of `scene` the
+    low-res photographs of its training views have a say (`refiner.consistency`). With `until` the
+    training stops after that many of its steps, to be resumed.
 
     Reports the losses as `train/...`, codebook health since the last report as `codebook/...` (of
     rank 0's patches), `val/psnr` (dB), `val/ssim`, and `val/gain` (dB), the change of PSNR against
@@ -83,12 +85,21 @@ def train_refiner(
     if isinstance(refiner, Refiner) and resume_from is None:
         refiner.start_from(to_unit(wanted, device))
 
-    def fit_filters() -> None:
+    def fit_filters() -> dict[str, float]:
+        """Solve what is not descended."""
+        losses = {}
         if isinstance(refiner, ResidualRefiner):
             refiner.fit_filters(to_unit(seen, device), to_unit(wanted, device), parts, held_out)
+        elif isinstance(refiner, LinearRefiner):
+            views = zip(seen.split(1), wanted.split(1), strict=True)
+            pairs = ((to_unit(a, device)[0], to_unit(b, device)[0]) for a, b in views)
+            losses["train/loss"] = fit_filter(refiner, pairs)
+        if others and config.refiner.consistency:
+            _agree_with_low_res(config, refiner, scene, renders, device)
+        return losses
 
     def evaluate() -> dict[str, float]:
-        fit_filters()
+        solved = fit_filters()
         use = health.metrics() if health else {}
         if health:
             health.clear()
@@ -96,14 +107,10 @@ def train_refiner(
             lambda rgb, references: refine_views(refiner, rgb, device, references)
         )
         gain = {"val/gain": scores["val/psnr"] - before["val/psnr"]} if scores else {}
-        return use | scores | gain
+        return solved | use | scores | gain
 
     if isinstance(refiner, LinearRefiner):
-        views = zip(seen.split(1), wanted.split(1), strict=True)
-        error = fit_filter(
-            refiner, ((to_unit(a, device)[0], to_unit(b, device)[0]) for a, b in views)
-        )
-        metrics = {"train/loss": error} | evaluate()
+        metrics = evaluate()
         steps, found = config.refiner.optim.steps, refiner.eval().state_dict()
         report(
             steps, metrics, Checkpoint("refiner", scene.name, steps, config, found, {}, {}, metrics)
@@ -181,6 +188,20 @@ def _reference_losses(
         return Losses(loss, {"train/loss": loss})
 
     return losses
+
+
+def _agree_with_low_res(
+    config: Config, refiner: AnyRefiner, scene: Scene, renders: Renders, device: torch.device
+) -> None:
+    """Let a filter bring refined training views to what their low-res photographs show."""
+    if not isinstance(refiner, ResidualRefiner | LinearRefiner):
+        return
+    views = split_views(scene.num_views, config.data).train
+    low_res = downsample(scene.images[views], scene.scale, config.data.low_res_kernel)
+    refined = refine_views(refiner, renders.rgb[views], device)
+    images = (to_unit(part, device) for part in (renders.rgb[views], refined, low_res))
+    known = [LowResView(*view) for view in zip(*images, strict=True)]
+    refiner.add_filter(fit_consistent_filter(known, config.refiner.consistency))
 
 
 class _Validation:

@@ -57,6 +57,22 @@ def test_residual_refiner_starts_as_the_identity(method: str):
     torch.testing.assert_close(refiner.refine(sr), sr)
 
 
+@pytest.mark.parametrize("method", ["cb-nerf", "residual-cnn"])
+def test_a_filter_of_the_render_is_added_whatever_the_code(method: str):
+    refiner = make_refiner(method)
+    assert isinstance(refiner, ResidualRefiner)
+    refiner.filters.table.normal_(std=1e-3)
+    sr = 0.4 + 0.2 * draw_pair()[0]
+    added = LinearRefiner()
+    for parameter in added.parameters():
+        torch.nn.init.normal_(parameter, std=1e-3)
+    assert added.filter.bias is not None
+    weights = torch.cat([added.filter.weight.flatten(1).T, added.filter.bias[None]]).detach()
+    before = refiner.refine(sr)
+    refiner.add_filter(weights)
+    torch.testing.assert_close(refiner.refine(sr), before + added.filter(sr).detach())
+
+
 def test_first_steps_open_the_tail():
     refiner = make_refiner()
     optimizer = torch.optim.Adam(refiner.parameters(), lr=1e-2)

@@ -3,14 +3,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from cbnerf.codebook.refiner import ResidualRefiner
 from cbnerf.config import METHODS, Config, preset, with_overrides
+from cbnerf.data.pixels import downsample
 from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
 from cbnerf.training.evaluation import mean_scores, refine_views
 from cbnerf.training.refiner import (
+    Pairs,
     _training_views,
     count_parameters,
     load_refiner,
@@ -129,23 +132,62 @@ def test_the_reference_refiner_sees_one_photograph(tiny_scene, tiny_renders, kee
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("method", ["cb-nerf", "linear"])
-def test_an_unseen_scene_gives_no_photograph(method: str, tiny_scene, tiny_renders, keep):
-    """Trained on other scenes, the weights do not depend on the scene that is scored."""
+def mirror_blocks(scene: Scene) -> Scene:
+    """Other high-res photographs that become the same low-res ones."""
+    blocks = scene.images.unflatten(2, (-1, scene.scale))
+    return replace(scene, images=blocks.flip(3).flatten(2, 3))
+
+
+@pytest.fixture
+def others(tiny_scene, tiny_renders) -> Pairs:
     wide = replace(tiny_scene, name="wide", images=tiny_scene.images.flip(2))
     smaller = replace(tiny_scene, name="smaller", images=tiny_scene.images[:, :40])
     cut = Renders(tiny_renders.rgb[:, :40], tiny_renders.depth[:, :40])
-    others = [(wide, tiny_renders), (smaller, cut)]
-    config = with_overrides(METHODS[method], FAST)
-    weights = []
-    for scene in (tiny_scene, blacken(tiny_scene, list(range(10)))):
-        refiner = train_refiner(config, scene, tiny_renders, device=CPU, report=keep, others=others)
-        weights.append(refiner.state_dict())
-    assert weights[0].keys() == weights[1].keys()
-    for name, value in weights[0].items():
-        assert torch.equal(value, weights[1][name]), name
-    own = train_refiner(config, tiny_scene, tiny_renders, device=CPU, report=keep).state_dict()
-    assert any(not torch.equal(value, weights[0][name]) for name, value in own.items())
+    return [(wide, tiny_renders), (smaller, cut)]
+
+
+@pytest.mark.parametrize("method", ["cb-nerf", "linear"])
+def test_an_unseen_scene_gives_low_res_photographs_of_training_views_alone(
+    method: str, others, tiny_scene, tiny_renders, keep
+):
+    def weights(scene: Scene, consistency: float, others: Pairs = others) -> dict[str, Tensor]:
+        config = with_overrides(METHODS[method], FAST | {"refiner.consistency": consistency})
+        return train_refiner(
+            config, scene, tiny_renders, device=CPU, report=keep, others=others
+        ).state_dict()  # fmt: skip
+
+    def are_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+        assert first.keys() == second.keys()
+        return all(torch.equal(value, second[name]) for name, value in first.items())
+
+    black = blacken(tiny_scene, list(range(10)))
+    without = weights(tiny_scene, 0.0)
+    assert are_equal(without, weights(black, 0.0))
+    assert not are_equal(without, weights(tiny_scene, 0.0, others=()))
+
+    heeding = weights(tiny_scene, 10.0)
+    assert not are_equal(heeding, without)
+    assert are_equal(heeding, weights(mirror_blocks(tiny_scene), 10.0))
+    assert are_equal(heeding, weights(blacken(tiny_scene, [0, 4, 8]), 10.0))  # test and validation
+    assert not are_equal(heeding, weights(blacken(tiny_scene, [1]), 10.0))
+
+
+@pytest.mark.parametrize("method", ["cb-nerf", "residual-cnn", "linear"])
+def test_refined_views_of_an_unseen_scene_agree_with_its_low_res_photographs(
+    method: str, others, tiny_scene, tiny_renders, keep
+):
+    views = [1, 2, 3, 5, 6, 7, 9]
+    low_res = downsample(tiny_scene.images[views], tiny_scene.scale, "box").float()
+    errors = []
+    for consistency in (0.0, 10.0):
+        config = with_overrides(METHODS[method], FAST | {"refiner.consistency": consistency})
+        refiner = train_refiner(
+            config, tiny_scene, tiny_renders, device=CPU, report=keep, others=others
+        )
+        refined = refine_views(refiner, tiny_renders.rgb[views], CPU)
+        shrunk = downsample(refined, tiny_scene.scale, "box").float()
+        errors.append(float((shrunk - low_res).square().mean()))
+    assert errors[1] < 0.9 * errors[0]
 
 
 def test_scenes_that_share_a_refiner_teach_it_and_are_scored_together(

@@ -1,0 +1,98 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cbnerf.codebook.consistency import LowResView, fit_consistent_filter
+from cbnerf.codebook.linear import LinearRefiner
+from cbnerf.codebook.neighbourhoods import INPUTS, SIDE
+
+SCALE = 2
+
+
+def smooth_images(count: int, side: int = 48) -> list[Tensor]:
+    """Random, but alike from pixel to pixel, within (0, 1) far from the ends."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(count, 3, side + 2, side + 2, generator=generator)
+    return list(0.3 + 0.4 * F.avg_pool2d(noise, 3, stride=1))
+
+
+def corrected(render: Tensor, filter: Tensor) -> Tensor:
+    """The render and what a filter of it adds."""
+    refiner = LinearRefiner()
+    refiner.add_filter(filter)
+    return refiner.filter(render[None])[0].detach()
+
+
+def sharpener(strength: float) -> Tensor:
+    """Each pixel less the mean of its 3x3 neighbours, of its own colour; and a brightness."""
+    kernel = torch.zeros(3, 3, SIDE, SIDE)
+    for channel in range(3):
+        kernel[channel, channel, 2:5, 2:5] = -strength / 9
+        kernel[channel, channel, 3, 3] += strength
+    constant = torch.tensor([[0.01, 0.0, -0.01]])
+    return torch.cat([kernel.flatten(1).T, constant])
+
+
+def views_of(images: list[Tensor], filter: Tensor) -> list[LowResView]:
+    """Renders left as they are, beside low-res photographs of what a filter makes of them."""
+    return [
+        LowResView(image, image, F.avg_pool2d(corrected(image, filter), SCALE)) for image in images
+    ]
+
+
+def low_res_error(views: list[LowResView], filter: Tensor) -> float:
+    errors = []
+    for render, refined, photograph in views:
+        shrunk = F.avg_pool2d(refined + corrected(render, filter) - render, SCALE)
+        errors.append((shrunk - photograph).square().mean())
+    return float(torch.stack(errors).mean())
+
+
+def change(views: list[LowResView], filter: Tensor) -> float:
+    changes = [(corrected(v.render, filter) - v.render).square().mean() for v in views]
+    return float(torch.stack(changes).mean())
+
+
+def test_what_agrees_already_is_left_alone():
+    views = views_of(smooth_images(3), torch.zeros(INPUTS, 3))
+    found = fit_consistent_filter(views, weight=10.0)
+    assert change(views, found) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_filter_is_found_from_low_res_pixels_and_serves_other_views():
+    images, truth = smooth_images(12), sharpener(0.5)
+    found = fit_consistent_filter(views_of(images[:10], truth), weight=1e3)
+    for image in images[10:]:
+        wanted = corrected(image, truth)
+        before = (image - wanted).square().mean()
+        assert (corrected(image, found) - wanted).square().mean() < 0.2 * before
+
+
+def test_the_filter_minimises_what_it_says():
+    views, weight = views_of(smooth_images(4), sharpener(0.5)), 7.0
+    found = fit_consistent_filter(views, weight)
+
+    def objective(filter: Tensor) -> float:
+        return weight * low_res_error(views, filter) + change(views, filter)
+
+    least = objective(found)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(10):
+        step = 0.03 * torch.randn(INPUTS, 3, generator=generator)
+        assert objective(found + step) > least
+
+
+def test_a_greater_weight_agrees_more_and_changes_more():
+    views = views_of(smooth_images(4), sharpener(0.5))
+    filters = [fit_consistent_filter(views, weight) for weight in (0.1, 1.0, 10.0)]
+    errors = [low_res_error(views, filter) for filter in filters]
+    changes = [change(views, filter) for filter in filters]
+    assert errors == sorted(errors, reverse=True) and changes == sorted(changes)
+
+
+def test_views_larger_than_what_is_held_at_once_are_fitted_as_small_ones(monkeypatch):
+    views = views_of(smooth_images(3), sharpener(0.5))
+    whole = fit_consistent_filter(views, weight=10.0)
+    monkeypatch.setattr("cbnerf.codebook.consistency.ROWS", 100)
+    torch.testing.assert_close(fit_consistent_filter(views, weight=10.0), whole)
