@@ -43,10 +43,6 @@ class CodeFilters(nn.Module):
         super().__init__()
         self.table = nn.Parameter(torch.zeros(num_codes, INPUTS, 3), requires_grad=False)
 
-    def add(self, filter: Float[Tensor, "inputs 3"]) -> None:
-        """Let all codes correct by this one, too."""
-        self.table += filter.to(self.table.dtype)
-
     def forward(
         self, sr: Float[Tensor, "3 height width"], codes: Neighbours
     ) -> Float[Tensor, "3 height width"]:

@@ -34,6 +34,8 @@ DEFAULT_TILE = 1024
 
 _LATENTS_PER_CODE = 64
 """That k-means sees."""
+_PASSES = 4
+"""Back-projections: the next ones would add little that views held out confirm."""
 
 
 class Refinement(NamedTuple):
@@ -76,11 +78,15 @@ def _to_signed(images: Tensor) -> Tensor:
     return (images * 2 - 1).contiguous(memory_format=torch.channels_last)
 
 
+def _fill(images: Tensor) -> Tensor:
+    """With sides that the codes divide."""
+    height, width = images.shape[-2:]
+    return F.pad(images, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
+
+
 def _pad(images: Tensor) -> Tensor:
     """Signed, with sides that the codes divide."""
-    height, width = images.shape[-2:]
-    margin = (0, -width % STRIDE, 0, -height % STRIDE)
-    return _to_signed(F.pad(images, margin, mode="replicate"))
+    return _to_signed(_fill(images))
 
 
 def _to_unit(images: Tensor) -> Tensor:
@@ -261,19 +267,36 @@ class ResidualRefiner(Refiner):
 
         The parts that are `held_out`, each in its turn, choose how much codes may differ.
         """
-        views: list[list[Corrections]] = [[] for _ in range(max(parts) + 1)]
-        for render, photograph, part in zip(renders, photographs, parts, strict=True):
-            sr, wanted = _pad(render[None]), _pad(photograph[None])
-            wanted = wanted - self._sharpen(sr, ())
-            views[part].append(Corrections(sr[0], self._find_codes(sr[0]), wanted[0]))
-        self.filters.fit(views, held_out)
+        wanted = []
+        for render, photograph in zip(renders.split(1), photographs.split(1), strict=True):
+            wanted.append(_pad(photograph) - self._sharpen(_pad(render), ()))
+        self.filters.fit(_group(self._look_up(renders), wanted, parts), held_out)
+
+    @torch.no_grad()
+    def back_project(
+        self,
+        renders: Float[Tensor, "views 3 height width"],
+        photographs: Float[Tensor, "views 3 low_height low_width"],
+        parts: Sequence[int],
+        held_out: Sequence[int],
+    ) -> None:
+        """Let codes correct what refined views, shrunk, still lack of low-res photographs, in some
+        passes, each of them spread over the pixels of its block; `held_out` as in `fit_filters`."""
+        found, scale = self._look_up(renders), renders.shape[-1] // photographs.shape[-1]
+        for _ in range(_PASSES):
+            refined = torch.cat([self.refine(render) for render in renders.split(1)])
+            missing = photographs - F.avg_pool2d(refined, scale)
+            spread = _fill(2 * F.interpolate(missing, scale_factor=scale))
+            filters = copy.deepcopy(self.filters)
+            filters.fit(_group(found, spread.split(1), parts), held_out)
+            self.filters.table.add_(filters.table)
 
     @torch.no_grad()
     def add_filter(self, filter: Float[Tensor, "inputs 3"]) -> None:
         """Correct by this filter of the render in [0, 1], too, whatever the code."""
         # x = (signed + 1) / 2: colours keep their factors, the constant takes what they lose.
         constant = filter[:-1].sum(0) + 2 * filter[-1]
-        self.filters.add(torch.cat([filter[:-1], constant[None]]))
+        self.filters.table.add_(torch.cat([filter[:-1], constant[None]]))
 
     def _select_coded(self, images: Tensor) -> Tensor:
         smooth = F.avg_pool2d(images, STRIDE)
@@ -286,6 +309,11 @@ class ResidualRefiner(Refiner):
         corrections = [self.filters(image, self._find_codes(image)) for image in sr]
         return self._sharpen(sr, ()) + torch.stack(corrections)
 
+    def _look_up(self, renders: Float[Tensor, "views 3 _ _"]) -> list[tuple[Tensor, Neighbours]]:
+        """Padded renders, signed, and the codes of their pixels."""
+        images = [_pad(render)[0] for render in renders.split(1)]
+        return [(sr, self._find_codes(sr)) for sr in images]
+
     def _find_codes(self, sr: Float[Tensor, "3 height width"]) -> Neighbours:
         """The nearest codes of each pixel, `[height width neighbours]`."""
         if not self._uses_codes:  # one filter for all
@@ -293,6 +321,16 @@ class ResidualRefiner(Refiner):
             return Neighbours(sr.new_zeros(place, dtype=torch.int64), sr.new_ones(place))
         found = self.autoencoder.find_neighbours(self._select_coded(sr[None]), self._neighbours)
         return Neighbours(*(part[0] for part in found))
+
+
+def _group(
+    found: Sequence[tuple[Tensor, Neighbours]], wanted: Sequence[Tensor], parts: Sequence[int]
+) -> list[list[Corrections]]:
+    """Views by their parts."""
+    views: list[list[Corrections]] = [[] for _ in range(max(parts) + 1)]
+    for (sr, codes), correction, part in zip(found, wanted, parts, strict=True):
+        views[part].append(Corrections(sr, codes, correction[0]))
+    return views
 
 
 AnyRefiner = PaperRefiner | ResidualRefiner | ReferenceRefiner | LinearRefiner

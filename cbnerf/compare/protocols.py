@@ -27,12 +27,14 @@ DESCRIPTIONS: dict[Protocol, str] = {
     ),
     "unseen-scene": (
         "As holdout, but stage 2 is trained on the photographs of the other scenes only: the scene "
-        "that is scored has given no high-res image at all."
+        "that is scored has given no high-res image at all. Its low-res photographs, which stage 1 "
+        "has seen, have a say (refiner.consistency)."
     ),
     "low-res-only": (
         "As holdout, but no high-res image is seen at all: stage 2 is trained a scale below, on "
         "the low-res photographs of the scene and the renders of another stage 1, which has seen "
-        "them at lower resolution still."
+        "them at lower resolution still; they have a say at their own scale, too "
+        "(refiner.consistency)."
     ),
     "table1": (
         "The released scoring of Codebook-NeRF, for the published comparison only: all views train "

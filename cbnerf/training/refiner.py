@@ -193,15 +193,27 @@ def _reference_losses(
 def _agree_with_low_res(
     config: Config, refiner: AnyRefiner, scene: Scene, renders: Renders, device: torch.device
 ) -> None:
-    """Let a filter bring refined training views to what their low-res photographs show."""
+    """Bring refined training views to what their low-res photographs show: by one filter, then by
+    those of the codes."""
     if not isinstance(refiner, ResidualRefiner | LinearRefiner):
         return
     views = split_views(scene.num_views, config.data).train
-    low_res = downsample(scene.images[views], scene.scale, config.data.low_res_kernel)
-    refined = refine_views(refiner, renders.rgb[views], device)
-    images = (to_unit(part, device) for part in (renders.rgb[views], refined, low_res))
-    known = [LowResView(*view) for view in zip(*images, strict=True)]
+    seen = renders.rgb[views]
+    low_res = to_unit(
+        downsample(scene.images[views], scene.scale, config.data.low_res_kernel), device
+    )
+    refined = to_unit(refine_views(refiner, seen, device), device)
+    known = [
+        LowResView(*view) for view in zip(to_unit(seen, device), refined, low_res, strict=True)
+    ]
     refiner.add_filter(fit_consistent_filter(known, config.refiner.consistency))
+    if isinstance(refiner, ResidualRefiner):
+        refiner.back_project(to_unit(seen, device), low_res, _halves(len(views)), [1])
+
+
+def _halves(num_views: int) -> list[int]:
+    """The part of each view of a scene: 1 for every fourth and 0 for the others."""
+    return [int(view % 4 == 1) for view in range(num_views)]
 
 
 class _Validation:
@@ -232,5 +244,5 @@ def _training_views(
         views = split_views(scene.num_views, config.data).train
         seen.append(renders.rgb[views, :height, :width])
         wanted.append(scene.images[views, :height, :width])
-        parts += [i if by_scene else int(v % 4 == 1) for v in range(len(views))]
+        parts += [i] * len(views) if by_scene else _halves(len(views))
     return torch.cat(seen), torch.cat(wanted), parts
