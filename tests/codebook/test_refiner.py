@@ -1,3 +1,4 @@
+import copy
 import itertools
 
 import pytest
@@ -295,3 +296,17 @@ def test_presets_build_their_refiner(resolution: str):
     assert {*REFINERS, "nerf"} == set(METHODS)
     with pytest.raises(ValueError, match="ends with stage 1"):
         build_refiner(preset("nerf", resolution))
+
+
+def test_codes_learn_from_low_res_photographs():
+    """What differs from code to code is found in block means, and serves another view."""
+    refiner = make_refiner(codebook__size=4, refiner__neighbours=1)
+    assert isinstance(refiner, ResidualRefiner)
+    renders = 0.35 + 0.3 * torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    truth = copy.deepcopy(refiner)
+    truth.filters.table[:, -1] = 0.1 * torch.randn(len(truth.filters.table), 3)
+    wanted = truth.refine(renders)
+    known, parts = slice(1, None), [int(view % 4 == 1) for view in range(7)]
+    refiner.back_project(renders[known], F.avg_pool2d(wanted[known], 2), parts, [1])
+    before = (renders[0] - wanted[0]).square().mean()
+    assert (refiner.refine(renders[:1])[0] - wanted[0]).square().mean() < 0.3 * before
