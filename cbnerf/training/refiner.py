@@ -198,20 +198,17 @@ def _agree_with_low_res(
     if not isinstance(refiner, ResidualRefiner | LinearRefiner):
         return
     views = split_views(scene.num_views, config.data).train
-    seen = renders.rgb[views]
-    low_res = to_unit(
-        downsample(scene.images[views], scene.scale, config.data.low_res_kernel), device
-    )
-    refined = to_unit(refine_views(refiner, seen, device), device)
-    known = [
-        LowResView(*view) for view in zip(to_unit(seen, device), refined, low_res, strict=True)
-    ]
-    refiner.add_filter(fit_consistent_filter(known, config.refiner.consistency))
+    low_res = downsample(scene.images[views], scene.scale, config.data.low_res_kernel)
+    refined = refine_views(refiner, renders.rgb[views], device)
+    seen, tried, known = (to_unit(x, device) for x in (renders.rgb[views], refined, low_res))
+    triples = [LowResView(*view) for view in zip(seen, tried, known, strict=True)]
+    refiner.add_filter(fit_consistent_filter(triples, config.refiner.consistency))
     if isinstance(refiner, ResidualRefiner):
-        refiner.back_project(to_unit(seen, device), low_res, _halves(len(views)), [1])
+        parts = _parts(len(views))
+        refiner.back_project(seen, known, parts, sorted({*parts} - {0}))
 
 
-def _halves(num_views: int) -> list[int]:
+def _parts(num_views: int) -> list[int]:
     """The part of each view of a scene: 1 for every fourth and 0 for the others."""
     return [int(view % 4 == 1) for view in range(num_views)]
 
@@ -244,5 +241,5 @@ def _training_views(
         views = split_views(scene.num_views, config.data).train
         seen.append(renders.rgb[views, :height, :width])
         wanted.append(scene.images[views, :height, :width])
-        parts += [i] * len(views) if by_scene else _halves(len(views))
+        parts += [i] * len(views) if by_scene else _parts(len(views))
     return torch.cat(seen), torch.cat(wanted), parts
