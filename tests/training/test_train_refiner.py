@@ -151,7 +151,9 @@ def test_an_unseen_scene_gives_low_res_photographs_of_training_views_alone(
     method: str, others, tiny_scene, tiny_renders, keep
 ):
     def weights(scene: Scene, consistency: float, others: Pairs = others) -> dict[str, Tensor]:
-        config = with_overrides(METHODS[method], FAST | {"refiner.consistency": consistency})
+        once = {"refiner.optim.steps": 2, "refiner.optim.evaluations": 1}
+        knobs = FAST | once | {"refiner.consistency": consistency}
+        config = with_overrides(METHODS[method], knobs)
         return train_refiner(
             config, scene, tiny_renders, device=CPU, report=keep, others=others
         ).state_dict()  # fmt: skip
