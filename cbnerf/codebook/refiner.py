@@ -267,10 +267,12 @@ class ResidualRefiner(Refiner):
 
         The parts that are `held_out`, each in its turn, choose how much codes may differ.
         """
-        wanted = []
-        for render, photograph in zip(renders.split(1), photographs.split(1), strict=True):
-            wanted.append(_pad(photograph) - self._sharpen(_pad(render), ()))
-        self.filters.fit(_group(self._look_up(renders), wanted, parts), held_out)
+        found = self._look_up(renders)
+        wanted = [
+            _pad(photograph) - self._sharpen(sr[None], ())
+            for (sr, _), photograph in zip(found, photographs.split(1), strict=True)
+        ]
+        self.filters.fit(_group(found, wanted, parts), held_out)
 
     @torch.no_grad()
     def back_project(
