@@ -16,17 +16,20 @@ WEIGHTS_FILE = "vgg16-397923af.pth"
 
 def load_lpips(device: torch.device) -> tuple[Distance | None, str]:
     """LPIPS (VGG) of two images if it can be computed, and what was found or is missing."""
-    if importlib.util.find_spec("torchvision") is None:
-        return None, "LPIPS is not reported: torchvision, which has its network, is not installed"
+    for package in ("torchvision", "torchmetrics"):
+        if importlib.util.find_spec(package) is None:
+            return None, f"LPIPS is not reported: {package} is not installed (the extra `lpips`)"
     file = os.path.join(torch.hub.get_dir(), "checkpoints", WEIGHTS_FILE)
     if not os.path.exists(file):
         return None, f"LPIPS is not reported: its network's weights are not at hand as {file}"
     try:
-        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+        from torchmetrics.image import lpip  # pyright: ignore[reportMissingImports]
 
-        network = LearnedPerceptualImagePatchSimilarity("vgg", normalize=True).to(device).eval()
+        network = lpip.LearnedPerceptualImagePatchSimilarity("vgg", normalize=True)
     except (ImportError, RuntimeError) as error:  # a torchvision that is not for this torch
         return None, f"LPIPS is not reported: torchvision does not work here ({error})"
+
+    network.to(device).eval()
 
     @torch.no_grad()
     def distance(image: Tensor, target: Tensor) -> float:

@@ -12,7 +12,8 @@ from ray import tune
 from tqdm import tqdm
 
 from cbnerf.search.judge import Metrics
-from cbnerf.search.ledger import Ledger, Unit
+from cbnerf.search.ledger import Ledger
+from cbnerf.search.plan import Unit
 from cbnerf.search.searcher import unit_metrics
 from cbnerf.search.tracking import Tracker
 from cbnerf.search.writer import Writer

@@ -9,27 +9,16 @@ Knows Optuna, not Ray.
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from cbnerf.config import with_overrides
 from cbnerf.search.judge import Judge, Metrics, Place, Stop
-from cbnerf.search.plan import Plan
+from cbnerf.search.plan import Plan, Unit
 from cbnerf.search.proposals import make_sampler, open_study, propose, suggest
 from cbnerf.training.refiner import count_parameters
-
-
-class Unit(NamedTuple):
-    """One configuration on one scene, or on all that share a codebook, up to one rung."""
-
-    configuration: int
-    """Number of the Optuna trial."""
-    scene: str
-    rung: int
-    """From 0; the last one is a whole training."""
-    overrides: dict[str, Any]
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from cbnerf.config import FIELD_KNOBS, Config, preset, with_overrides
 from cbnerf.data.library import choose_scenes, locate_data, scene_folder
@@ -14,6 +15,17 @@ ALL_SCENES = "all"
 """In place of a scene: the training that all scenes share."""
 FULL = 2_000_000
 """A disk with fewer bytes left counts as full."""
+
+
+class Unit(NamedTuple):
+    """One configuration on one scene, or on all that share a codebook, up to one rung."""
+
+    configuration: int
+    """Number of the Optuna trial."""
+    scene: str
+    rung: int
+    """From 0; the last one is a whole training."""
+    overrides: dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from ray.tune.search import Searcher
 
 from cbnerf.search.judge import Metrics
-from cbnerf.search.ledger import Ledger, Unit
+from cbnerf.search.ledger import Ledger
+from cbnerf.search.plan import Unit
 
 Ended = Callable[[Unit, Metrics | None], None]
 """Books a unit that has ended; no metrics mean that it failed."""

@@ -16,8 +16,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 
 from cbnerf.config import flatten_field, with_overrides
 from cbnerf.search.judge import Metrics
-from cbnerf.search.ledger import Unit
-from cbnerf.search.plan import Plan
+from cbnerf.search.plan import Plan, Unit
 from cbnerf.training.stages import CHECKPOINT_FILES, CONFIG_FILE, FIELD_FILE, STRIP_FILE
 
 _ENDED = "cbnerf.ended"

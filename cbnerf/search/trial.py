@@ -23,8 +23,7 @@ from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
-from cbnerf.search.ledger import Unit
-from cbnerf.search.plan import Plan
+from cbnerf.search.plan import Plan, Unit
 from cbnerf.training.checkpoint import Checkpoint, knobs_of_stage
 from cbnerf.training.evaluation import mean_scores, refine_views
 from cbnerf.training.keys import field_key

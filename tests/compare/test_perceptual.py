@@ -12,12 +12,15 @@ CPU = torch.device("cpu")
 def test_without_weights_nothing_is_computed_and_the_reason_is_told(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     distance, about = load_lpips(CPU)
-    missing = WEIGHTS_FILE if importlib.util.find_spec("torchvision") else "torchvision"
+    packages = ("torchvision", "torchmetrics")
+    absent = [package for package in packages if importlib.util.find_spec(package) is None]
+    missing = next(iter(absent), WEIGHTS_FILE)
     assert distance is None and "not reported" in about and missing in about
     assert not list(tmp_path.iterdir())  # nothing was downloaded
 
 
 def test_with_weights_at_hand_equal_images_are_nearest(tmp_path: Path, monkeypatch):
+    pytest.importorskip("torchmetrics")
     models = pytest.importorskip("torchvision.models")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)

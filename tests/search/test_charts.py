@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from cbnerf.search.charts import html_report, importances
-from cbnerf.search.ledger import Ledger, Unit
+from cbnerf.search.ledger import Ledger
+from cbnerf.search.plan import Unit
 from cbnerf.tables import Cell, Table
 
 pytestmark = pytest.mark.search

@@ -11,8 +11,8 @@ from mlflow import MlflowClient
 from tqdm import tqdm
 
 from cbnerf.search.diary import Diary, catch_up
-from cbnerf.search.ledger import Ledger, Unit
-from cbnerf.search.plan import Plan
+from cbnerf.search.ledger import Ledger
+from cbnerf.search.plan import Plan, Unit
 from cbnerf.search.tracking import Tracker, tracking_uri
 from cbnerf.search.writer import Writer
 

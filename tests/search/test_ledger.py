@@ -11,7 +11,8 @@ from optuna.trial import TrialState
 
 from cbnerf.search import study
 from cbnerf.search.judge import Metrics
-from cbnerf.search.ledger import Ledger, Unit
+from cbnerf.search.ledger import Ledger
+from cbnerf.search.plan import Unit
 from cbnerf.search.proposals import initial_points, open_study
 
 pytestmark = pytest.mark.search
