@@ -376,8 +376,8 @@ RESOLUTIONS: dict[str, dict[str, Any]] = {
         "data.width": 64, "field.num_fine_samples": 16, "field.optim.steps": 20,
         "field.optim.batch_size": 64,
         "field.planes.hidden": 16, "field.mlp.width": 32,
-        "refiner.optim.steps": 10, "refiner.optim.batch_size": 2, "refiner.channels": 8,
-        "codebook.size": 64,
+        "refiner.optim.steps": 10, "refiner.optim.batch_size": 2, "refiner.optim.evaluations": 2,
+        "refiner.channels": 8, "codebook.size": 64,
     },
 }  # fmt: skip
 """Overrides by name: image size, and below 504 pixels a schedule that a CPU can run."""

@@ -1,9 +1,20 @@
-"""A `tune.py` in a process of its own, and the processes of Ray that work for it."""
+"""A `tune.py` in a process of its own, the processes of Ray that work for it, and a search without
+either of them."""
 
+import os
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
+
+from cbnerf.config import with_overrides
+from cbnerf.data.renders import load_renders
+from cbnerf.search.ledger import Ledger
+from cbnerf.search.plan import Plan
+from cbnerf.search.trial import load_scene, run_base_field
+from cbnerf.training.stages import RENDERS_FILE, run_refiner
 
 
 def wait_for(condition: Callable[[], bool], driver: "subprocess.Popen[str]") -> None:
@@ -25,13 +36,32 @@ def finish(driver: "subprocess.Popen[str]", status: int = 0) -> str:
 
 
 def rays_processes() -> dict[int, str]:
-    """Title of each process of Ray on this machine, by its number."""
+    """Title of each process of Ray that these tests have started, by its number; other tests may
+    run beside them (pytest-xdist)."""
+    name = "PYTEST_XDIST_WORKER"
+    mark = f"{name}={os.environ[name]}\0".encode() if name in os.environ else b""
     titles: dict[int, str] = {}
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            title = file.read_bytes().split(b"\0")[0].decode(errors="replace")
+            title = (process / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
+            if title.startswith("ray::") and mark in (process / "environ").read_bytes():
+                titles[int(process.name)] = title
         except OSError:
             continue
-        if title.startswith("ray::"):
-            titles[int(file.parent.name)] = title
     return titles
+
+
+def search_without_ray(plan: Plan) -> Ledger:
+    """The search of stage 2 with its units one after the other in this process."""
+    fields = {scene: run_base_field(plan, scene)[0] for scene in plan.scenes}
+    ledger = Ledger(plan)
+    while (unit := ledger.next_unit()) is not None:
+        config = with_overrides(plan.base, unit.overrides)
+        metrics = run_refiner(
+            config, load_scene(plan, unit.scene, config.data),
+            load_renders(fields[unit.scene] / RENDERS_FILE),
+            plan.trial_folder(unit.configuration, unit.scene),
+            device=torch.device("cpu"), until=plan.steps(config, unit.rung),
+        )  # fmt: skip
+        ledger.book(unit, metrics)
+    return ledger

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drivers import finish, rays_processes, wait_for
+from drivers import finish, rays_processes, search_without_ray, wait_for
 from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 
@@ -28,9 +28,10 @@ pytestmark = [pytest.mark.search, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 SCENES = ("arcade", "blinds")
+SMOKE = ROOT / "tune_configs" / "smoke.yaml"
 SEARCH = [
-    sys.executable, str(ROOT / "tune.py"), "--config", str(ROOT / "tune_configs" / "smoke.yaml"),
-    "--scenes", ",".join(SCENES), "--trials", "3",
+    sys.executable, str(ROOT / "tune.py"), "--config", str(SMOKE), "--scenes", ",".join(SCENES),
+    "--trials", "3",
 ]  # fmt: skip
 RAYS_OWN = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 BOOKED = {(n, scene, 0) for n in range(3) for scene in SCENES}
@@ -72,13 +73,17 @@ class Study:
 
     def outcome(self) -> list[tuple[dict[str, Any], float]]:
         """Knobs and value of each configuration; all units are booked, each once."""
-        ledger = self.ledger()
-        trials = ledger.study.get_trials()
-        assert {(n, *place) for n in range(len(trials)) for place in ledger.results(n)} == BOOKED
         journal = (self.folder / "optuna.journal").read_text()
         assert all(journal.count(f'"{n}/{scene}/{rung}"') == 1 for n, scene, rung in BOOKED)
-        assert all(trial.value is not None for trial in trials)
-        return [(trial.params, float(trial.value or 0)) for trial in trials]
+        return outcome(self.ledger())
+
+
+def outcome(ledger: Ledger) -> list[tuple[dict[str, Any], float]]:
+    """Knobs and value of each configuration; all units are booked."""
+    trials = ledger.study.get_trials()
+    assert {(n, *place) for n in range(len(trials)) for place in ledger.results(n)} == BOOKED
+    assert all(trial.value is not None for trial in trials)
+    return [(trial.params, float(trial.value or 0)) for trial in trials]
 
 
 @contextmanager
@@ -121,10 +126,11 @@ def is_quiet() -> bool:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Any], float]]:
-    with machines(2) as cluster:
-        study = Study(tmp_path_factory.mktemp("undisturbed") / "runs", cluster.address)
-        finish(study.start())
-        return study.outcome()
+    plan = make_plan(
+        parse_spec(load_yaml(SMOKE) | {"trials": 3}), scenes=",".join(SCENES), data=None,
+        name="undisturbed", storage=tmp_path_factory.mktemp("undisturbed"), has_gpu=False,
+    )  # fmt: skip
+    return outcome(search_without_ray(plan))
 
 
 def test_trainings_and_machines_die_and_others_join_late(tmp_path: Path, undisturbed):

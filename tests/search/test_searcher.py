@@ -14,8 +14,8 @@ from ray import tune
 
 from cbnerf.search import study
 from cbnerf.search.judge import Metrics
-from cbnerf.search.ledger import Ledger, Unit
-from cbnerf.search.plan import Plan
+from cbnerf.search.ledger import Ledger
+from cbnerf.search.plan import Plan, Unit
 from cbnerf.search.searcher import TuneSearcher
 from cbnerf.search.tracking import Tracker, tracking_uri
 

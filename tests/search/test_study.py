@@ -9,18 +9,19 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from drivers import search_without_ray
 from mlflow import MlflowClient
 
 from cbnerf.cli import Report
 from cbnerf.config import load_config, load_yaml
 from cbnerf.search import command
 from cbnerf.search.ledger import Ledger
-from cbnerf.search.plan import make_plan
+from cbnerf.search.plan import Plan, make_plan
 from cbnerf.search.spec import parse_spec
 
 pytestmark = [
@@ -31,9 +32,9 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "tune_configs" / "smoke.yaml"
 COMMAND = ["--config", str(SMOKE), "--scenes", "arcade,blinds"]
-SMALL = ["--scenes", "arcade,blinds", "--resolution", "tiny"]
-RACE = ["--config", str(ROOT / "tune_configs" / "cpu.yaml"), *SMALL]
-OTHERS = [file for file in sorted((ROOT / "tune_configs").glob("*.yaml")) if file != SMOKE]
+CPU = ROOT / "tune_configs" / "cpu.yaml"
+RACE = ["--config", str(CPU), "--scenes", "arcade,blinds", "--resolution", "tiny"]
+OTHERS = sorted({*(ROOT / "tune_configs").glob("*.yaml")} - {SMOKE, CPU})
 NAME = "cb-nerf-tiny-arcade-blinds"
 UNITS = ("0/arcade/0", "0/blinds/0", "1/arcade/0", "1/blinds/0")
 
@@ -264,8 +265,8 @@ def test_a_race_survives_kill_and_ctrl_c_and_repeats_no_unit(tmp_path: Path):
     assert set(finished.bookings.values()) == {1}
     for before in (killed, interrupted):
         assert before.trained.items() <= finished.trained.items()
-    values = trials_of(tmp_path / "runs")
-    assert len(values) == 6 and all(value is not None for _, value, _ in values)
+    trials = Ledger(plan_of(tmp_path / "runs"), adopt=False).study.get_trials()
+    assert len(trials) == 6 and all(trial.values is not None for trial in trials)
     store, experiment = experiment_of(tmp_path)
     runs = MlflowClient(store).search_runs([experiment])
     assert {run.info.status for run in runs} <= {"FINISHED", "KILLED"}
@@ -284,35 +285,36 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_search_of_tune_configs_comes_to_its_report(
     file: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
+    small = ["--scenes", "arcade", "--resolution", "tiny", "--trials", "3"]
     where = ["--storage", str(shelf), "--name", file.stem]
-    arguments = ["--config", str(file), *SMALL, "--trials", "3", *where]
+    arguments = ["--config", str(file), *small, *where]
     assert call(monkeypatch, *arguments) == 0, capfd.readouterr().err
     study = shelf / "studies" / file.stem
     assert {"best.yaml", "report.md", "report.html"} <= {entry.name for entry in study.iterdir()}
-    assert len(trials_of(shelf, file.stem)) == 3
+    assert len(Ledger(plan_of(shelf, file.stem), adopt=False).study.get_trials()) == 3
 
 
 @pytest.mark.slow
-def test_one_at_a_time_the_same_seed_repeats_a_race_bit_for_bit(
+def test_one_at_a_time_a_race_is_the_same_bit_for_bit_with_and_without_ray(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     arguments = [*RACE, "--name", NAME, "--trials", "3", "--concurrency", "1"]
-    for storage in ("first", "second"):
-        assert call(monkeypatch, *arguments, "--storage", storage) == 0, capfd.readouterr().err
-    first, second = (trials_of(tmp_path / storage) for storage in ("first", "second"))
-    assert first == second
+    assert call(monkeypatch, *arguments, "--storage", "with") == 0, capfd.readouterr().err
+    plan = plan_of(tmp_path / "with")
+    alone = search_without_ray(replace(plan, storage=tmp_path / "without"))
+    assert trials_of(Ledger(plan, adopt=False)) == trials_of(alone)
 
 
-def trials_of(
-    storage: Path, name: str = NAME
-) -> list[tuple[dict[str, Any], list[float] | None, dict[str, Any]]]:
-    """Knobs, objectives and values of the units of each configuration, but for their seconds."""
+def plan_of(storage: Path, name: str = NAME) -> Plan:
     request = load_yaml(storage / "studies" / name / "request.yaml")
-    plan = make_plan(
+    return make_plan(
         parse_spec(request["spec"]), scenes=request["scenes"], data=None, name=name,
         storage=storage, has_gpu=False,
     )  # fmt: skip
-    ledger = Ledger(plan, adopt=False)
+
+
+def trials_of(ledger: Ledger) -> list[tuple[dict[str, Any], list[float] | None, dict[Any, Any]]]:
+    """Knobs, objectives and values of the units of each configuration, but for their seconds."""
     trials = []
     for trial in ledger.study.get_trials():
         units = {

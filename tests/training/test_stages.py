@@ -20,8 +20,9 @@ def stage(request) -> str:
 
 @pytest.fixture
 def config(tiny_config: Config) -> Config:
-    steps = {f"{stage}.optim.steps": 4 for stage in ("field", "refiner")}
-    return with_overrides(tiny_config, steps)
+    every_step = {"steps": 4, "evaluations": 4}
+    knobs = {f"{s}.optim.{k}": v for s in ("field", "refiner") for k, v in every_step.items()}
+    return with_overrides(tiny_config, knobs)
 
 
 @pytest.fixture
