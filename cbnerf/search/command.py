@@ -347,10 +347,14 @@ def _bytes_needed(plan: Plan, views: dict[str, int | None]) -> int:
 @contextmanager
 def _ray(address: str | None) -> Iterator[None]:
     """A local Ray for the length of the study, or the cluster at `address`."""
-    # The dashboard of a Ray that ends with the study takes as long to start as a training process.
-    where = {"address": address} if address else {"address": "local", "include_dashboard": False}
     try:
-        ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(
+            address=address or "local",
+            # A local Ray ends with the study, and its dashboard is as slow to start as a worker.
+            include_dashboard=None if address else False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     except ConnectionError as error:
         raise ValueError(f"--address {address}: {' '.join(str(error).split())}") from None
     try:
