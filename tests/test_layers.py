@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import cbnerf
 
 PACKAGE = Path(cbnerf.__file__).parent
@@ -67,6 +69,13 @@ def loaded_by(module: str) -> set[str]:
 
 def test_the_command_line_loads_nothing_of_the_search():
     assert not loaded_by("cbnerf.cli") & {"ray", "optuna", "mlflow"}  # torch itself loads tqdm
+
+
+@pytest.mark.search
+def test_a_worker_of_a_search_starts_without_what_its_driver_needs():
+    slow_to_load = {"optuna", "mlflow", "scipy", "matplotlib"}
+    assert not loaded_by("cbnerf.search.trial") & slow_to_load
+    assert loaded_by("cbnerf.search.command") >= slow_to_load
 
 
 def test_config_loads_no_torch():
