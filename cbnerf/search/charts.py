@@ -80,18 +80,20 @@ def _figures(ledger: Ledger) -> Iterator[tuple[str, str, go.Figure]]:
 
 
 def importances(ledger: Ledger) -> go.Figure:
-    """PED-ANOVA's share of each knob in what makes a configuration good, overall and by scene."""
+    """PED-ANOVA's share of each knob in what makes a configuration good, overall and, where
+    scenes are trained apart, by scene."""
     figure = go.Figure()
     evaluator, first = PedAnovaImportanceEvaluator(), ledger.plan.spec.objectives[0]
     # PED-ANOVA asks what makes a target low.
-    targets = {"all scenes": lambda trial: -trial.values[0]}
-    for scene in ledger.plan.trainings:
+    targets = {"overall": lambda trial: -trial.values[0]}
+    trainings = ledger.plan.trainings
+    for scene in trainings if len(trainings) > 1 else ():
         targets[scene] = lambda trial, s=scene: -_value_on(ledger, trial, s, first)
     for name, target in targets.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # That it does.
             shares = get_param_importances(ledger.study, evaluator=evaluator, target=target)
-        visible = True if name == "all scenes" else "legendonly"
+        visible = True if name == "overall" else "legendonly"
         bar = go.Bar(x=list(shares), y=list(shares.values()), name=name, visible=visible)
         figure.add_trace(bar)
     return figure

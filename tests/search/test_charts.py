@@ -80,13 +80,16 @@ def test_a_name_cannot_break_the_page(tiny_plan):
     assert "<pre>&lt;script&gt;</pre>" in page and page.count("<th>&lt;b&gt;</th>") == 2
 
 
-def test_importances_tell_what_makes_a_configuration_good(tiny_plan):
+@pytest.mark.parametrize(
+    "scenes, bars", [("arcade", ["overall"]), ("arcade,blinds", ["overall", "arcade", "blinds"])]
+)
+def test_importances_tell_what_makes_a_configuration_good(tiny_plan, scenes: str, bars: list[str]):
     """One knob decides who is best, another one who is worst."""
     space: dict[str, Any] = {
         "codebook.beta": {"low": 0.0, "high": 1.0},
         "codebook.ema_decay": {"low": 0.1, "high": 0.9},
     }
-    plan = tiny_plan("arcade", trials=60, stopping=ALONE, space=space, sampler="random")
+    plan = tiny_plan(scenes, trials=60, stopping=ALONE, space=space, sampler="random")
     ledger = Ledger(plan)
 
     def score(unit: Unit) -> float:
@@ -94,7 +97,8 @@ def test_importances_tell_what_makes_a_configuration_good(tiny_plan):
         return 20 + best - 5 * (worst > 0.75)
 
     run(ledger, score)
-    overall, on_arcade = importances(ledger).data
-    for bars in (overall, on_arcade):
-        shares = dict(zip(bars.x, bars.y, strict=True))
+    drawn = importances(ledger).data
+    assert [bar.name for bar in drawn] == bars
+    for bar in drawn:
+        shares = dict(zip(bar.x, bar.y, strict=True))
         assert shares["codebook.beta"] > 2 * shares["codebook.ema_decay"]
