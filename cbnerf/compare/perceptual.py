@@ -23,13 +23,13 @@ def load_lpips(device: torch.device) -> tuple[Distance | None, str]:
     if not os.path.exists(file):
         return None, f"LPIPS is not reported: its network's weights are not at hand as {file}"
     try:
-        from torchmetrics.image import lpip  # pyright: ignore[reportMissingImports]
+        from torchmetrics.image.lpip import (  # pyright: ignore[reportMissingImports]
+            LearnedPerceptualImagePatchSimilarity,
+        )
 
-        network = lpip.LearnedPerceptualImagePatchSimilarity("vgg", normalize=True)
+        network = LearnedPerceptualImagePatchSimilarity("vgg", normalize=True).to(device).eval()
     except (ImportError, RuntimeError) as error:  # a torchvision that is not for this torch
         return None, f"LPIPS is not reported: torchvision does not work here ({error})"
-
-    network.to(device).eval()
 
     @torch.no_grad()
     def distance(image: Tensor, target: Tensor) -> float:

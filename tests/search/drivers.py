@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from cbnerf.config import with_overrides
+from cbnerf.config import load_yaml, with_overrides
 from cbnerf.data.renders import load_renders
 from cbnerf.search.ledger import Ledger
-from cbnerf.search.plan import Plan
+from cbnerf.search.plan import Plan, make_plan
+from cbnerf.search.spec import parse_spec
 from cbnerf.search.trial import load_scene, run_base_field
 from cbnerf.training.stages import RENDERS_FILE, run_refiner
 
@@ -49,6 +50,15 @@ def rays_processes() -> dict[int, str]:
         except OSError:
             continue
     return titles
+
+
+def plan_of(storage: Path, name: str) -> Plan:
+    """The plan of a study on built-in scenes that a `tune.py` has begun."""
+    request = load_yaml(storage / "studies" / name / "request.yaml")
+    spec = parse_spec(request["spec"] | {"resolution": request["resolution"]})
+    return make_plan(
+        spec, scenes=request["scenes"], data=None, name=name, storage=storage, has_gpu=False
+    )
 
 
 def search_without_ray(plan: Plan) -> Ledger:

@@ -6,16 +6,19 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from drivers import finish, rays_processes, wait_for
 from mlflow import MlflowClient
+from torch.multiprocessing.spawn import spawn
 
-from cbnerf.config import load_config
+from cbnerf.config import Config, load_config
 from cbnerf.data.llff import read_capture
-from cbnerf.data.renders import load_renders
-from cbnerf.data.scene import make_scene
+from cbnerf.data.renders import Renders, load_renders
+from cbnerf.data.scene import Scene, make_scene
 from cbnerf.training.stages import run_field, run_refiner
 
 pytestmark = [
@@ -34,8 +37,8 @@ fixed: {refiner.optim.batch_size: 4}
 space: {codebook.size: {choices: [64, 1024]}}
 resources: {workers: 2, cpus_per_worker: 1}
 """
-PLACES = {"cache/field-*": "field.pt", "studies/two/trials/0000/arcade": "refiner.pt"}
-"""Where results stand, and the checkpoint that is written there time and again."""
+FIELD, REFINER = "cache/field-*", "studies/two/trials/0000/arcade"
+"""Where results stand."""
 
 
 def start(folder: Path) -> "subprocess.Popen[str]":
@@ -53,7 +56,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a study with two processes a run leaves, though one of them is killed in each stage."""
     folder = tmp_path_factory.mktemp("distributed")
     study = start(folder)
-    for place, checkpoint in PLACES.items():
+    for place, checkpoint in ((FIELD, "field.pt"), (REFINER, "refiner.pt")):
         # Not sooner: Ray Train gives up where a process dies while its group still starts.
         written = f"{place}/{checkpoint}"
         wait_for(lambda w=written: bool(list((folder / "runs").glob(w))), study)
@@ -76,8 +79,7 @@ def metrics_of(folder: Path) -> dict[str, float]:
 
 
 def test_results_and_curves_of_two_processes_arrive(storage: Path):
-    (cached,) = (storage / "cache").glob("field-*")
-    unit = storage / "studies" / "two" / "trials" / "0000" / "arcade"
+    (cached,), unit = storage.glob(FIELD), storage / REFINER
     for folder, files in (
         (cached, {"field.pt", "renders.npz", "manifest.json"}),
         (unit, {"refiner.pt", "strip.png"}),
@@ -96,17 +98,53 @@ def test_results_and_curves_of_two_processes_arrive(storage: Path):
     assert all(journal.count(f'"0/arcade/{rung}"') == 1 for rung in range(2))
 
 
-def test_two_processes_train_what_one_trains(storage: Path, tmp_path: Path):
-    """Same seed, same global batch; only the order of floating-point sums differs."""
-    (cached,) = (storage / "cache").glob("field-*")
-    unit = storage / "studies" / "two" / "trials" / "0000" / "arcade"
-    config = load_config(unit / "config.yaml")
+class Job(NamedTuple):
+    """What the study has trained, for others to train again."""
+
+    config: Config
+    scene: Scene
+    renders: Renders
+
+    def train(self, folder: Path) -> None:
+        """Both stages, into folders of their names."""
+        config, scene, renders = self
+        run_field(config, scene, folder / "field", device=CPU)
+        run_refiner(config, scene, renders, folder / "refiner", device=CPU)
+
+
+@pytest.fixture
+def job(storage: Path) -> Job:
+    (cached,) = storage.glob(FIELD)
+    config = load_config(storage / REFINER / "config.yaml")
     capture = read_capture(storage / "scenes" / "64" / "arcade", 64)
-    scene = make_scene(capture, config.data)
-    field = run_field(config, scene, tmp_path / "field", device=CPU)
-    for name in ("val/psnr", "val/ssim"):
-        assert field[name] == pytest.approx(metrics_of(cached)[name], rel=1e-3)
-    renders = load_renders(cached / "renders.npz")
-    refiner = run_refiner(config, scene, renders, tmp_path / "refiner", device=CPU)
-    for name in ("val/psnr", "val/ssim"):
-        assert refiner[name] == pytest.approx(metrics_of(unit)[name], rel=1e-3)
+    return Job(config, make_scene(capture, config.data), load_renders(cached / "renders.npz"))
+
+
+def scores(field: Path, refiner: Path) -> list[float]:
+    return [metrics_of(x)[name] for x in (field, refiner) for name in ("val/psnr", "val/ssim")]
+
+
+def test_two_processes_train_what_one_trains(storage: Path, job: Job, tmp_path: Path):
+    """Same seed, same global batch; only the order of floating-point sums differs."""
+    job.train(tmp_path)
+    (cached,) = storage.glob(FIELD)
+    alone = scores(tmp_path / "field", tmp_path / "refiner")
+    assert alone == pytest.approx(scores(cached, storage / REFINER), rel=1e-3)
+
+
+def train_on_rank(rank: int, folder: Path, job: Job) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    job.train(folder)
+    dist.barrier()  # nobody leaves while another still talks
+    dist.destroy_process_group()
+
+
+def test_a_group_that_loses_processes_ends_as_one_that_does_not(
+    storage: Path, job: Job, tmp_path: Path
+):
+    """Bit for bit as two processes without Ray."""
+    spawn(train_on_rank, (tmp_path, job), nprocs=2)
+    (cached,) = storage.glob(FIELD)
+    quiet = scores(tmp_path / "field", tmp_path / "refiner")
+    assert quiet == scores(cached, storage / REFINER)

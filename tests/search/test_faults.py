@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drivers import finish, rays_processes, search_without_ray, wait_for
+from drivers import finish, plan_of, rays_processes, search_without_ray, wait_for
 from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 
@@ -53,13 +53,7 @@ class Study:
         )  # fmt: skip
 
     def ledger(self) -> Ledger:
-        request = load_yaml(self.folder / "request.yaml")
-        spec = parse_spec(request["spec"] | {"resolution": request["resolution"]})
-        plan = make_plan(
-            spec, scenes=request["scenes"], data=None, name=self.name, storage=self.storage,
-            has_gpu=False,
-        )  # fmt: skip
-        return Ledger(plan, adopt=False)
+        return Ledger(plan_of(self.storage, self.name), adopt=False)
 
     def num_booked(self) -> int:
         journal = self.folder / "optuna.journal"

@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drivers import search_without_ray
+from drivers import plan_of, search_without_ray
 from mlflow import MlflowClient
 
 from cbnerf.cli import Report
-from cbnerf.config import load_config, load_yaml
+from cbnerf.config import load_config
 from cbnerf.search import command
 from cbnerf.search.ledger import Ledger
-from cbnerf.search.plan import Plan, make_plan
-from cbnerf.search.spec import parse_spec
 
 pytestmark = [
     pytest.mark.search,
@@ -265,7 +263,7 @@ def test_a_race_survives_kill_and_ctrl_c_and_repeats_no_unit(tmp_path: Path):
     assert set(finished.bookings.values()) == {1}
     for before in (killed, interrupted):
         assert before.trained.items() <= finished.trained.items()
-    trials = Ledger(plan_of(tmp_path / "runs"), adopt=False).study.get_trials()
+    trials = Ledger(plan_of(tmp_path / "runs", NAME), adopt=False).study.get_trials()
     assert len(trials) == 6 and all(trial.values is not None for trial in trials)
     store, experiment = experiment_of(tmp_path)
     runs = MlflowClient(store).search_runs([experiment])
@@ -300,17 +298,9 @@ def test_one_at_a_time_a_race_is_the_same_bit_for_bit_with_and_without_ray(
 ):
     arguments = [*RACE, "--name", NAME, "--trials", "3", "--concurrency", "1"]
     assert call(monkeypatch, *arguments, "--storage", "with") == 0, capfd.readouterr().err
-    plan = plan_of(tmp_path / "with")
+    plan = plan_of(tmp_path / "with", NAME)
     alone = search_without_ray(replace(plan, storage=tmp_path / "without"))
     assert trials_of(Ledger(plan, adopt=False)) == trials_of(alone)
-
-
-def plan_of(storage: Path, name: str = NAME) -> Plan:
-    request = load_yaml(storage / "studies" / name / "request.yaml")
-    return make_plan(
-        parse_spec(request["spec"]), scenes=request["scenes"], data=None, name=name,
-        storage=storage, has_gpu=False,
-    )  # fmt: skip
 
 
 def trials_of(ledger: Ledger) -> list[tuple[dict[str, Any], list[float] | None, dict[Any, Any]]]:
