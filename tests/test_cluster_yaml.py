@@ -160,7 +160,7 @@ def home(tmp_path: Path) -> Path:
 def in_shell(home: Path, command: str, **variables: str) -> str:
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), **variables}
     answer = subprocess.run(
-        ["bash", "-euc", command], env=environment, capture_output=True, text=True, timeout=200
+        ["bash", "-euc", command], env=environment, capture_output=True, text=True, timeout=900
     )
     assert answer.returncode == 0, answer.stderr
     return answer.stdout

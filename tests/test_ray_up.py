@@ -64,7 +64,7 @@ def _which(tool: str) -> str | None:
 def run(*command: str | Path, **options: Any) -> str:
     """Standard output of a command; what it said where it fails."""
     answer = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, timeout=400, **options
+        [str(word) for word in command], capture_output=True, text=True, timeout=900, **options
     )
     assert answer.returncode == 0, f"{command}\n{answer.stdout[-3000:]}\n{answer.stderr[-3000:]}"
     return answer.stdout

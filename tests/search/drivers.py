@@ -17,9 +17,12 @@ from cbnerf.search.spec import parse_spec
 from cbnerf.search.trial import load_scene, run_base_field
 from cbnerf.training.stages import RENDERS_FILE, run_refiner
 
+PATIENCE = 900
+"""Seconds after which what has not come counts as hanging: far more than slow machines need."""
+
 
 def wait_for(condition: Callable[[], bool], driver: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert driver.poll() is None, driver.communicate()
         assert time.monotonic() < deadline, "never came"
@@ -29,7 +32,7 @@ def wait_for(condition: Callable[[], bool], driver: "subprocess.Popen[str]") -> 
 def finish(driver: "subprocess.Popen[str]", status: int = 0) -> str:
     """What it said on standard error; a hang ends the test."""
     try:
-        output, errors = driver.communicate(timeout=400)
+        output, errors = driver.communicate(timeout=PATIENCE)
     finally:
         driver.kill()
     assert driver.returncode == status, output + errors

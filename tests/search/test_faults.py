@@ -111,7 +111,7 @@ def kill_a_training() -> bool:
 
 def is_quiet() -> bool:
     """Nobody is at work any more, after some patience."""
-    for _ in range(100):
+    for _ in range(300):
         if not at_work():
             return True
         time.sleep(0.2)

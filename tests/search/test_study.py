@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drivers import plan_of, search_without_ray
+from drivers import PATIENCE, plan_of, search_without_ray
 from mlflow import MlflowClient
 
 from cbnerf.cli import Report
@@ -74,10 +74,10 @@ class Drivers:
             while driver.poll() is None and not until():
                 time.sleep(0.05)
             os.killpg(driver.pid, by)
-        output, errors = driver.communicate(timeout=300)
+        output, errors = driver.communicate(timeout=PATIENCE)
         ended = Ended(driver.returncode, output, errors, self.bookings(), self.trained())
         if by == signal.SIGINT:
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 60
             while self.processes() and time.monotonic() < deadline:
                 time.sleep(0.2)
             ended.lingering = self.processes()
