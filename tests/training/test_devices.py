@@ -1,0 +1,114 @@
+"""Both stages on a GPU that is not there: no operation mixes devices, no step waits for the GPU."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from fake_gpu import GPU, GpuTensor, fake_gpu
+from test_determinism import METHODS, make_config
+
+from cbnerf.codebook.refiner import Refiner
+from cbnerf.config import Config, with_overrides
+from cbnerf.data.renders import Renders
+from cbnerf.data.scene import Scene
+from cbnerf.training.evaluation import refine_views
+from cbnerf.training.field import scene_cameras, train_field
+from cbnerf.training.inspection import inspect_codebook
+from cbnerf.training.refiner import train_refiner
+from cbnerf.training.stages import ignore
+from cbnerf.training.video import write_videos
+
+CPU = torch.device("cpu")
+
+
+def make_steps(name: str, steps: int) -> Config:
+    # What is allowed of a CUDA build of torch alone is not asked of this one.
+    knobs = {"deterministic": False, "field.optim.steps": steps, "refiner.optim.steps": steps}
+    return with_overrides(make_config(name), knobs)
+
+
+def assert_same(model: torch.nn.Module, other: torch.nn.Module) -> None:
+    """The first one lies on the fake GPU, which computes as the CPU does."""
+    on_gpu, on_cpu = model.state_dict(keep_vars=True), other.state_dict()
+    assert on_gpu.keys() == on_cpu.keys()
+    for name, value in on_gpu.items():
+        assert value.device == GPU, name
+        torch.testing.assert_close(value.inner, on_cpu[name].detach())
+
+
+def test_the_fake_refuses_what_cuda_refuses():
+    with fake_gpu() as waits:
+        here, there = torch.ones(3), torch.ones(3, device=GPU)
+        assert isinstance(there, GpuTensor) and there.device == GPU
+        for mix in (
+            lambda: here + there,
+            lambda: torch.cat([here, there]),
+            lambda: here.add_(there.sum()),
+            lambda: here[there.long()],
+            lambda: there.index_add_(0, torch.zeros(3, dtype=torch.int64), there),
+        ):
+            with pytest.raises(RuntimeError, match="two devices"):
+                mix()
+        with pytest.raises(TypeError):
+            there.numpy()
+        assert not waits
+        assert (there * here.sum() + there[here.long()]).tolist() == [4, 4, 4]
+        assert float(there.sum()) == 3
+        assert waits == {"_to_copy": 1, "_local_scalar_dense": 1}
+
+
+@pytest.mark.parametrize("method", ["nerf", "nerf-sr", "cb-nerf"])
+def test_stage_1(method: str, tiny_scene: Scene):
+    waited: list[Counter[str]] = []
+    for steps in (2, 3):
+        config = make_steps(method, steps)
+        with fake_gpu() as waits:
+            model = train_field(config, tiny_scene, device=GPU, report=ignore)
+        waited.append(waits)
+    assert waited[0] == waited[1] != {}
+    assert_same(model, train_field(config, tiny_scene, device=CPU, report=ignore))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stage_2(method: str, tiny_scene: Scene, tiny_renders: Renders):
+    waited: list[Counter[str]] = []
+    for steps in (2, 3):
+        config = make_steps(method, steps)
+        with fake_gpu() as waits:
+            refiner = train_refiner(config, tiny_scene, tiny_renders, device=GPU, report=ignore)
+        waited.append(waits)
+    assert waited[0] == waited[1] != {}
+    on_cpu = train_refiner(config, tiny_scene, tiny_renders, device=CPU, report=ignore)
+    assert_same(refiner, on_cpu)
+
+
+@pytest.mark.parametrize("method", ["linear", "residual-cnn"])
+def test_stage_2_of_other_scenes(method: str, tiny_scene: Scene, tiny_renders: Renders):
+    config, pair = make_steps(method, 2), (tiny_scene, tiny_renders)
+    refiners = []
+    with fake_gpu():
+        refiners.append(train_refiner(config, *pair, device=GPU, report=ignore, others=[pair] * 2))
+    refiners.append(train_refiner(config, *pair, device=CPU, report=ignore, others=[pair] * 2))
+    assert_same(*refiners)
+
+
+def test_pictures_and_videos(tiny_scene: Scene, tiny_renders: Renders, tmp_path: Path):
+    written = []
+    for device in (GPU, CPU):
+        folder = tmp_path / device.type
+        with fake_gpu():
+            config = make_steps("cb-nerf", 1)
+            field = train_field(config, tiny_scene, device=device, report=ignore)
+            refiner = train_refiner(config, tiny_scene, tiny_renders, device=device, report=ignore)
+            assert isinstance(refiner, Refiner)
+            images = tiny_renders.rgb[:2], tiny_scene.images[:2]
+            health = inspect_codebook(refiner, *images, folder, device)
+            cameras = scene_cameras(tiny_scene, device)
+            path = cameras._replace(camera_to_world=cameras.camera_to_world[:2])
+            videos = write_videos(field, path, tiny_scene.scale, refiner, folder, fps=2)
+            tiles = refine_views(refiner, tiny_renders.rgb[:1], device, tile=16)
+        pictures = {file.name: file.read_bytes() for file in folder.glob("*.png")}
+        written.append((health, videos, tiles.tolist(), pictures))
+    assert written[0] == written[1]
+    assert len(written[0][-1]) == 7
