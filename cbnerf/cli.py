@@ -33,14 +33,14 @@ from cbnerf.config import (
 )
 from cbnerf.data.library import default_storage
 from cbnerf.data.llff import read_capture, write_capture
-from cbnerf.data.procedural import BUILT_IN_SCENES, make_capture
+from cbnerf.data.procedural import BUILT_IN_SCENES, NUM_VIEWS, make_capture
 from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene, make_scene
 from cbnerf.data.splits import split_views
 from cbnerf.nerf.path import spiral_path
 from cbnerf.training.cache import StageCache
-from cbnerf.training.checkpoint import Checkpoint
+from cbnerf.training.checkpoint import Checkpoint, load_checkpoint
 from cbnerf.training.evaluation import Score, mean_score, refine_views, score_views
 from cbnerf.training.field import load_field
 from cbnerf.training.inspection import inspect_codebook
@@ -116,9 +116,8 @@ class TrainRefiner:
         _print_metrics(self.output, metrics)
 
     def _load(self, name: str, field: Path) -> tuple[Scene, Renders]:
-        scene, renders = _load_scene(name, self.config), load_renders(field / RENDERS_FILE)
-        _check_same_size(scene, renders, field)
-        return scene, renders
+        scene = _load_scene(name, self.config)
+        return scene, _load_renders(scene, field)
 
 
 @dataclass(kw_only=True)
@@ -189,6 +188,10 @@ class Compare(Request):
             raise ValueError("--mlflow: MLflow is not installed; pip install 'cbnerf[search]'")
         comparison = settle(self)
         folder = report_folder(self, comparison)
+        if self.mlflow:
+            from cbnerf.search.comparison import check_mlflow
+
+            check_mlflow(comparison.storage)
         device = choose_device()
         results = run_comparison(comparison, device, lambda line: print(line, flush=True))
         print(write_report(comparison, results, folder, device))
@@ -251,8 +254,12 @@ class Cache:
         cache = StageCache(self.storage / "cache")
         if not cache.folder.is_dir():
             raise ValueError(f"{cache.folder}: no such cache; give the --storage of a study")
+        if not (self.days >= 0 and self.max_gb >= 0):
+            raise ValueError("--days and --max-gb must be at least 0")
         if self.action == "prune":
             removed = cache.prune(idle_days=self.days, max_bytes=self.max_gb * 1e9)
+            for entry in removed:
+                print(entry.folder.name)
             gone = sum(entry.num_bytes for entry in removed)
             print(f"{cache.folder}: removed {len(removed)} entries, {gone / 1e6:.1f} MB")
             return
@@ -300,7 +307,7 @@ class MakeScenes:
     """`all`, or names separated by commas."""
     width: int = 504
     """Image width in pixels."""
-    views: int = 13
+    views: int = NUM_VIEWS
     """Photographs per scene."""
 
     def run(self) -> None:
@@ -392,10 +399,9 @@ def _load_scene(name: str, config: Config) -> Scene:
 
 def _load_test_views(name: str, field: Path) -> tuple[Scene, Renders, list[int]]:
     """A scene, the renders of its field, and which views are test views."""
-    _, _, config = load_field(field / FIELD_FILE, torch.device("cpu"))
+    config = load_checkpoint(field / FIELD_FILE, "field", torch.device("cpu")).config
     scene = _load_scene(name, config)
-    renders = load_renders(field / RENDERS_FILE)
-    _check_same_size(scene, renders, field)
+    renders = _load_renders(scene, field)
     test = split_views(scene.num_views, config.data).test
     if not test:
         raise ValueError(
@@ -405,12 +411,18 @@ def _load_test_views(name: str, field: Path) -> tuple[Scene, Renders, list[int]]
     return scene, renders, test
 
 
-def _check_same_size(scene: Scene, renders: Renders, folder: Path) -> None:
+def _load_renders(scene: Scene, field: Path) -> Renders:
+    """What the field of a scene has rendered."""
+    trained = load_checkpoint(field / FIELD_FILE, "field", torch.device("cpu")).scene
+    if trained != scene.name:
+        raise ValueError(f"{field}: a field of the scene {trained}, not of {scene.name}")
+    renders = load_renders(field / RENDERS_FILE)
     if scene.images.shape != renders.rgb.shape:
         raise ValueError(
-            f"{folder}: its field has {_size(renders.rgb)}, the scene {_size(scene.images)}; "
-            "choose the --resolution and the scene of the field"
+            f"{field}: its field has {_size(renders.rgb)}, the scene {_size(scene.images)}; "
+            "give the photographs that it was trained on, and train-refiner its --resolution"
         )
+    return renders
 
 
 def _size(images: torch.Tensor) -> str:

@@ -17,7 +17,7 @@ import yaml
 
 
 class KnobError(ValueError):
-    """A knob has a value of the right type that it cannot take."""
+    """A knob has a value of the right type that it cannot take, or not beside the others."""
 
 
 def _check(condition: bool, name: str, value: object, rule: str) -> None:
@@ -42,12 +42,16 @@ class OptimConfig:
     evaluations: int = 4
     """How often the validation views are scored and a checkpoint is written."""
 
-    def __post_init__(self):
+    def check(self, stage: str) -> None:
+        """Knobs of the optimiser of `field` or `refiner`, which are named after it."""
         for name in ("steps", "batch_size", "evaluations"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _check(self.lr > 0, "lr", self.lr, "positive")
-        _check(0 <= self.lr_end <= 1, "lr_end", self.lr_end, "in [0, 1]")
-        _check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "at least 0")
+            value = getattr(self, name)
+            _check(value >= 1, f"{stage}.optim.{name}", value, "at least 1")
+        _check(self.lr > 0, f"{stage}.optim.lr", self.lr, "positive")
+        _check(0 <= self.lr_end <= 1, f"{stage}.optim.lr_end", self.lr_end, "in [0, 1]")
+        _check(
+            self.warmup_steps >= 0, f"{stage}.optim.warmup_steps", self.warmup_steps, "at least 0"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +65,16 @@ class DataConfig:
     low_res_kernel: Literal["box", "lanczos"] = "box"
     """How low-res images are made from high-res ones; `lanczos` is what NeRF-SR's code did."""
     test_every: int = 8
-    """Every n-th view from index 0 is a test view; 0 trains on all views (protocol `table1`)."""
+    """Every n-th view from index 0 is a test view; 0, without `validation`, trains on all views
+    (protocol `table1`)."""
     validation: bool = True
     """Keep the views half-way between the test views out of training, to select on."""
 
     def __post_init__(self):
         _check(self.scale >= 1, "data.scale", self.scale, "at least 1")
         _check(self.width >= 8 * self.scale, "data.width", self.width, "at least 8 * data.scale")
-        rule = "at least 2" if self.validation else "at least 2, or 0 for none"
         allowed = self.test_every >= 2 or (self.test_every == 0 and not self.validation)
+        rule = "at least 2, or 0 with data.validation = false"
         _check(allowed, "data.test_every", self.test_every, rule)
 
 
@@ -154,6 +159,7 @@ class FieldConfig:
     optim: OptimConfig = OptimConfig(steps=10_000, batch_size=4096, lr=4e-2)
 
     def __post_init__(self):
+        self.optim.check("field")
         _check(self.sub_rays >= 0, "field.sub_rays", self.sub_rays, "at least 0")
         for name in ("num_coarse_samples", "num_fine_samples"):
             _check(getattr(self, name) >= 4, f"field.{name}", getattr(self, name), "at least 4")
@@ -261,6 +267,7 @@ class RefinerConfig:
     optim: OptimConfig = OptimConfig(steps=10_000, batch_size=32, lr=2e-3)
 
     def __post_init__(self):
+        self.optim.check("refiner")
         _check(
             self.patch_size >= 8 and self.patch_size % 4 == 0,
             "refiner.patch_size", self.patch_size, "a multiple of 4, at least 8",
@@ -530,10 +537,10 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def load_config(path: Path) -> Config:
-    """Read what `save_config` wrote; knobs that are not named keep their defaults."""
+def load_config(path: Path, base: Config = Config()) -> Config:
+    """Read what `save_config` wrote; knobs that are not named keep their values in `base`."""
     try:
-        return with_overrides(Config(), load_yaml(path))
+        return with_overrides(base, load_yaml(path))
     except ValueError as error:
         message = str(error)
         raise ValueError(message if str(path) in message else f"{path}: {message}") from None

@@ -7,8 +7,7 @@ export CBNERF_STORAGE=/mnt/cbnerf
 # An NFS share to keep there, such as fs-0123.efs.us-west-2.amazonaws.com:/. Without one the head
 # shares its own disk, and all is gone with it. `mounted`: the folder is already the same everywhere.
 export CBNERF_NFS=
-# LLFF scenes; the built-in ones are used where this folder holds none.
-if [ -d "$CBNERF_STORAGE/data" ]; then export CBNERF_DATA=$CBNERF_STORAGE/data; fi
+# LLFF scenes are looked for in its folder `data`; the built-in ones are used where that holds none.
 
 # The runs: on MLflow's server, which listens to the head alone. Its database, SQLite in the shared
 # folder unless ~/cbnerf.secrets names a Postgres: export MLFLOW_BACKEND_STORE_URI=postgresql://...
@@ -17,5 +16,7 @@ export MLFLOW_TRACKING_URI=http://127.0.0.1:5000
 export CBNERF_ARTIFACTS=
 if [ -r ~/cbnerf.secrets ]; then . ~/cbnerf.secrets; fi
 
+# A training run that asks for no GPU sees none.
+export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=1
 export RAY_AUTH_MODE=disabled   # The cluster's network is its own; see README.md, "Security".
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

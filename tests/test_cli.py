@@ -187,7 +187,7 @@ MISTAKES = {
         [*REFINE, "--field={runs}/field", "--data.width=32"],
         "its field has 10 views of 64x46, the scene 10 views of 32x24",
     ),
-    "no field": ([*REFINE, "--field={new}"], "renders.npz: no such file of stage-1 renders"),
+    "no field": ([*REFINE, "--field={new}"], "field.pt: no such checkpoint"),
     "no checkpoint": (["evaluate", "--scene=mosaic", "--field={new}"], "no such checkpoint"),
     "a refiner as field": (
         ["render", "--field={swapped}", "--output={new}"], "holds a refiner, expected a field"

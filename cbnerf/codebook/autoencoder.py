@@ -130,8 +130,11 @@ class LightEncoder(nn.Module):
         return self.features(images)
 
     @torch.no_grad()
-    def start_from(self, images: Iterable[Float[Tensor, "batch 3 height width"]]) -> None:
-        """Take the principal components of some images."""
+    def start_from(
+        self, images: Iterable[Float[Tensor, "batch 3 height width"]], *, constant: bool
+    ) -> None:
+        """Take the principal components of some images, and a constant for the last feature, with
+        which flat places do not get the codes of noise on the unit sphere."""
         weight, bias = self.features.weight, self.features.bias
         assert bias is not None
         gram = torch.zeros(weight[0].numel(), weight[0].numel(), dtype=torch.float64)
@@ -139,11 +142,12 @@ class LightEncoder(nn.Module):
         for batch in images:
             patches = F.unfold(batch, LIGHT_SIDE).transpose(0, 1).flatten(1)
             gram += patches @ patches.T
-        axes = torch.linalg.eigh(gram).eigenvectors.flip(1).T[: len(bias) - 1]
+        axes = torch.linalg.eigh(gram).eigenvectors.flip(1).T[: len(bias) - constant]
         weight.zero_()
         bias.zero_()
         weight[: len(axes)] = axes.to(weight).view(-1, *weight.shape[1:])
-        bias[-1] = _FLAT
+        if constant:
+            bias[-1] = _FLAT
 
 
 class LightDecoder(nn.Module):

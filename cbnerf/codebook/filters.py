@@ -144,7 +144,7 @@ class _Pixels:
         counted = shares.flatten()[order].split(counts.tolist())
         members = zip(pixels, counted, strict=True)
         self._members = dict(zip(self.codes.tolist(), members, strict=True))
-        self._nobody = self._places[:0], shares.flatten()[:0]
+        self._nobody = self._places[:0], shares.new_zeros(0)
 
     def total(self) -> _Sums:
         """Over all pixels, in float64."""

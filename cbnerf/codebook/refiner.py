@@ -250,7 +250,10 @@ class ResidualRefiner(Refiner):
         """Let encoders and codes begin with what photographs are made of."""
         encoder, sr_encoder = self.autoencoder.encoder, self.autoencoder.sr_encoder
         assert isinstance(encoder, LightEncoder)
-        encoder.start_from(self._select_coded(_pad(image)) for image in photographs.split(1))
+        coded = (self._select_coded(_pad(image)) for image in photographs.split(1))
+        # Finite scalars have few features, and one that is constant would halve them or worse.
+        learned = isinstance(self.autoencoder.quantizer, VectorQuantizer)
+        encoder.start_from(coded, constant=learned)
         if sr_encoder is not None:
             sr_encoder.load_state_dict(encoder.state_dict())
         super().start_from(photographs)

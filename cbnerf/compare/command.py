@@ -8,7 +8,14 @@ import yaml
 
 from cbnerf.compare.protocols import Protocol, adapt
 from cbnerf.compare.run import Comparison
-from cbnerf.config import METHODS, Config, load_config, preset, with_overrides
+from cbnerf.config import (
+    DEFAULT_METHOD,
+    METHODS,
+    Config,
+    load_config,
+    preset,
+    with_overrides,
+)
 from cbnerf.data.library import choose_scenes, default_storage, locate_data
 
 
@@ -28,8 +35,8 @@ class Request:
     resolution: str | None = None
     """Image size and schedule; x2-504 with a GPU and x2-128 without if not given."""
     data: Path | None = None
-    """Folder of LLFF scene folders; else $CBNERF_DATA, else data/nerf_llff_data, else the
-    built-in scenes."""
+    """Folder of LLFF scene folders; else $CBNERF_DATA, else data/nerf_llff_data, else `data` in
+    the storage named by $CBNERF_STORAGE, else the built-in scenes."""
     storage: Path = field(default_factory=default_storage)
     """Folder for the cache of trained stages, $CBNERF_STORAGE or runs if not given."""
     output: Path | None = None
@@ -54,8 +61,12 @@ def settle(request: Request) -> Comparison:
     for name, config in methods.items():
         if config.data != first:
             raise ValueError(
-                f"--methods: {name} is for {config.data}, but {next(iter(methods))} for {first}; "
-                "only equal images can be compared"
+                f"--methods: {name} and {next(iter(methods))} have different knobs of `data`; only "
+                "equal images can be compared"
+            )
+        if config.data.test_every == 0 and request.protocol != "table1":
+            raise ValueError(
+                "data.test_every = 0 leaves no view to score; --protocol table1 scores such methods"
             )
         if config.codebook.shared and request.protocol == "table1":
             raise ValueError(
@@ -81,13 +92,24 @@ def settle(request: Request) -> Comparison:
 def report_folder(request: Request, comparison: Comparison) -> Path:
     """Where the report goes."""
     name = f"{comparison.resolution}-{comparison.protocol}"
-    return request.output or comparison.storage / "compare" / name
+    folder = request.output or comparison.storage / "compare" / name
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {folder}: not a folder")
+    return folder
 
 
 def _load_method(name: str, resolution: str) -> Config:
+    """A preset, or what a file changes in the default method; a study's best.yaml has all knobs."""
     if name in METHODS or not name.endswith((".yaml", ".yml")):
         return preset(name, resolution)
-    return load_config(Path(name))
+    usual = preset(DEFAULT_METHOD, resolution)
+    config = load_config(Path(name), usual)
+    if (config.data.width, config.data.scale) != (usual.data.width, usual.data.scale):
+        raise ValueError(
+            f"{name}: for images {config.data.width} wide at scale {config.data.scale}, but "
+            f"{resolution} is {usual.data.width} at scale {usual.data.scale}; give --resolution"
+        )
+    return config
 
 
 def _label(name: str) -> str:
@@ -102,4 +124,7 @@ def _read_knob(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"--knobs {text!r} is not NAME=VALUE")
-    return name, yaml.safe_load(value)
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError(f"--knobs {text!r}: its value is not readable as YAML") from None

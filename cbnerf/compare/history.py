@@ -11,6 +11,7 @@ from cbnerf.config import Config
 from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
+from cbnerf.files import write_whole
 from cbnerf.training.checkpoint import Checkpoint, load_checkpoint
 from cbnerf.training.evaluation import refine_views
 from cbnerf.training.stages import REFINER_FILE
@@ -40,9 +41,7 @@ class History:
         refined = refine_views(refiner.eval(), self._renders.rgb, self._device, references)
         best = max(map(released_psnr, refined, self._scene.images))
         history = read_history(self._folder) | {step: best}
-        unfinished = self._folder / f".{_HISTORY_FILE}"
-        unfinished.write_text(json.dumps(history, indent=1))
-        unfinished.replace(self._folder / _HISTORY_FILE)
+        write_whole(self._folder / _HISTORY_FILE, json.dumps(history, indent=1))
 
     def catch_up(self) -> None:
         """Score the last checkpoint if a run was killed between writing and scoring it."""

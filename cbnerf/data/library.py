@@ -4,19 +4,22 @@ A built-in scene is drawn once and kept as an LLFF folder in the storage, one fo
 """
 
 import os
+import shutil
 from functools import lru_cache
 from pathlib import Path
+
+from filelock import FileLock
 
 from cbnerf.config import DataConfig
 from cbnerf.data.llff import find_scenes, read_capture, write_capture
 from cbnerf.data.procedural import BUILT_IN_SCENES, make_capture
 from cbnerf.data.scene import Scene, make_scene
+from cbnerf.files import whole
 
 DATA_VARIABLE = "CBNERF_DATA"
 DEFAULT_DATA = Path("data/nerf_llff_data")
 STORAGE_VARIABLE = "CBNERF_STORAGE"
 PAPER_SCENES = ("fern", "flower", "fortress", "horns", "leaves", "orchids", "room", "trex")
-NUM_BUILT_IN_VIEWS = 13
 
 
 def default_storage() -> Path:
@@ -25,15 +28,14 @@ def default_storage() -> Path:
 
 
 def locate_data(data: Path | None) -> tuple[Path | None, list[str]]:
-    """The folder of scenes and their names: `--data`, else the variable, else the usual place."""
+    """The folder of scenes and their names: `--data`, else the variable, else the usual places."""
     asked = data or (Path(os.environ[DATA_VARIABLE]) if os.environ.get(DATA_VARIABLE) else None)
-    folder = asked or DEFAULT_DATA
-    available = find_scenes(folder)
-    if available:
-        return folder.resolve(), available
+    for folder in [asked] if asked else [DEFAULT_DATA, default_storage() / "data"]:
+        if available := find_scenes(folder):
+            return folder.resolve(), available
     if asked:
         raise ValueError(
-            f"{folder}: no LLFF scenes; expected folders such as fern/poses_bounds.npy below it"
+            f"{asked}: no LLFF scenes; expected folders such as fern/poses_bounds.npy below it"
         )
     return None, list(BUILT_IN_SCENES)
 
@@ -64,6 +66,17 @@ def scene_folder(name: str, data: Path | None, storage: Path, width: int) -> Pat
 def read_scene(name: str, data: Path | None, storage: Path, knobs: DataConfig) -> Scene:
     """A scene of the folder `data`; without one a built-in scene, drawn when first used."""
     folder = scene_folder(name, data, storage, knobs.width)
-    if data is None and not (folder / "poses_bounds.npy").exists():
-        write_capture(folder, make_capture(name, width=knobs.width, num_views=NUM_BUILT_IN_VIEWS))
+    if data is None:
+        _draw_once(name, folder, knobs.width)
     return make_scene(read_capture(folder, knobs.width), knobs)
+
+
+def _draw_once(name: str, folder: Path, width: int) -> None:
+    """Of several processes that need a built-in scene one draws it and the others wait."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{name}.lock")):
+        if (folder / "poses_bounds.npy").exists():
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        with whole(folder) as drawn:
+            write_capture(drawn, make_capture(name, width=width))

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from cbnerf.config import KnobError
 from cbnerf.noise import Noise
 
 
@@ -59,7 +60,7 @@ def check_patch_size(patch_size: int, images: UInt8[Tensor, "*views height width
     """A patch must fit into an image."""
     height, width = images.shape[-3:-1]
     if patch_size > min(height, width):
-        raise ValueError(
+        raise KnobError(
             f"refiner.patch_size = {patch_size} does not fit into {width}x{height} images"
         )
 

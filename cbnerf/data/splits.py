@@ -26,7 +26,7 @@ def split_views(num_views: int, data: DataConfig) -> Split:
     train = [view for view in range(num_views) if view not in test and view not in val]
     if not train or (data.validation and not val):
         raise ValueError(
-            f"{num_views} views are too few to hold out every {every}th; "
-            "give more photographs or a smaller data.test_every"
+            f"data.test_every = {every} leaves no view of {num_views} to train on, or none to "
+            "select on; give more photographs, another value, or data.validation = false"
         )
     return Split(train, val, test)

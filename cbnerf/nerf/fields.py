@@ -95,7 +95,8 @@ def interpolate_planes(
     row = y.floor().clamp(min=0).minimum(height - 2)
     right, down = (x - column).clamp(0, 1), (y - row).clamp(0, 1)
     left, up = 1 - right, 1 - down
-    corner = (first + row * width + column).int()
+    # As integers: in float32 the numbers of a plane's 2^24th and later cells would be rounded.
+    corner = first.int() + row.int() * width.int() + column.int()
     cells = torch.stack([corner, corner + 1, corner + width, corner + width + 1], dim=-1)
     shares = torch.stack([up * left, up * right, down * left, down * right], dim=-1)
     sampled = _WeightedSum.apply(table, cells.flatten(0, 1), shares.flatten(0, 1))

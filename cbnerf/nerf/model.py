@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cbnerf.config import Config, FieldConfig
 from cbnerf.nerf.fields import MLPField, Planes, PlanesField, ProposalField, total_variation
-from cbnerf.nerf.rays import Cameras, Rays, make_rays, make_sub_pixel_rays, ndc_extent
+from cbnerf.nerf.rays import Cameras, Rays, make_sub_pixel_rays, ndc_extent
 from cbnerf.nerf.rendering import Rendering, composite, reaching_to_infinity, render_weights
 from cbnerf.nerf.sampling import prefix_sums, sample_importance, sample_stratified
 from cbnerf.noise import Noise
@@ -237,9 +237,3 @@ def _join_sub_pixels(flat: Tensor, height: int, width: int, scale: int) -> Tenso
     """`[pixels x sub_pixels channels]` to `[height x scale, width x scale, channels]`."""
     grouped = flat.view(height, width, scale, scale, -1)
     return grouped.permute(0, 2, 1, 3, 4).reshape(height * scale, width * scale, -1)
-
-
-__all__ = [
-    "FieldModel", "FieldOutput", "MLPModel", "PlanesModel", "build_field", "make_rays",
-    "midpoints", "proposal_loss", "render_image",
-]  # fmt: skip

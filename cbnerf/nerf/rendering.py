@@ -13,7 +13,6 @@ class Rendering(NamedTuple):
     rgb: Float[Tensor, "rays 3"]
     depth: Float[Tensor, " rays"]
     """Mean NDC distance t of the content; the metric depth is 1 / (1 - t)."""
-    opacity: Float[Tensor, " rays"]
 
 
 def render_weights(
@@ -43,7 +42,6 @@ def composite(
     return Rendering(
         rgb=(weights[..., None] * rgb).sum(-2),
         depth=(weights * t).sum(-1),
-        opacity=weights.sum(-1),
     )
 
 

@@ -1,6 +1,7 @@
 """`python tune.py`: from a command line to a finished study."""
 
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -8,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import ray
 import tyro
@@ -17,10 +17,12 @@ from filelock import FileLock, Timeout
 from mlflow.exceptions import MlflowException
 from ray.exceptions import RayError
 from ray.tune import TuneError
+from sqlalchemy.exc import SQLAlchemyError
 
 from cbnerf.config import load_yaml, with_overrides
 from cbnerf.data.library import DATA_VARIABLE, DEFAULT_DATA, default_storage
 from cbnerf.data.llff import count_views
+from cbnerf.files import write_whole
 from cbnerf.search.estimate import calibrate
 from cbnerf.search.ledger import Ledger
 from cbnerf.search.plan import FULL, Plan, make_plan
@@ -32,13 +34,16 @@ from cbnerf.search.study import (
     quieten_libraries,
     run_study,
 )
-from cbnerf.search.tracking import NOT_COMPARABLE, tracking_uri
+from cbnerf.search.tracking import NOT_COMPARABLE, tracking_uri, without_password
 from cbnerf.search.trial import load_scene
 from cbnerf.tables import to_markdown
 from cbnerf.training.processes import choose_device
+from cbnerf.training.refiner import count_parameters
 
 _REQUEST_FILE = "request.yaml"
 _INTERRUPTED = 130
+_FIELD_BYTES = 400
+"""Of a checkpoint of the planes field, for each pixel of an image."""
 _CHARTS = "compareRunsMode=CHART&workflowType=machine_learning"
 """MLflow's UI opens on its pages for language models unless told otherwise."""
 
@@ -52,8 +57,8 @@ class Options:
     config: Path | None = None
     """Search specification; `tune_configs/default.yaml` if not given."""
     data: Path | None = None
-    """Folder of LLFF scene folders; else $CBNERF_DATA, else data/nerf_llff_data, else the
-    built-in scenes."""
+    """Folder of LLFF scene folders; else $CBNERF_DATA, else data/nerf_llff_data, else `data` in
+    the storage named by $CBNERF_STORAGE, else the built-in scenes."""
     trials: int | None = None
     """Configurations to try; a finished study goes on when this grows."""
     resolution: str | None = None
@@ -106,6 +111,9 @@ def _explain(error: Exception, storage: Path) -> tuple[str, int]:
             return _last_words(getattr(error, "cause", None) or error), 1
         case MlflowException():
             return _last_words(f"MLflow: {error.message}"), 1
+        case SQLAlchemyError():
+            what, file = _last_words(str(error).splitlines()[0]), storage / "mlflow.db"
+            return f"MLflow's database ({what}); a damaged file is to be moved away: {file}", 2
         case ValueError() | OSError():
             return str(error), 2
         case _:
@@ -135,18 +143,21 @@ def _run(options: Options, default_config: Path) -> None:
             _price(plan)
             return
         _check_room(plan, options.address)
-        plan.check_disk(needed=_bytes_needed(plan, views))
-        plan.folder.mkdir(parents=True, exist_ok=True)
-        _check_same_resolution(plan)
-        settled = request | {"resolution": plan.resolution}
-        (plan.folder / _REQUEST_FILE).write_text(yaml.safe_dump(settled, sort_keys=False))
         concurrency = options.concurrency
         if concurrency is None and options.address is None:
             concurrency = num_slots(plan)
         with _alone(plan):
+            _check_same_resolution(plan)
+            if not (plan.folder / _REQUEST_FILE).exists():
+                plan.check_disk(needed=_bytes_needed(plan, views))
+            settled = request | {"resolution": plan.resolution}
+            write_whole(plan.folder / _REQUEST_FILE, yaml.safe_dump(settled, sort_keys=False))
             outcome = run_study(plan, print, concurrency)
     if outcome is None:
-        raise ValueError(f"study {plan.name}: every configuration failed; see its runs in MLflow")
+        raise ValueError(
+            f"study {plan.name}: no configuration was trained to its end; all failed (see their "
+            "runs in MLflow) or lie beyond `limits`"
+        )
     print(f"\n{to_markdown(scene_table(outcome.scores))}\n")
     if plan.data is None:
         print(f"{NOT_COMPARABLE}.")
@@ -157,7 +168,7 @@ def _run(options: Options, default_config: Path) -> None:
     uri = tracking_uri(plan.storage)
     page = f"#/experiments/{outcome.experiment_id}/runs?{_CHARTS}"
     if uri.startswith("http"):
-        print(f"compare    {_without_password(uri)}/{page}")
+        print(f"compare    {without_password(uri)}/{page}")
     else:
         print(f"compare    mlflow ui --backend-store-uri {uri}")
         print(f"           and open http://127.0.0.1:5000/{page}")
@@ -192,12 +203,17 @@ def _make_request(options: Options, default_config: Path) -> dict[str, Any]:
 
 
 def _load_request(options: Options) -> dict[str, Any]:
+    fixed = ("config", "data", "resolution", "method")
+    repeated = [name for name in fixed if getattr(options, name) is not None]
+    repeated += ["scenes"] if options.scenes != "all" else []
+    if repeated:
+        raise ValueError(f"--resume goes on as the study was started; leave out --{repeated[0]}")
     studies = options.storage / "studies"
     known = sorted(file.parent.name for file in studies.glob(f"*/{_REQUEST_FILE}"))
     if options.name not in known:
         raise ValueError(
-            f"--resume: no study {options.name!r} in {studies}; "
-            + (f"give --name with one of {', '.join(known)}" if known else "it holds none")
+            f"no study {options.name!r} in {studies}; "
+            + (f"there are {', '.join(known)}" if known else "it holds none")
         )
     return load_yaml(studies / str(options.name) / _REQUEST_FILE)
 
@@ -219,6 +235,7 @@ def _settle(
         cache_store=options.cache,
     )
     request["data"] = str(plan.data) if plan.data else None
+    request["scene_names"] = list(plan.scenes)
     _check_same_request(plan, request)
     return plan, _count_views(plan)
 
@@ -251,7 +268,7 @@ def _check_same_resolution(plan: Plan) -> None:
 
 def _comparable(request: dict[str, Any]) -> dict[str, Any]:
     spec = {k: v for k, v in request["spec"].items() if k not in ("trials", "resources")}
-    return spec | {"scenes": request["scenes"], "data": request["data"]}
+    return spec | {"scenes": request.get("scene_names"), "data": request["data"]}
 
 
 def _count_views(plan: Plan) -> dict[str, int | None]:
@@ -315,38 +332,44 @@ def _price(plan: Plan) -> None:
     device = choose_device()
     scene = load_scene(plan, plan.scenes[0], plan.base.data)
     num_together = len(plan.scenes) // len(plan.trainings)
-    estimate = calibrate(plan.base, scene, device, num_together=num_together)
+    estimate = calibrate(plan.base, scene, device, num_together=num_together, num_rungs=plan.rungs)
     print(
         f"estimate   {estimate.field_seconds:.1f} s for a field, "
         f"{estimate.refiner_seconds:.1f} s for a refiner (calibrated on {scene.name}, {device})"
     )
-    print(f"           at most, without what {plan.spec.stopping.rule} will stop:")
-    slots, per_gpu = num_slots(plan), 1
-    if plan.gpus_per_worker:
-        per_gpu = max(int(1 / (plan.gpus_per_worker * plan.spec.resources.workers)), 1)
-    what = "GPUs" if plan.gpus_per_worker else "runs at a time"
+    if plan.spec.stopping.rule != "none":
+        print(f"           before {plan.spec.stopping.rule} stops anything:")
+    slots, gpus = num_slots(plan), plan.gpus_per_worker * plan.spec.resources.workers
     for count in (1, 4, 8):
-        minutes = estimate.wall_seconds(plan, count * per_gpu) / 60
-        print(f"           {minutes:8.1f} min with {count} {what}")
+        if runs := int(count / gpus) if gpus else count:
+            minutes = estimate.wall_seconds(plan, runs) / 60
+            what = "GPUs" if gpus else "runs at a time"
+            print(f"           {minutes:8.1f} min with {count} {what}")
     if slots:
         minutes = estimate.wall_seconds(plan, slots) / 60
         print(f"           {minutes:8.1f} min on this machine, {slots} runs at a time")
-    hours = estimate.run_hours(plan) / per_gpu
-    print(f"           {hours:8.2f} {'GPU-hours' if plan.gpus_per_worker else 'hours'} in all")
+    hours = estimate.run_hours(plan) * (gpus or 1)
+    print(f"           {hours:8.2f} {'GPU-hours' if gpus else 'hours'} in all")
+    if gpus and device.type == "cpu":
+        print("           timed without a GPU, on which all of it takes less")
 
 
 def _bytes_needed(plan: Plan, views: dict[str, int | None]) -> int:
     """Renders of all views, a checkpoint of each training, as much again for MLflow's copies."""
-    width = plan.base.data.width
-    pixels = sum(count or 20 for count in views.values()) * width * width * 3 // 4
-    return pixels * 5 + plan.spec.trials * len(plan.trainings) * 2 * 20_000_000 // (
-        1 if width > 256 else 8
-    )
+    image = plan.base.data.width**2 * 3 // 4
+    field = _FIELD_BYTES * image + 20_000_000
+    fields = plan.spec.trials * len(plan.scenes) if not plan.shares_fields else len(plan.scenes)
+    size = fields * field + sum(count or 20 for count in views.values()) * image * 5
+    if plan.stage == "refiner":  # weights and both averages of Adam
+        size += plan.spec.trials * len(plan.trainings) * count_parameters(plan.base) * 12
+    return 2 * size
 
 
 @contextmanager
 def _ray(address: str | None) -> Iterator[None]:
     """A local Ray for the length of the study, or the cluster at `address`."""
+    # Without it a training run that asks for no GPU sees, and takes, all of them.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     try:
         ray.init(
             address=address or "local",
@@ -366,6 +389,7 @@ def _ray(address: str | None) -> Iterator[None]:
 @contextmanager
 def _alone(plan: Plan) -> Iterator[None]:
     """Nobody else searches this study meanwhile."""
+    plan.folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(plan.folder / "search.lock", timeout=0):
             yield
@@ -374,11 +398,6 @@ def _alone(plan: Plan) -> Iterator[None]:
             f"study {plan.name} is under way in another process; `cbnerf report {plan.name}` shows "
             "how far it is, another --name starts another one"
         ) from None
-
-
-def _without_password(uri: str) -> str:
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def _fail(message: str, status: int) -> None:

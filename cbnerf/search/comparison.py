@@ -4,23 +4,31 @@ The protocol stands in the name of every metric, so that MLflow's tables keep pr
 """
 
 import json
-import os
 import time
 from pathlib import Path
 
-from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
 
-from cbnerf.search.tracking import tracking_uri
+from cbnerf.search.tracking import open_client, open_experiment
 
 EXPERIMENT = "comparisons"
+
+
+def check_mlflow(storage: Path) -> None:
+    """Raise ValueError where a comparison could not be logged."""
+    try:
+        open_experiment(open_client(storage), EXPERIMENT, storage, {})
+    except MlflowException as error:
+        raise ValueError(f"MLflow: {error.message}") from None
 
 
 def log_comparison(folder: Path, storage: Path) -> str:
     """Log the report in `folder`; returns the id of its run."""
     report = json.loads((folder / "report.json").read_text())
-    client = MlflowClient(tracking_uri(storage))
-    run = client.create_run(_open_experiment(client, storage), run_name=folder.name)
+    client = open_client(storage)
+    experiment = open_experiment(client, EXPERIMENT, storage, {})
+    run = client.create_run(experiment, run_name=folder.name)
     now = int(time.time() * 1000)
     about = ("protocol", "resolution", "data", "device")
     params = {name: report[name] for name in about}
@@ -43,13 +51,3 @@ def _places(entry: dict) -> dict[str, dict[str, float]]:
     """Metrics of each scene and of their mean."""
     scenes = {scene: scored["summary"] for scene, scored in entry["scenes"].items()}
     return {"mean": entry["mean"], **scenes}
-
-
-def _open_experiment(client: MlflowClient, storage: Path) -> str:
-    found = client.get_experiment_by_name(EXPERIMENT)
-    if found is not None:
-        return found.experiment_id
-    artifacts = None
-    if "MLFLOW_TRACKING_URI" not in os.environ:
-        artifacts = (storage / "mlartifacts" / EXPERIMENT).as_uri()
-    return client.create_experiment(EXPERIMENT, artifact_location=artifacts)

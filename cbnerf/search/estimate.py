@@ -44,10 +44,15 @@ class Estimate(NamedTuple):
 
 
 def calibrate(
-    config: Config, scene: Scene, device: torch.device, *, num_together: int = 1
+    config: Config,
+    scene: Scene,
+    device: torch.device,
+    *,
+    num_together: int = 1,
+    num_rungs: int = 1,
 ) -> Estimate:
     """Time a few steps of both stages and one render, and scale up; as many scenes like this one
-    as are `num_together` share a refiner."""
+    as are `num_together` share a refiner, which is evaluated at the end of each rung, too."""
 
     def field(steps: int) -> None:
         short = _shortened(config, "field", steps)
@@ -71,7 +76,9 @@ def calibrate(
     return Estimate(
         field_seconds=_total(field, config.field.optim) + num_renders * render,
         refiner_seconds=(
-            0 if config.refiner.kind == "none" else _total(refiner, config.refiner.optim)
+            0
+            if config.refiner.kind == "none"
+            else _total(refiner, config.refiner.optim, num_rungs - 1)
         ),
     )
 
@@ -80,13 +87,13 @@ def _shortened(config: Config, stage: str, steps: int) -> Config:
     return with_overrides(config, {f"{stage}.optim.steps": steps, f"{stage}.optim.evaluations": 1})
 
 
-def _total(train: Callable[[int], None], optim: OptimConfig) -> float:
+def _total(train: Callable[[int], None], optim: OptimConfig, more_evaluations: int = 0) -> float:
     """Seconds of a whole run: the slope between two short runs gives a step, the rest is fixed."""
     train(1)
     short, long = _seconds(lambda: train(_SHORT)), _seconds(lambda: train(_LONG))
     per_step = max(long - short, 0) / (_LONG - _SHORT)
     fixed = max(short - _SHORT * per_step, 0)
-    return fixed * optim.evaluations + per_step * optim.steps
+    return fixed * (optim.evaluations + more_evaluations) + per_step * optim.steps
 
 
 def _seconds(action: Callable[[], object]) -> float:

@@ -143,7 +143,14 @@ class Judge:
             chances.append(verdict.chance)
         num_units = int((~np.isnan(self._seen(number))).sum())
         margin = f" by {self._stopping.margin:g}" if self._stopping.margin else ""
-        reason = f"{max(chances):.1%} to beat #{rival:02d}{margin} after {num_units} units"
+        match self._stopping.rule:
+            case "asha":
+                reason = f"not among the best 1/{self._stopping.eta} of its rung"
+            case "wilcoxon":
+                reason = f"signed ranks against #{rival:02d}"
+            case _:
+                reason = f"{max(chances):.1%} to beat #{rival:02d}{margin}"
+        reason += f" after {num_units} units"
         return Stop(reason, [about[name] for name in self._objectives])
 
     def _verdict(self, quality: str, number: int, rival: int) -> Verdict:

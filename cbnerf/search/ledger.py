@@ -14,7 +14,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from cbnerf.config import with_overrides
+from cbnerf.config import KnobError, with_overrides
 from cbnerf.search.judge import Judge, Metrics, Place, Stop
 from cbnerf.search.plan import Plan, Unit
 from cbnerf.search.proposals import make_sampler, open_study, propose, suggest
@@ -38,7 +38,7 @@ class Ledger:
     def __init__(self, plan: Plan, study: optuna.Study | None = None, *, adopt: bool = True):
         """With `adopt` it goes on with the configurations that a killed search had open; without
         it writes nothing, and another process may be at the search."""
-        self.plan, self._adopt = plan, adopt
+        self.plan = plan
         self.study = study if study is not None else open_study(plan, mend=adopt)
         self.stopped: dict[int, Stop] = {}
         """The configurations that were given up, by number."""
@@ -47,10 +47,14 @@ class Ledger:
         self._places = [(scene, rung) for rung in range(plan.rungs) for scene in plan.trainings]
         self._results: dict[int, dict[Place, Metrics | None]] = {}
         self._open: dict[int, _Open] = {}
+        begun = [trial for trial in trials if trial.state != TrialState.WAITING]
+        under_way = [trial for trial in begun if trial.state == TrialState.RUNNING]
+        self._elsewhere = set() if adopt else {trial.number for trial in under_way}
         booked = self.study.user_attrs
-        for trial in trials:
-            if trial.state != TrialState.WAITING:
-                self._restore(trial, booked)
+        for trial in begun:
+            self._restore(trial, booked)
+        for trial in under_way if adopt else ():  # Now that all is known they can be judged.
+            self._reopen(trial)
 
     @property
     def id(self) -> str:
@@ -70,12 +74,16 @@ class Ledger:
     @property
     def told(self) -> list[int]:
         """Configurations that were trained and have ended."""
-        return [number for number in self.begun if number not in self._open]
+        return [number for number in self.begun if number not in self._under_way]
 
     @property
     def num_told(self) -> int:
         """Configurations that have ended, those beyond a limit among them."""
-        return len(self._results) - len(self._open)
+        return len(self._results) - len(self._under_way)
+
+    @property
+    def _under_way(self) -> set[int]:
+        return {*self._open, *self._elsewhere}
 
     @property
     def is_over(self) -> bool:
@@ -103,7 +111,15 @@ class Ledger:
         """What stage 1 took, by scene, where all configurations share it."""
         return self.study.user_attrs.get("field_seconds", {})
 
-    def note_field(self, scene: str, seconds: float) -> None:
+    def note_field(self, scene: str, entry: str, seconds: float) -> None:
+        """What all configurations refine; it must stay the same for as long as the study goes."""
+        entries = self.study.user_attrs.get("fields", {})
+        if entries.get(scene, entry) != entry:
+            raise ValueError(
+                f"study {self.plan.name}: photographs of {scene}, or the code of stage 1, have "
+                "changed since it was started; give another --name"
+            )
+        self.study.set_user_attr("fields", entries | {scene: entry})
         self.study.set_user_attr("field_seconds", self.field_seconds | {scene: seconds})
 
     def best(self) -> FrozenTrial | None:
@@ -172,15 +188,16 @@ class Ledger:
                 self._enter(number, place, booked[key])
         if (key := f"{number}/stopped") in booked:
             self.stopped[number] = Stop(*booked[key])
-        if trial.state == TrialState.RUNNING and self._adopt:
-            # A search killed while it asked has stored some of the knobs; the rest comes now.
-            # Optuna has no public way to go on with a trial it has handed out.
-            self.study.sampler = make_sampler(self.plan, number)
-            if one := self._admit(optuna.Trial(self.study, trial._trial_id)):
-                self._settle(one)
-        elif trial.state == TrialState.COMPLETE and number not in self.stopped:
+        if trial.state == TrialState.COMPLETE and number not in self.stopped:
             objectives = zip(self.plan.spec.objectives, trial.values, strict=True)
             self._judge.finished[number] = dict(objectives)
+
+    def _reopen(self, trial: FrozenTrial) -> None:
+        # A search killed while it asked has stored some of the knobs; the rest comes now.
+        # Optuna has no public way to go on with a trial it has handed out.
+        self.study.sampler = make_sampler(self.plan, trial.number)
+        if one := self._admit(optuna.Trial(self.study, trial._trial_id)):
+            self._settle(one)
 
     def _ask(self) -> _Open | None:
         """A new configuration, if there may be one more."""
@@ -192,9 +209,14 @@ class Ledger:
         return None
 
     def _admit(self, trial: optuna.Trial) -> _Open | None:
-        """Open a configuration; what lies beyond a limit is told instead, untrained."""
+        """Open a configuration; what lies beyond a limit, or has knobs that do not fit each other
+        where its costs are asked for, is told instead, untrained."""
         overrides = suggest(trial, self.plan)
-        costs = self._known_costs(overrides)
+        try:
+            costs = self._known_costs(overrides)
+        except KnobError:
+            self.study.tell(trial.number, state=TrialState.FAIL)
+            return None
         excess = {name: costs[name] - limit for name, limit in self.plan.spec.limits.items()}
         for name, value in excess.items():
             trial.set_constraint(name, value)

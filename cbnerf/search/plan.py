@@ -161,8 +161,20 @@ def make_plan(
     )
 
 
+_IDLE: dict[str, tuple[str, ...]] = {
+    "linear": ("codebook.", "loss.", "refiner."),
+    "reference": ("codebook.", "loss."),
+}
+"""Beginnings of knobs that a kind of refiner does not heed."""
+
+
 def _check_space(base: Config, spec: SearchSpec) -> None:
-    """Refuse a space that cannot change what is scored."""
+    """Refuse a space that cannot change what is scored, and patches that no image holds."""
+    if base.refiner.kind not in ("none", "linear") and base.refiner.patch_size > base.data.width:
+        raise ValueError(
+            f"refiner.patch_size = {base.refiner.patch_size} does not fit into images "
+            f"{base.data.width} pixels wide"
+        )
     if base.refiner.kind == "none":
         idle = [name for name in spec.space if not name.startswith(FIELD_KNOBS)]
         if idle:
@@ -170,18 +182,23 @@ def _check_space(base: Config, spec: SearchSpec) -> None:
                 f"space: {idle[0]} is a knob of stage 2, and {spec.method} ends with stage 1; "
                 "search knobs of `field` (tune_configs/stage1.yaml) or another method"
             )
-    elif "codebook.shared" in spec.space:
+    idle = [name for name in spec.space if name.startswith(_IDLE.get(base.refiner.kind, ()))]
+    if idle and "refiner.kind" not in spec.space:
+        raise ValueError(f"space: {idle[0]} changes nothing in {spec.method}")
+    if "codebook.shared" in spec.space:
         raise ValueError(
             "space: codebook.shared decides what is trained at all; set it under `fixed`, and "
             "search with and without"
         )
-    elif "none" in getattr(spec.space.get("refiner.kind"), "choices", ()):
+    if "none" in getattr(spec.space.get("refiner.kind"), "choices", ()):
         raise ValueError("space: refiner.kind: `none` has no stage 2 to be judged")
 
 
 def _check_batches(base: Config, workers: int) -> None:
-    """Whole shares of a batch for each worker, even ones in stage 2."""
-    shares = {"field": (base.field.optim, workers), "refiner": (base.refiner.optim, 2 * workers)}
+    """Whole shares of a batch for each worker, even ones where its rows alternate."""
+    mixes = base.refiner.kind == "paper" and base.refiner.skips == "mixed"
+    of_refiner = 2 * workers if mixes else workers
+    shares = {"field": (base.field.optim, workers), "refiner": (base.refiner.optim, of_refiner)}
     for stage, (optim, multiple) in shares.items():
         if workers > 1 and optim.batch_size % multiple:
             raise ValueError(

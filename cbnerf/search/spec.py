@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from cbnerf.config import METHODS, RESOLUTIONS, Config, cast, knob_type, load_yaml, with_overrides
 
@@ -206,7 +206,8 @@ def _parse_objectives(content: Any) -> tuple[str, ...]:
 
 def _parse_stopping(content: Any) -> Stopping:
     entries = _known(Stopping, content, "stopping")
-    kinds = {"rungs": int, "eta": int, "grace_period": int, "threshold": float, "margin": float}
+    number = int | float
+    kinds = {"rungs": int, "eta": int, "grace_period": int, "threshold": number, "margin": number}
     for name, value in entries.items():
         if name in kinds and not _is_number(value, kinds[name]):
             raise ValueError(f"stopping.{name} = {value!r} is not a number of its kind")
@@ -231,6 +232,8 @@ def _parse_point(point: Any, space: Space) -> dict[str, Any]:
 
 def _parse_domain(name: str, domain: Any) -> Range | Choices:
     kind = knob_type(name)
+    if get_origin(kind) is tuple:
+        raise ValueError(f"space: {name} is a list; only numbers, words and yes or no are searched")
     entries = _mapping(domain, f"space: {name}")
     if set(entries) == {"choices"}:
         choices = entries["choices"]

@@ -16,6 +16,7 @@ from ray import tune
 from tqdm import tqdm
 
 from cbnerf.config import Config, with_overrides
+from cbnerf.files import write_whole
 from cbnerf.search.diary import Diary, catch_up
 from cbnerf.search.ledger import Ledger
 from cbnerf.search.plan import Plan
@@ -97,15 +98,15 @@ def num_slots(plan: Plan) -> int:
 
 
 def _train_fields(plan: Plan, ledger: Ledger, tracker: Tracker) -> None:
-    run = _remote(plan, run_base_field)
+    run = _remote(plan, run_base_field, trains=True)
     pending = {run.remote(plan, scene): scene for scene in plan.scenes}
     with _progress(len(pending), "stage 1", "scene") as bar:
         while pending:
             (done,), _ = ray.wait(list(pending))
             folder, metrics = ray.get(done)
             scene = pending.pop(done)
+            ledger.note_field(scene, folder.name, metrics["seconds"])
             tracker.log_field(scene, folder, metrics)
-            ledger.note_field(scene, metrics["seconds"])
             bar.update()
             if "val/psnr" in metrics:
                 bar.write(f"  stage 1  {scene:<12} val {metrics['val/psnr']:.2f} dB")
@@ -159,10 +160,11 @@ def _trial_resources(plan: Plan) -> dict[str, float]:
     return resources | ({"gpu": plan.gpus_per_worker} if plan.gpus_per_worker else {})
 
 
-def _remote(plan: Plan, function: Callable[..., Any]) -> Any:
-    """The function as a Ray task with the resources of one training run."""
+def _remote(plan: Plan, function: Callable[..., Any], *, trains: bool) -> Any:
+    """The function as a Ray task with the resources of one process; with none where it trains on
+    several, which have their own."""
     spec = plan.spec.resources
-    alone = spec.workers == 1
+    alone = spec.workers == 1 or not trains
     return ray.remote(function).options(
         num_cpus=spec.cpus_per_worker if alone else 0,
         num_gpus=plan.gpus_per_worker if alone else 0,
@@ -174,10 +176,10 @@ def _score_once(plan: Plan, config: Config, number: int) -> SceneScores:
     """Scores of the best configuration; the test views of a configuration are scored once."""
     file = _scores_file(plan, number)
     if not file.exists():
-        score = _remote(plan, score_best)
+        score = _remote(plan, score_best, trains=False)
         answers = [score.remote(plan, config, number, scene) for scene in plan.scenes]
         scores = dict(zip(plan.scenes, ray.get(answers), strict=True))
-        file.write_text(json.dumps(scores, indent=1))
+        write_whole(file, json.dumps(scores, indent=1))
     return json.loads(file.read_text())
 
 

@@ -7,14 +7,20 @@ study adds to its runs instead of making new ones. Stage-1 runs stand beside, li
 import os
 import subprocess
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urlsplit, urlunsplit
+from urllib.request import urlopen
 
 import imageio.v3 as iio
+from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 
 from cbnerf.config import flatten_field, with_overrides
+from cbnerf.files import whole
 from cbnerf.search.judge import Metrics
 from cbnerf.search.plan import Plan, Unit
 from cbnerf.training.stages import CHECKPOINT_FILES, CONFIG_FILE, FIELD_FILE, STRIP_FILE
@@ -29,15 +35,69 @@ def tracking_uri(storage: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage / 'mlflow.db'}"
 
 
+def open_client(storage: Path) -> MlflowClient:
+    """MLflow at `tracking_uri`, which answers or is made."""
+    uri = tracking_uri(storage)
+    if uri.startswith("http"):
+        _check_answers(uri)
+    elif not os.environ.get("MLFLOW_TRACKING_URI"):
+        _make_database(storage)
+    return MlflowClient(uri)
+
+
+def without_password(uri: str) -> str:
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def _check_answers(uri: str) -> None:
+    """MLflow itself would try for minutes, without a word."""
+    address = without_password(uri)
+    try:
+        urlopen(f"{address}/health", timeout=20).close()
+    except HTTPError:  # Whatever it thinks of the question, it is there.
+        pass
+    except OSError as error:
+        raise ValueError(
+            f"MLFLOW_TRACKING_URI: no server answers at {address} ({error}); start it, or unset "
+            "the variable to keep the runs in the storage"
+        ) from None
+
+
+def _make_database(storage: Path) -> None:
+    """MLflow makes a database in many steps and cannot go on with one that was made in part, so one
+    process makes it, and whole."""
+    storage.mkdir(parents=True, exist_ok=True)
+    file = storage / "mlflow.db"
+    with FileLock(storage / "mlflow.lock"):
+        if not file.exists():
+            with whole(file) as unfinished:
+                MlflowClient(f"sqlite:///{unfinished}").search_experiments()
+
+
+def open_experiment(client: MlflowClient, name: str, storage: Path, tags: dict[str, str]) -> str:
+    """The id of an experiment, made or brought back where it must be."""
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        if found.lifecycle_stage == "deleted":
+            client.restore_experiment(found.experiment_id)
+        return found.experiment_id
+    artifacts = None
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        artifacts = (storage / "mlartifacts" / name).as_uri()
+    return client.create_experiment(name, artifact_location=artifacts, tags=tags)
+
+
 class Tracker:
     """Writes what happens in a study into its MLflow experiment."""
 
     def __init__(self, plan: Plan, study_id: str):
         self._plan = plan
         self._study_id = study_id
-        plan.storage.mkdir(parents=True, exist_ok=True)
-        self._client = MlflowClient(tracking_uri(plan.storage))
-        self.experiment_id = self._open_experiment()
+        self._client = open_client(plan.storage)
+        self.experiment_id = open_experiment(
+            self._client, plan.name, plan.storage, {"cbnerf.data": plan.source}
+        )
         self._fields: dict[str, str] = {}
         self._opened: set[str] = set()
         self._ended: set[str] = set()
@@ -202,19 +262,6 @@ class Tracker:
         logged = self._latest.get(run, {})
         self._log(run, {k: v for k, v in metrics.items() if logged.get(k) != v}, step=step)
 
-    def _open_experiment(self) -> str:
-        found = self._client.get_experiment_by_name(self._plan.name)
-        if found is not None:
-            if found.lifecycle_stage == "deleted":
-                self._client.restore_experiment(found.experiment_id)
-            return found.experiment_id
-        artifacts = None
-        if "MLFLOW_TRACKING_URI" not in os.environ:
-            artifacts = (self._plan.storage / "mlartifacts" / self._plan.name).as_uri()
-        return self._client.create_experiment(
-            self._plan.name, artifact_location=artifacts, tags={"cbnerf.data": self._plan.source}
-        )
-
     def _existing_runs(self) -> list[Run]:
         runs: list[Run] = []
         token = None
@@ -238,9 +285,13 @@ def _unit_key(unit: Unit) -> str:
     return f"unit/{unit.configuration}/{unit.scene}"
 
 
+@cache
 def _git_commit() -> str | None:
-    answer = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except OSError:  # there is no git
+        return None
     return answer.stdout.strip() or None

@@ -17,7 +17,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer, get_device
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from cbnerf.config import Config, DataConfig, with_overrides
+from cbnerf.config import Config, DataConfig, KnobError, with_overrides
 from cbnerf.data.library import read_scene
 from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders, load_renders
@@ -39,8 +39,8 @@ from cbnerf.training.stages import (
 
 MAX_FAILURES = 2
 """Of a training run, by accidents; then its configuration has failed."""
-_LASTING = (FloatingPointError, ValueError)
-"""What divergence and knobs that do not fit each other raise; no accidents."""
+_LASTING = (FloatingPointError, KnobError)
+"""What divergence and knobs that do not fit each other raise; all else may be the machine's."""
 
 
 def run_units(about: Mapping[str, Any], plan: Plan) -> None:
@@ -54,7 +54,7 @@ def run_units(about: Mapping[str, Any], plan: Plan) -> None:
             for index, unit in enumerate(units):
                 _run_unit(plan, index, unit, choose_device(), tune.report)
         else:
-            for unit in units:
+            for unit in units if plan.stage == "refiner" else ():
                 for scene in plan.scenes_of(unit.scene):
                     _complete_field(plan, _config(plan, unit), scene)
             callbacks = [TuneReportCallback()]

@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from filelock import FileLock, Timeout
 
+from cbnerf.files import write_whole
 from cbnerf.training.checkpoint import Stage, load_checkpoint
 from cbnerf.training.stages import CHECKPOINT_FILES
 
@@ -91,7 +92,7 @@ class StageCache:
     def prune(self, *, idle_days: float, max_bytes: float) -> list[Entry]:
         """Remove broken entries, those not used for so long, then the least recently used ones
         until the rest is small enough; returns what was removed."""
-        entries = sorted(self.entries(), key=lambda entry: entry.last_used)
+        entries = sorted(self.entries(thorough=True), key=lambda entry: entry.last_used)
         oldest = time.time() - idle_days * 86_400
         total = sum(entry.num_bytes for entry in entries)
         removed = []
@@ -188,13 +189,13 @@ def _was_hashed(entry: Path, sealed: int) -> bool:
 
 
 def _seal(entry: Path) -> None:
+    for left in entry.glob(".*"):  # by a save that was killed
+        left.unlink()
     files = sorted(file for file in entry.iterdir() if file.name != _MANIFEST)
     manifest = {
         file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files
     }
-    unfinished = entry / f".{_MANIFEST}"
-    unfinished.write_text(json.dumps(manifest, indent=1))
-    unfinished.replace(entry / _MANIFEST)
+    write_whole(entry / _MANIFEST, json.dumps(manifest, indent=1))
 
 
 def _read_manifest(entry: Path) -> dict[str, dict[str, Any]]:

@@ -1,13 +1,13 @@
 """Checkpoints: plain tensors and values, written whole or not at all, never run as code."""
 
-import os
-import uuid
+import errno
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from cbnerf.config import Config, flatten, flatten_field, with_overrides
+from cbnerf.files import whole
 
 Stage = Literal["field", "refiner"]
 
@@ -37,16 +37,10 @@ def knobs_of_stage(config: Config, stage: Stage) -> Config:
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
-    """Write beside the target, then rename: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a checkpoint, or replace it; a reader never sees half a file."""
     content = checkpoint._asdict() | {"config": flatten(checkpoint.config)}
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        torch.save(content, temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with whole(path) as file:
+        torch.save(content, file)
 
 
 def load_checkpoint(path: Path, stage: Stage, device: torch.device) -> Checkpoint:
@@ -55,7 +49,11 @@ def load_checkpoint(path: Path, stage: Stage, device: torch.device) -> Checkpoin
         content = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
-    except Exception:  # a broken pickle can raise anything
+    except Exception as error:  # a broken pickle can raise anything
+        # A damaged file also makes torch look at places that are not in it.
+        trouble = isinstance(error, OSError) and error.errno != errno.EINVAL
+        if trouble or isinstance(error, torch.OutOfMemoryError):
+            raise
         raise ValueError(f"{path}: not a checkpoint of cbnerf, or a damaged one") from None
     if not isinstance(content, dict) or set(content) != set(Checkpoint._fields):
         raise ValueError(f"{path}: not a checkpoint of cbnerf")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cbnerf.config import Config, OptimConfig
+from cbnerf.config import Config, KnobError, OptimConfig
 from cbnerf.noise import Noise
 from cbnerf.training.checkpoint import Checkpoint, Stage, knobs_of_stage, load_checkpoint
 from cbnerf.training.processes import num_processes, process_rank
@@ -67,8 +67,9 @@ def fit(
     rank, world_size = process_rank(), num_processes()
     optim = task.optim
     if optim.batch_size % world_size:
-        raise ValueError(
-            f"{task.stage} batch size {optim.batch_size} is not divisible by {world_size} processes"
+        raise KnobError(
+            f"{task.stage}.optim.batch_size = {optim.batch_size} is not divisible by "
+            f"{world_size} processes"
         )
     optimizer = torch.optim.Adam(task.param_groups, fused=True)
     first_step = _resume(task, optimizer, resume_from, device)

@@ -18,7 +18,7 @@ from cbnerf.codebook.refiner import (
     build_refiner,
     refiner_losses,
 )
-from cbnerf.config import Config
+from cbnerf.config import Config, KnobError
 from cbnerf.data.patches import PatchSampler
 from cbnerf.data.pixels import downsample
 from cbnerf.data.references import ReferencePatchSampler, find_references, reference_view
@@ -62,9 +62,10 @@ def train_refiner(
     rank 0's patches), `val/psnr` (dB), `val/ssim`, and `val/gain` (dB), the change of PSNR against
     the stage-1 render.
     """
-    if num_processes() > 1 and config.refiner.optim.batch_size // num_processes() % 2:
-        # `refiner.skips=mixed` alternates over rows, which must not depend on the processes.
-        raise ValueError(
+    mixes = config.refiner.kind == "paper" and config.refiner.skips == "mixed"
+    if mixes and num_processes() > 1 and config.refiner.optim.batch_size // num_processes() % 2:
+        # It alternates over rows, which must not depend on the processes.
+        raise KnobError(
             f"refiner.optim.batch_size = {config.refiner.optim.batch_size} gives each of "
             f"{num_processes()} processes an odd number of patches; make it even"
         )
@@ -72,7 +73,7 @@ def train_refiner(
         torch.manual_seed(config.seed)
         refiner = build_refiner(config).to(device)
 
-    served = [(scene, renders), *beside]
+    scenes, served = trained_on(scene, beside, others), [(scene, renders), *beside]
     validation = _Validation(config, served)
     before = validation.scores(lambda rgb, references: rgb)
 
@@ -112,21 +113,19 @@ def train_refiner(
     if isinstance(refiner, LinearRefiner):
         metrics = evaluate()
         steps, found = config.refiner.optim.steps, refiner.eval().state_dict()
-        report(
-            steps, metrics, Checkpoint("refiner", scene.name, steps, config, found, {}, {}, metrics)
-        )
+        report(steps, metrics, Checkpoint("refiner", scenes, steps, config, found, {}, {}, metrics))
         return refiner
     if health is not None:
         patches = PatchSampler(seen, wanted, config.refiner.patch_size, device)
         losses = _code_losses(config, patches, health)
     elif others or beside:
-        raise ValueError("refiner.kind = reference needs a high-res photograph of its scene")
+        raise KnobError("refiner.kind = reference needs a high-res photograph of its scene")
     else:
         losses = _reference_losses(config, scene, renders, device)
 
     task = Task(
         stage="refiner",
-        scene=scene.name,
+        scene=scenes,
         config=config,
         optim=config.refiner.optim,
         model=refiner,
@@ -139,6 +138,12 @@ def train_refiner(
     if process_rank() != 0:
         fit_filters()  # rank 0 has evaluated
     return refiner
+
+
+def trained_on(scene: Scene, beside: Pairs, others: Pairs) -> str:
+    """The scenes that a refiner is made of, in words that tell it from others."""
+    names = ", ".join([scene.name, *(one.name for one, _ in beside)])
+    return f"{names} from {', '.join(one.name for one, _ in others)}" if others else names
 
 
 def count_parameters(config: Config) -> int:

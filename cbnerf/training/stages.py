@@ -12,11 +12,12 @@ from pathlib import Path
 import imageio.v3 as iio
 import torch
 
-from cbnerf.config import Config, OptimConfig, load_config, save_config
+from cbnerf.config import Config, OptimConfig, save_config
 from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders, save_renders
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
+from cbnerf.files import write_whole
 from cbnerf.training.checkpoint import (
     Checkpoint,
     Stage,
@@ -28,7 +29,7 @@ from cbnerf.training.evaluation import image_strip, refine_views, render_views
 from cbnerf.training.field import scene_cameras, train_field
 from cbnerf.training.loop import Report
 from cbnerf.training.processes import process_rank
-from cbnerf.training.refiner import Pairs, train_refiner
+from cbnerf.training.refiner import Pairs, train_refiner, trained_on
 
 FIELD_FILE, REFINER_FILE, RENDERS_FILE = "field.pt", "refiner.pt", "renders.npz"
 CHECKPOINT_FILES: dict[Stage, str] = {"field": FIELD_FILE, "refiner": REFINER_FILE}
@@ -63,7 +64,7 @@ def run_field(
             renders = render_views(model, cameras, views, scene.scale)
             save_renders(renders, folder / RENDERS_FILE)
 
-    return _run(config, "field", folder, train, report, device, until)
+    return _run(config, "field", scene.name, folder, train, report, device, until)
 
 
 def run_refiner(
@@ -97,20 +98,25 @@ def run_refiner(
             strip = image_strip([scene.images[view], renders.rgb[view], refined])
             iio.imwrite(folder / STRIP_FILE, strip.numpy())
 
-    return _run(config, "refiner", folder, train, report, device, until)
+    scenes = trained_on(scene, beside, others)
+    return _run(config, "refiner", scenes, folder, train, report, device, until)
 
 
 def read_metrics(folder: Path) -> dict[str, float] | None:
     """The metrics of a finished folder, or None."""
+    file = folder / METRICS_FILE
     try:
-        return json.loads((folder / METRICS_FILE).read_text())
+        return json.loads(file.read_text())
     except FileNotFoundError:
         return None
+    except ValueError:
+        raise ValueError(f"{file}: damaged; remove its folder to train again") from None
 
 
 def _run(
     config: Config,
     stage: Stage,
+    scenes: str,
     folder: Path,
     train: Callable[[Report, Path | None], None],
     report: Report,
@@ -119,7 +125,7 @@ def _run(
 ) -> dict[str, float]:
     finished = read_metrics(folder)
     if finished is not None:
-        _check_knobs(config, stage, folder)
+        _check_finished(config, stage, scenes, folder)
         return finished
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CHECKPOINT_FILES[stage]
@@ -140,9 +146,7 @@ def _run(
     optim = config.field.optim if stage == "field" else config.refiner.optim
     if process_rank() == 0 and _is_whole(until, optim):
         last = last | {"seconds": before + time.monotonic() - started}  # with what `train` renders
-        unfinished = folder / f".{METRICS_FILE}"
-        unfinished.write_text(json.dumps(last, indent=1))
-        unfinished.replace(folder / METRICS_FILE)
+        write_whole(folder / METRICS_FILE, json.dumps(last, indent=1))
     return last
 
 
@@ -150,7 +154,9 @@ def _is_whole(until: int | None, optim: OptimConfig) -> bool:
     return until is None or until >= optim.steps
 
 
-def _check_knobs(config: Config, stage: Stage, folder: Path) -> None:
-    before = load_config(folder / CONFIG_FILE)
-    if knobs_of_stage(before, stage) != knobs_of_stage(config, stage):
-        raise ValueError(f"{folder}: finished with other knobs; choose another folder or remove it")
+def _check_finished(config: Config, stage: Stage, scenes: str, folder: Path) -> None:
+    checkpoint = load_checkpoint(folder / CHECKPOINT_FILES[stage], stage, torch.device("cpu"))
+    before, now = (knobs_of_stage(c, stage) for c in (checkpoint.config, config))
+    other = f"the scene {checkpoint.scene}" if checkpoint.scene != scenes else "other knobs"
+    if checkpoint.scene != scenes or before != now:
+        raise ValueError(f"{folder}: finished with {other}; choose another folder or remove it")

@@ -231,7 +231,12 @@ MISTAKES = {
         ["--methods=nerf-sr", "--knobs", "codebook.shared=true"],
         "codebook.shared = True must be false with refiner.kind = reference",
     ),
-    "other images": (["--methods=linear,{other}"], "only equal images can be compared"),
+    "other images": (["--methods=linear,{other}"], "give --resolution"),
+    "no test views": (
+        ["--knobs", "data.test_every=0", "data.validation=false"], "leaves no view to score"
+    ),
+    "a half knob": (["--knobs", "field.optim.steps=[1"], "not readable as YAML"),
+    "a file as output": (["--output={other}"], "not a folder"),
 }  # fmt: skip
 
 

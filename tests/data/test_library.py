@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,18 @@ def test_a_scene_of_a_folder_is_read_from_there(tiny_capture: Capture, tmp_path:
     scene = read_scene("fern", tmp_path / "photos", tmp_path / "runs", KNOBS)
     assert scene.name == "fern" and torch.equal(scene.images, tiny_capture.images)
     assert not (tmp_path / "runs").exists()
+
+
+def test_of_many_processes_one_draws_a_built_in_scene(tmp_path: Path):
+    scene = (
+        "import sys, pathlib; from cbnerf.config import DataConfig; "
+        "from cbnerf.data.library import read_scene; folder = pathlib.Path(sys.argv[1]); "
+        "print(read_scene('mosaic', None, folder, DataConfig(width=64)).num_views)"
+    )
+    command = [sys.executable, "-c", scene, str(tmp_path)]
+    half = tmp_path / "scenes" / "64" / "mosaic" / "images"  # of a process that was killed once
+    half.mkdir(parents=True)
+    (half / "image000.png").write_bytes(b"half a picture")
+    readers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [reader.communicate()[0] for reader in readers] == ["13\n"] * 3
+    assert [path.name for path in half.parent.parent.iterdir() if path.is_dir()] == ["mosaic"]

@@ -58,7 +58,6 @@ def test_composite_by_hand():
     out = composite(rgb, torch.tensor([[0.5, 0.25]]), torch.tensor([[0.2, 0.8]]))
     torch.testing.assert_close(out.rgb, torch.tensor([[0.5, 0.25, 0.125]]))
     torch.testing.assert_close(out.depth, torch.tensor([0.3]))
-    torch.testing.assert_close(out.opacity, torch.tensor([0.75]))
 
 
 def test_super_sampling_loss_by_hand():

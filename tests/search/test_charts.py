@@ -41,7 +41,7 @@ def beta(unit: Unit) -> float:
 def test_the_page_has_a_chart_under_each_heading(tiny_plan):
     ledger = Ledger(tiny_plan(trials=6, stopping=ALONE))
     run(ledger, beta)
-    ledger.note_field("arcade", 30.0)
+    ledger.note_field("arcade", "field-arcade-0123", 30.0)
     page = page_of(ledger)
     best = ledger.best()
     assert best is not None

@@ -321,6 +321,63 @@ def test_any_rule_goes_on_from_any_line_of_its_journal(tiny_plan, rule: str):
         assert states(again) == ends, cut
 
 
+@pytest.mark.parametrize("rule", ["race", "asha"])
+def test_a_second_life_judges_by_all_that_the_first_one_knew(tiny_plan, rule: str):
+    """Configurations with lower numbers, too, are judged by what those with higher ones reached."""
+    stopping = {"rule": rule, "rungs": 2, "grace_period": 1, "threshold": 0.2}
+    plan = tiny_plan("arcade,blinds,coral,mosaic", trials=8, stopping=stopping)
+    journal = plan.folder / "optuna.journal"
+    num_judged = 0
+    for seed in range(3):
+        journal.unlink(missing_ok=True)
+        order, first = np.random.default_rng(seed), Ledger(plan)
+        at_work = [unit for _ in range(8) if (unit := first.next_unit())]
+        while at_work:
+            unit = at_work.pop(order.integers(len(at_work)))
+            first.book(unit, climb(unit))
+            under_way = [number for number in first.begun if number not in first.told]
+            judged = {n: stop for n in under_way if (stop := first._judge.stop(n, {}))}
+            left = journal.read_bytes()
+            assert Ledger(plan).stopped == first.stopped | judged
+            journal.write_bytes(left)
+            num_judged += len(judged)
+            if unit := first.next_unit():
+                at_work.append(unit)
+    assert num_judged
+
+
+def test_a_look_at_a_running_search_counts_what_has_ended(tiny_plan):
+    plan = tiny_plan("arcade,blinds", trials=3)
+    running = Ledger(plan)
+    live(running, units=3)
+    seen = Ledger(plan, adopt=False)
+    assert (seen.told, seen.begun, seen.num_told) == (running.told, running.begun, 1)
+    assert seen.told == [0] and seen.begun == [0, 1]
+
+
+def test_what_stage_1_left_must_stay_the_same(tiny_plan):
+    plan = tiny_plan("arcade,blinds")
+    Ledger(plan).note_field("arcade", "field-arcade-1", 3.0)
+    again = Ledger(plan)
+    again.note_field("blinds", "field-blinds-1", 4.0)
+    again.note_field("arcade", "field-arcade-1", 3.0)
+    assert again.field_seconds == {"arcade": 3.0, "blinds": 4.0}
+    with pytest.raises(ValueError, match="photographs of arcade, or the code of stage 1, have"):
+        again.note_field("arcade", "field-arcade-2", 3.0)
+
+
+def test_knobs_that_do_not_fit_each_other_fail_a_configuration_and_not_the_search(tiny_plan):
+    space = {
+        "codebook.kind": {"choices": ["vq", "fsq"]}, "codebook.size": {"choices": [100, 256]},
+    }  # fmt: skip
+    plan = tiny_plan("arcade", trials=12, space=space, objectives=["val/psnr", "parameters"])
+    ledger = Ledger(plan)
+    live(ledger, objective=lambda unit: {"val/psnr": 20.0})
+    assert ledger.is_over and {*states(ledger)} == {TrialState.COMPLETE, TrialState.FAIL}
+    failed = [t.params for t in ledger.study.get_trials() if t.state == TrialState.FAIL]
+    assert all(knobs == {"codebook.kind": "fsq", "codebook.size": 100} for knobs in failed)
+
+
 def test_a_lasting_failure_ends_a_configuration_at_once(tiny_plan):
     ledger = Ledger(tiny_plan("arcade,blinds", trials=3, stopping=RACE))
     fails = {"val/psnr": math.nan}

@@ -73,9 +73,10 @@ def test_a_name_stays_inside_the_folder_of_studies(name: str):
 
 def test_a_batch_must_split_over_the_workers(tiny_plan: Callable[..., Plan]):
     tiny_plan(resources={"workers": 1}, fixed={"refiner.optim.batch_size": 3})
-    tiny_plan(resources={"workers": 2}, fixed={"refiner.optim.batch_size": 4})
-    with pytest.raises(ValueError, match=r"refiner\.optim\.batch_size = 2 must be a multiple of 4"):
-        tiny_plan(resources={"workers": 2})
+    tiny_plan(resources={"workers": 2}, fixed={"refiner.optim.batch_size": 6})
+    alternating = {"refiner.skips": "mixed", "refiner.optim.batch_size": 6}
+    with pytest.raises(ValueError, match=r"refiner\.optim\.batch_size = 6 must be a multiple of 4"):
+        tiny_plan(method="cb-nerf-paper", resources={"workers": 2}, fixed=alternating)
     with pytest.raises(ValueError, match=r"field\.optim\.batch_size = 64 must be a multiple of 3"):
         tiny_plan(resources={"workers": 3})
 

@@ -1,6 +1,9 @@
 """The tracker against a real SQLite store; no training."""
 
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -226,3 +229,27 @@ def test_a_stopped_configuration_ends_as_killed_and_says_why(plan: Plan):
     assert {runs[key].info.status for key in ("configuration/0", "unit/0/arcade")} == {"KILLED"}
     assert "1.2% to beat" in runs["configuration/0"].data.tags["mlflow.note.content"]
     assert Tracker(plan, "one").is_closed(0)
+
+
+OPEN = (
+    "import sys, pathlib; from cbnerf.search.tracking import open_client; "
+    "print(len(open_client(pathlib.Path(sys.argv[1])).search_experiments()))"
+)
+
+
+def test_a_database_is_made_whole_by_one_of_many_and_whoever_is_killed(tmp_path: Path):
+    command = [sys.executable, "-W", "ignore", "-c", OPEN, str(tmp_path)]
+    killed = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not list(tmp_path.glob(".mlflow.db.*")):
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.01)
+    others = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    killed.kill()
+    killed.communicate()
+    assert not (tmp_path / "mlflow.db").exists()
+    for other in others:
+        output, errors = other.communicate()
+        assert (other.returncode, output) == (0, "1\n"), errors

@@ -99,7 +99,7 @@ def test_nan_ends_training_with_its_name():
 
 def test_a_batch_must_divide_among_the_processes(monkeypatch):
     monkeypatch.setattr(loop, "num_processes", lambda: 3)
-    with pytest.raises(ValueError, match="field batch size 4 is not divisible by 3 processes"):
+    with pytest.raises(ValueError, match="field.optim.batch_size = 4 is not divisible by 3"):
         run(make_task(OptimConfig(steps=4, batch_size=4, lr=0.1)))
 
 

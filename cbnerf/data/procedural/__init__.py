@@ -22,10 +22,12 @@ _CAMERA_SPREAD = (0.5, 0.36, 0.04)
 _SUPERSAMPLING = 4
 _LAMP_PIXELS = 1024
 
+NUM_VIEWS = 13
+"""Photographs of a built-in scene where nobody asks for another number."""
 BUILT_IN_SCENES: tuple[str, ...] = tuple(sorted(BUILDERS))
 
 
-def make_capture(name: str, *, width: int, num_views: int = 12) -> Capture:
+def make_capture(name: str, *, width: int, num_views: int = NUM_VIEWS) -> Capture:
     """Photographs of a built-in scene, 4:3, with true cameras and bounds."""
     world = make_world(name)
     poses = place_cameras(num_views)
