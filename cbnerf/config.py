@@ -396,6 +396,8 @@ _PUBLISHED_CPU_SIZE = {
     "field.optim.evaluations": 2,
 }
 _PUBLISHED: dict[str, dict[str, Any]] = {
+    # NeRF-SR: 2048 rays of a step at either scale.
+    "x4-1008": {"field.optim.batch_size": 128},
     "x2-252": _PUBLISHED_CPU_SIZE | {
         "field.optim.steps": 6000, "refiner.optim.steps": 10_000,
     },
@@ -403,7 +405,7 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "field.optim.steps": 2000, "refiner.optim.steps": 1500, "refiner.optim.evaluations": 4,
     },
 }  # fmt: skip
-"""What methods on NeRF's MLP have besides: more and smaller updates, for neither the MLP nor their
+"""What methods on NeRF's MLP have besides. On CPU sizes more and smaller updates, for neither the MLP nor their
 refiners come near a result in the few steps that the planes and a correction of a render need."""
 
 
@@ -521,10 +523,23 @@ def save_config(config: Config, path: Path) -> None:
     path.write_text(yaml.safe_dump(plain, sort_keys=False))
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML's own would keep the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{twice!r} stands twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping; what is wrong with the file is told in one line."""
     try:
-        loaded = yaml.safe_load(path.read_text())
+        loaded = yaml.load(path.read_text(), _StrictLoader)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:

@@ -183,6 +183,19 @@ MISTAKES = {
         ["train-field", "--scene={runs}/scene", "--output={runs}/field", *SHORT, "--seed=5"],
         "field: finished with other knobs",
     ),
+    "finished for another scene": (
+        ["train-field", "--scene={namesake}", "--output={runs}/field", *SHORT],
+        "field: finished with the scene scene, not namesake; choose another folder",
+    ),
+    "finished for another stage": (
+        ["train-refiner", "--scene={runs}/scene", "--field={runs}/field", "--output={runs}/field",
+         *SHORT], "refiner.pt: no such checkpoint",
+    ),
+    "field of another scene": (
+        ["evaluate", "--scene={namesake}", "--field={runs}/field"],
+        "field: a field of the scene scene, not of namesake",
+    ),
+    "a negative age": (["cache", "prune", "--storage={runs}", "--days=-1"], "at least 0"),
     "field of another resolution": (
         [*REFINE, "--field={runs}/field", "--data.width=32"],
         "its field has 10 views of 64x46, the scene 10 views of 32x24",
@@ -209,8 +222,10 @@ def test_a_mistake_ends_in_one_line_and_nothing_half_done(
     swapped = tmp_path / "swapped"
     swapped.mkdir()
     (swapped / "field.pt").write_bytes((runs / "refiner" / "refiner.pt").read_bytes())
+    (runs / "cache").mkdir(exist_ok=True)
+    (tmp_path / "namesake").symlink_to(runs / "scene")
     folders = {"runs": runs, "new": tmp_path / "new", "swapped": swapped,
-               "spoilt": spoil(runs, tmp_path)}  # fmt: skip
+               "spoilt": spoil(runs, tmp_path), "namesake": tmp_path / "namesake"}  # fmt: skip
     with pytest.raises(SystemExit) as stop:
         main([argument.format(**folders) for argument in arguments])
     assert stop.value.code == 2

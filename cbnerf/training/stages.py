@@ -157,6 +157,10 @@ def _is_whole(until: int | None, optim: OptimConfig) -> bool:
 def _check_finished(config: Config, stage: Stage, scenes: str, folder: Path) -> None:
     checkpoint = load_checkpoint(folder / CHECKPOINT_FILES[stage], stage, torch.device("cpu"))
     before, now = (knobs_of_stage(c, stage) for c in (checkpoint.config, config))
-    other = f"the scene {checkpoint.scene}" if checkpoint.scene != scenes else "other knobs"
-    if checkpoint.scene != scenes or before != now:
-        raise ValueError(f"{folder}: finished with {other}; choose another folder or remove it")
+    if checkpoint.scene != scenes:
+        other = f"the scene {checkpoint.scene}, not {scenes}"
+    elif before != now:
+        other = "other knobs"
+    else:
+        return
+    raise ValueError(f"{folder}: finished with {other}; choose another folder or remove it")

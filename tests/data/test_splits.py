@@ -29,7 +29,9 @@ def test_validation_does_not_move_the_test_views():
 
 @pytest.mark.parametrize("num_views, every", [(1, 8), (4, 8), (20, 2)])
 def test_too_few_views_are_refused(num_views: int, every: int):
-    with pytest.raises(ValueError, match=f"{num_views} views are too few to hold out"):
+    with pytest.raises(
+        ValueError, match=f"test_every = {every} leaves no view of {num_views} to train on"
+    ):
         split_views(num_views, DataConfig(test_every=every))
 
 

@@ -119,3 +119,16 @@ def test_a_shared_codebook_is_one_training_of_all_scenes(tiny_plan: Callable[...
     assert alone.trainings == alone.scenes and alone.scenes_of("blinds") == ("blinds",)
     with pytest.raises(ValueError, match=r"codebook\.shared decides what is trained"):
         tiny_plan(space={"codebook.shared": {"choices": [True, False]}})
+
+
+@pytest.mark.parametrize(
+    ("method", "fixed", "message"),
+    [
+        ("linear", {}, "codebook.size changes nothing in linear"),
+        ("nerf-sr", {}, "codebook.size changes nothing in nerf-sr"),
+        ("cb-nerf", {"refiner.patch_size": 128}, "does not fit into images 64 pixels wide"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(tiny_plan, method: str, fixed: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        tiny_plan(method=method, fixed=fixed, space={"codebook.size": {"choices": [64, 256]}})

@@ -64,6 +64,10 @@ BAD = {
     "fixed nothing": ("fixed: {codebook.dim: }\n" + SPACE, "codebook.dim = None"),
     "choice of wrong type": ("space: {codebook.size: {choices: [a]}}", "codebook.size = 'a'"),
     "choices not a list": ("space: {codebook.size: {choices: 3}}", "choices must be a list"),
+    "a list to search": (
+        "space: {field.planes.scales: {choices: [[1, 4], [1, 2]]}}", "scales is a list"
+    ),
+    "a key twice": (SPACE + "trials: 2\ntrials: 3\n", "'trials' stands twice"),
     "no choices": ("space: {codebook.size: {choices: []}}", "choices must be a list"),
     "choices nested": ("space: {codebook.size: {choices: [[1, 2]]}}", "codebook.size = [1, 2]"),
     "bound of wrong type": ("space: {codebook.beta: {low: a, high: 1}}", "codebook.beta = 'a'"),

@@ -387,6 +387,8 @@ def test_another_search_under_the_same_name_is_refused(
         ["--config", "other.yaml", "--scenes", "arcade,blinds"],
         ["--config", str(SMOKE), "--scenes", "arcade"],
     ]
+    assert call(monkeypatch, "--resume", "--resolution", "x2-128", *there) == 2
+    assert "leave out --resolution" in capfd.readouterr().err
     for arguments, changed in zip(lines, ("seed", "scenes"), strict=True):
         assert call(monkeypatch, *arguments, *there) == 2
         (line,) = capfd.readouterr().err.splitlines()

@@ -14,7 +14,7 @@ from mlflow.entities import Run
 
 from cbnerf.search.ledger import Unit
 from cbnerf.search.plan import Plan
-from cbnerf.search.tracking import NOT_COMPARABLE, Tracker, tracking_uri
+from cbnerf.search.tracking import NOT_COMPARABLE, Tracker, open_client, tracking_uri
 
 pytestmark = [
     pytest.mark.search,
@@ -253,3 +253,11 @@ def test_a_database_is_made_whole_by_one_of_many_and_whoever_is_killed(tmp_path:
     for other in others:
         output, errors = other.communicate()
         assert (other.returncode, output) == (0, "1\n"), errors
+
+
+def test_a_server_that_does_not_answer_is_named_at_once(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
+    with pytest.raises(ValueError, match=r"no server answers at http://127\.0\.0\.1:9") as refusal:
+        open_client(tmp_path)
+    assert "secret" not in str(refusal.value)
+    assert not list(tmp_path.iterdir())

@@ -1,14 +1,18 @@
 """What one unit of a study trains, without Ray around it."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from cbnerf.config import KnobError
+from cbnerf.search import trial
 from cbnerf.search.ledger import Ledger
-from cbnerf.search.plan import Plan
-from cbnerf.search.trial import _run_unit, score_best
+from cbnerf.search.plan import Plan, Unit
+from cbnerf.search.trial import _run_unit, run_units, score_best
 
 pytestmark = pytest.mark.search
 
@@ -30,3 +34,49 @@ def test_scenes_that_share_a_codebook_are_trained_once_and_each_is_scored(
     scores = [score_best(plan, plan.base, unit.configuration, scene) for scene in plan.scenes]
     mean = sum(score["refined"]["val/psnr"] for score in scores) / 2
     assert mean == pytest.approx(best.value) and mean == pytest.approx(told[-1]["val/psnr"])
+
+
+UNIT = {"units": [Unit(0, "arcade", 0, {})._asdict()]}
+
+
+@pytest.mark.parametrize("error", [KnobError("3 is odd"), FloatingPointError("train/loss: nan")])
+def test_what_would_fail_again_is_told_and_not_tried_again(tiny_plan, monkeypatch, error):
+    def fail(*args: Any) -> None:
+        raise error
+
+    told: list[dict[str, str]] = []
+    monkeypatch.setattr(trial, "_run_unit", fail)
+    monkeypatch.setattr(trial.tune, "report", told.append)
+    run_units(UNIT, tiny_plan())
+    assert told == [{"failure": str(error)}]
+
+
+def test_what_may_be_the_machines_fault_is_raised_for_another_machine_to_try(
+    tiny_plan, monkeypatch, tmp_path: Path
+):
+    told: list[dict[str, str]] = []
+    monkeypatch.setattr(trial.tune, "report", told.append)
+    nowhere = replace(tiny_plan(), data=tmp_path / "not mounted")
+    with pytest.raises(ValueError, match="no such file"):
+        run_units(UNIT, nowhere)
+    assert told == []
+
+
+@pytest.mark.parametrize(("method", "before"), [("nerf", []), ("cb-nerf", ["field"])])
+def test_workers_train_no_field_beforehand_where_fields_are_searched(
+    tiny_plan, monkeypatch, method: str, before: list[str]
+):
+    trained: list[str] = []
+
+    def train(plan: Plan, what: str, function: Any, about: dict[str, Any], callbacks: Any) -> None:
+        trained.append(what)
+        if what == "field":
+            about["folder"].mkdir(parents=True)
+            (about["folder"] / "field.pt").write_bytes(b"")
+
+    monkeypatch.setattr(trial, "_train_together", train)
+    monkeypatch.setattr(trial, "TuneReportCallback", object)  # needs Tune around it
+    space = {"field.optim.lr": {"low": 1e-3, "high": 1e-1}}
+    plan = tiny_plan(method=method, resources={"workers": 2}, space=space)
+    run_units(UNIT, plan)
+    assert trained == [*before, "units"]

@@ -62,6 +62,14 @@ def test_a_checkpoint_that_cannot_be_read_is_not_gone_on_with(cache: StageCache)
     assert not (entry / "field.pt").exists()
 
 
+def test_what_a_killed_save_has_left_is_no_part_of_an_entry(cache: StageCache):
+    entry = cache.path("field", "fern", "0123")
+    entry.mkdir(parents=True)
+    (entry / ".field.pt.0123").write_bytes(b"half a checkpoint")
+    cache.complete(entry, writer())
+    assert {file.name for file in entry.iterdir()} == {"renders.npz", "manifest.json"}
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "shorter": lambda entry: (entry / "renders.npz").write_text("weigh"),
     "missing": lambda entry: (entry / "renders.npz").unlink(),
