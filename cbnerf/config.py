@@ -405,8 +405,8 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "field.optim.steps": 2000, "refiner.optim.steps": 1500, "refiner.optim.evaluations": 4,
     },
 }  # fmt: skip
-"""What methods on NeRF's MLP have besides. On CPU sizes more and smaller updates: neither the MLP
-nor their refiners come near a result in the few steps that planes and corrections of renders need."""
+"""What methods on NeRF's MLP have besides. At CPU sizes more and smaller updates: neither the MLP
+nor their refiners come near a result in the few steps that planes and corrections need."""
 
 
 DEFAULT_METHOD = "cb-nerf"

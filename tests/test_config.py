@@ -41,6 +41,7 @@ def test_a_patch_fits_into_the_images_of_every_preset(config: Config):
 def test_a_preset_changes_only_what_its_resolution_names():
     schedule = {
         "field.precision",
+        "field.optim.batch_size",
         "field.optim.evaluations",
         "refiner.optim.steps",
         "refiner.optim.evaluations",
@@ -61,6 +62,12 @@ def test_at_cpu_sizes_the_published_systems_take_more_and_smaller_updates():
         assert mlp.refiner.optim.steps > ours.refiner.optim.steps
     # On a GPU they keep what was published.
     assert preset("nerf-sr", "x2-504").field == METHODS["nerf-sr"].field
+
+
+def test_the_mlp_has_the_published_rays_of_a_step_at_either_scale():
+    for size in ("x2-504", "x4-1008"):
+        config = preset("nerf-sr", size)
+        assert config.field.optim.batch_size * config.data.scale**2 == 2048
 
 
 def test_order_of_overrides_does_not_matter():

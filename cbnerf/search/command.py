@@ -210,6 +210,8 @@ def _load_request(options: Options) -> dict[str, Any]:
         raise ValueError(f"--resume goes on as the study was started; leave out --{repeated[0]}")
     studies = options.storage / "studies"
     known = sorted(file.parent.name for file in studies.glob(f"*/{_REQUEST_FILE}"))
+    if options.name is None:
+        raise ValueError("--resume: give the study's --name")
     if options.name not in known:
         raise ValueError(
             f"no study {options.name!r} in {studies}; "

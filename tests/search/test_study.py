@@ -336,7 +336,7 @@ BAD_LINES = {
     "concurrency": (["--concurrency", "0"], "--concurrency must be at least 1"),
     "no stage 2": (["--method", "nerf"], "nerf ends with stage 1"),
     "name": (["--name", "a/b"], "'a/b' is not the name of a folder"),
-    "resume": (["--resume"], "--resume: no study None"),
+    "resume": (["--resume"], "--resume: give the study's --name"),
     "resume unknown": (["--resume", "--name", "x"], "it holds none"),
 }
 
