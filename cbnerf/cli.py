@@ -117,7 +117,7 @@ class TrainRefiner:
 
     def _load(self, name: str, field: Path) -> tuple[Scene, Renders]:
         scene = _load_scene(name, self.config)
-        return scene, _load_renders(scene, field)
+        return scene, _load_renders(field, _load_field_checkpoint(field), scene)
 
 
 @dataclass(kw_only=True)
@@ -399,10 +399,10 @@ def _load_scene(name: str, config: Config) -> Scene:
 
 def _load_test_views(name: str, field: Path) -> tuple[Scene, Renders, list[int]]:
     """A scene, the renders of its field, and which views are test views."""
-    config = load_checkpoint(field / FIELD_FILE, "field", torch.device("cpu")).config
-    scene = _load_scene(name, config)
-    renders = _load_renders(scene, field)
-    test = split_views(scene.num_views, config.data).test
+    checkpoint = _load_field_checkpoint(field)
+    scene = _load_scene(name, checkpoint.config)
+    renders = _load_renders(field, checkpoint, scene)
+    test = split_views(scene.num_views, checkpoint.config.data).test
     if not test:
         raise ValueError(
             f"{field}: trained on all views, none is left to score; such scores are those of "
@@ -411,11 +411,14 @@ def _load_test_views(name: str, field: Path) -> tuple[Scene, Renders, list[int]]
     return scene, renders, test
 
 
-def _load_renders(scene: Scene, field: Path) -> Renders:
+def _load_field_checkpoint(field: Path) -> Checkpoint:
+    return load_checkpoint(field / FIELD_FILE, "field", torch.device("cpu"))
+
+
+def _load_renders(field: Path, checkpoint: Checkpoint, scene: Scene) -> Renders:
     """What the field of a scene has rendered."""
-    trained = load_checkpoint(field / FIELD_FILE, "field", torch.device("cpu")).scene
-    if trained != scene.name:
-        raise ValueError(f"{field}: a field of the scene {trained}, not of {scene.name}")
+    if checkpoint.scene != scene.name:
+        raise ValueError(f"{field}: a field of the scene {checkpoint.scene}, not of {scene.name}")
     renders = load_renders(field / RENDERS_FILE)
     if scene.images.shape != renders.rgb.shape:
         raise ValueError(
