@@ -71,6 +71,8 @@ def _make_database(storage: Path) -> None:
     file = storage / "mlflow.db"
     with FileLock(storage / "mlflow.lock"):
         if not file.exists():
+            for left in storage.glob(f".{file.name}.*"):  # by one that was killed
+                left.unlink()
             with whole(file) as unfinished:
                 MlflowClient(f"sqlite:///{unfinished}").search_experiments()
 

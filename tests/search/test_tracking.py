@@ -253,6 +253,7 @@ def test_a_database_is_made_whole_by_one_of_many_and_whoever_is_killed(tmp_path:
     for other in others:
         output, errors = other.communicate()
         assert (other.returncode, output) == (0, "1\n"), errors
+    assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db", "mlflow.lock"}
 
 
 def test_a_server_that_does_not_answer_is_named_at_once(tmp_path: Path, monkeypatch):
