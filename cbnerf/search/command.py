@@ -177,8 +177,8 @@ def _run(options: Options, default_config: Path) -> None:
 def report_study(storage: Path, name: str) -> Path:
     """Write the report of a study that has a finished configuration, running or not; its page."""
     quieten_libraries()
-    request = _load_request(Options(storage=storage, name=name))
-    plan, _ = _settle(request, Options(storage=storage, name=name), has_gpu=False)
+    options = Options(storage=storage, name=name, resume=True)
+    plan, _ = _settle(_load_request(options), options, has_gpu=False)
     ledger = Ledger(plan, adopt=False)
     best = ledger.best()
     if best is None:
@@ -227,9 +227,10 @@ def _settle(
     content = request["spec"]
     if "resolution" in request:  # of a study that goes on, perhaps on other machines
         content = content | {"resolution": request["resolution"]}
+    names = request.get("scene_names")  # more may have come since
     plan = make_plan(
         parse_spec(content),
-        scenes=request["scenes"],
+        scenes=",".join(names) if names and options.resume else request["scenes"],
         data=Path(request["data"]) if request["data"] else None,
         name=options.name,
         storage=options.storage,

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from drivers import PATIENCE, plan_of, search_without_ray
 from mlflow import MlflowClient
 
 from cbnerf.cli import Report
 from cbnerf.config import load_config
+from cbnerf.data.llff import write_capture
+from cbnerf.data.procedural import make_capture
 from cbnerf.search import command
 from cbnerf.search.ledger import Ledger
 
@@ -394,6 +397,28 @@ def test_another_search_under_the_same_name_is_refused(
         (line,) = capfd.readouterr().err.splitlines()
         assert f"was started with other {changed} (" in line and "--resume" in line
     assert (story.study / "request.yaml").read_text() == before
+
+
+def test_scenes_that_come_later_are_no_part_of_a_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    def add(scene: str) -> None:
+        write_capture(tmp_path / "data" / scene, make_capture("mosaic", width=64, num_views=10))
+
+    add("fern")
+    add("room")
+    line = ["--config", str(SMOKE), "--data", "data", "--name", "study"]
+    options = command.Options(config=SMOKE, data=tmp_path / "data", name="study",
+                              storage=tmp_path / "runs")  # fmt: skip
+    request = command._make_request(options, SMOKE)
+    plan, _ = command._settle(request, options, has_gpu=False)
+    plan.folder.mkdir(parents=True)
+    (plan.folder / "request.yaml").write_text(yaml.safe_dump(request))
+    add("flower")
+    assert call(monkeypatch, *line) == 2
+    assert "study study was started with other scenes (" in capfd.readouterr().err
+    assert call(monkeypatch, "--resume", "--name", "study", "--dry-run") == 0
+    assert "scenes     fern (10), room (10)\n" in capfd.readouterr().out
 
 
 def test_a_dry_run_prices_the_study_and_leaves_none(
