@@ -280,6 +280,11 @@ class RefinerConfig:
             _check(getattr(self, name) >= 1, f"refiner.{name}", getattr(self, name), "at least 1")
         _check(self.consistency >= 0, "refiner.consistency", self.consistency, "at least 0")
 
+    @property
+    def alternates(self) -> bool:
+        """Whether rows of a batch are treated in turns, so that processes need even numbers."""
+        return self.kind == "paper" and self.skips == "mixed"
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:

@@ -66,7 +66,7 @@ def scene_folder(name: str, data: Path | None, storage: Path, width: int) -> Pat
 def read_scene(name: str, data: Path | None, storage: Path, knobs: DataConfig) -> Scene:
     """A scene of the folder `data`; without one a built-in scene, drawn when first used."""
     folder = scene_folder(name, data, storage, knobs.width)
-    if data is None:
+    if data is None and not (folder / "poses_bounds.npy").exists():
         _draw_once(name, folder, knobs.width)
     return make_scene(read_capture(folder, knobs.width), knobs)
 

@@ -96,7 +96,7 @@ def interpolate_planes(
     right, down = (x - column).clamp(0, 1), (y - row).clamp(0, 1)
     left, up = 1 - right, 1 - down
     # As integers: in float32 the numbers of a plane's 2^24th and later cells would be rounded.
-    corner = first.int() + row.int() * width.int() + column.int()
+    corner = first + row.int() * width + column.int()
     cells = torch.stack([corner, corner + 1, corner + width, corner + width + 1], dim=-1)
     shares = torch.stack([up * left, up * right, down * left, down * right], dim=-1)
     sampled = _WeightedSum.apply(table, cells.flatten(0, 1), shares.flatten(0, 1))
@@ -107,9 +107,10 @@ def interpolate_planes(
 # Kept, for copying it to a GPU at every step would make the host wait.
 @lru_cache(maxsize=64)
 def _layout(sizes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, ...]:
-    """Height, width and first cell of each plane in the table, and the two axes it lies along."""
-    height, width = torch.tensor(sizes, device=device).T[..., None].unbind(0)
-    first = (height * width).cumsum(0) - height * width
+    """Height, width and first cell of each plane in the table, int32, and the two axes it lies
+    along."""
+    height, width = torch.tensor(sizes, dtype=torch.int32, device=device).T[..., None].unbind(0)
+    first = (height * width).cumsum(0, dtype=torch.int32) - height * width
     return height, width, first, torch.tensor(_AXES * (len(sizes) // 3), device=device)
 
 

@@ -217,7 +217,7 @@ def _load_request(options: Options) -> dict[str, Any]:
             f"no study {options.name!r} in {studies}; "
             + (f"there are {', '.join(known)}" if known else "it holds none")
         )
-    return load_yaml(studies / str(options.name) / _REQUEST_FILE)
+    return load_yaml(studies / options.name / _REQUEST_FILE)
 
 
 def _settle(

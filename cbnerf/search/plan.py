@@ -196,8 +196,7 @@ def _check_space(base: Config, spec: SearchSpec) -> None:
 
 def _check_batches(base: Config, workers: int) -> None:
     """Whole shares of a batch for each worker, even ones where its rows alternate."""
-    mixes = base.refiner.kind == "paper" and base.refiner.skips == "mixed"
-    of_refiner = 2 * workers if mixes else workers
+    of_refiner = 2 * workers if base.refiner.alternates else workers
     shares = {"field": (base.field.optim, workers), "refiner": (base.refiner.optim, of_refiner)}
     for stage, (optim, multiple) in shares.items():
         if workers > 1 and optim.batch_size % multiple:

@@ -62,12 +62,11 @@ def train_refiner(
     rank 0's patches), `val/psnr` (dB), `val/ssim`, and `val/gain` (dB), the change of PSNR against
     the stage-1 render.
     """
-    mixes = config.refiner.kind == "paper" and config.refiner.skips == "mixed"
-    if mixes and num_processes() > 1 and config.refiner.optim.batch_size // num_processes() % 2:
-        # It alternates over rows, which must not depend on the processes.
+    world_size, batch_size = num_processes(), config.refiner.optim.batch_size
+    if config.refiner.alternates and world_size > 1 and batch_size // world_size % 2:
         raise KnobError(
-            f"refiner.optim.batch_size = {config.refiner.optim.batch_size} gives each of "
-            f"{num_processes()} processes an odd number of patches; make it even"
+            f"refiner.optim.batch_size = {batch_size} gives each of {world_size} processes an odd "
+            "number of patches; make it even"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
