@@ -196,3 +196,13 @@ def test_density_is_linear_when_dense_and_never_negative():
 def test_an_untrained_ray_is_mostly_opaque_at_its_end():
     alpha = 1 - torch.exp(-density_activation(torch.zeros(1)))
     assert 0.9 < float(alpha) < 0.99
+
+
+def test_cells_beyond_the_integers_of_float32_are_found():
+    side = 4200  # squared more than 2^24
+    columns = torch.arange(side) % 2.0
+    plane, one = columns.expand(side, side)[..., None], torch.ones(2, 2, 1)
+    along_x = torch.arange(100, 110) / (side - 1) * 2 - 1
+    points = torch.stack([along_x, torch.full((10,), 4150 / (side - 1) * 2 - 1), along_x], dim=1)
+    found = interpolate_planes(join_planes([plane, one, one]), points)[:, 0]
+    torch.testing.assert_close(found, columns[100:110], atol=2e-3, rtol=0)
