@@ -18,5 +18,5 @@ if [ -r ~/cbnerf.secrets ]; then . ~/cbnerf.secrets; fi
 
 # A training run that asks for no GPU sees none.
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=1
-export RAY_AUTH_MODE=disabled   # The cluster's network is its own; see README.md, "Security".
+export RAY_AUTH_MODE=disabled   # The cluster's network is its own; see docs/cluster.md, "Security".
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -30,11 +30,11 @@ SCRIPTS = sorted(CLUSTERS.glob("*.sh"))
 
 
 def merged(overlay: Path | None) -> dict[str, Any]:
-    """cluster.yaml with the keys of an overlay, by the line that README.md gives."""
+    """cluster.yaml with the keys of an overlay, by the line that docs/cluster.md gives."""
     if overlay is None:
         return yaml.safe_load((ROOT / "cluster.yaml").read_text())
-    readme = (ROOT / "README.md").read_text()
-    (line,) = re.findall(r"^python -c .*cluster\.yaml clusters/.*$", readme, re.MULTILINE)
+    page = (ROOT / "docs/cluster.md").read_text()
+    (line,) = re.findall(r"^python -c .*cluster\.yaml clusters/.*$", page, re.MULTILINE)
     command = re.sub(r"clusters/\w+\.yaml", str(overlay.relative_to(ROOT)), line)
     command = command.partition(">")[0].replace("python", sys.executable, 1)
     answer = subprocess.run(shlex.split(command), cwd=ROOT, capture_output=True, check=True)

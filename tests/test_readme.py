@@ -1,4 +1,4 @@
-"""The commands of README.md and benchmarks/README.md run, or at least parse, as they stand."""
+"""The commands of README.md, docs/ and benchmarks/README.md run, or at least parse."""
 
 import re
 import shlex
@@ -12,22 +12,27 @@ from cbnerf.cli import Compare, parse_command
 from cbnerf.config import Config, flatten, load_yaml
 
 ROOT = Path(__file__).parent.parent
-PAGES = {page: (ROOT / page).read_text() for page in ("README.md", "benchmarks/README.md")}
+PAGES = {
+    str(page.relative_to(ROOT)): page.read_text()
+    for page in [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted(ROOT.glob("docs/*.md"))]
+}
 README = PAGES["README.md"]
 TEXT = "".join(PAGES.values())
 COMPARE_COMMANDS = re.findall(r"cbnerf compare (-[^#\n`]*)", TEXT)
 TUNE_COMMANDS = re.findall(r"python (?:~/cbnerf/)?tune\.py ([^#\n`']*)", TEXT)
 
 
-def block_after(mark: str) -> str:
-    found = re.search(rf"<!-- {mark} -->\n```bash\n(.*?)```", README, re.DOTALL)
+def block_after(mark: str, page: str) -> str:
+    found = re.search(rf"<!-- {mark} -->\n```bash\n(.*?)```", PAGES[page], re.DOTALL)
     assert found, mark
     return found[1]
 
 
 def test_the_commands_for_one_scene_run_in_their_order(tmp_path):
     subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block_after("test")], cwd=tmp_path, check=True
+        ["bash", "-euo", "pipefail", "-c", block_after("test", "docs/scenes.md")],
+        cwd=tmp_path,
+        check=True,
     )
     for file in ("video/stage1.mp4", "video/refined.mp4", "codebook/codes.png"):
         assert (tmp_path / "mosaic" / file).stat().st_size > 0
@@ -54,7 +59,7 @@ def test_the_commands_of_the_search_parse(arguments: str):
 def test_the_example_of_a_search_space_is_valid(tmp_path):
     from cbnerf.search.spec import parse_spec
 
-    found = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
+    found = re.search(r"```yaml\n(.*?)```", PAGES["docs/search.md"], re.DOTALL)
     assert found
     (tmp_path / "spec.yaml").write_text(found[1])
     assert parse_spec(load_yaml(tmp_path / "spec.yaml")).trials == 64
@@ -68,7 +73,5 @@ def test_set_up_lines_use_the_constraints_that_were_tested():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_a_page_shows_exist(page: str):
-    shown = re.findall(r"\]\(([^)]+)\)", PAGES[page])
-    assert shown
-    for path in shown:
+    for path in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
         assert (ROOT / page).parent.joinpath(path).exists(), path
