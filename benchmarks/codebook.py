@@ -29,8 +29,8 @@ from cbnerf.data.pixels import scale_below
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene, make_scene
 from cbnerf.data.splits import split_views
+from cbnerf.training.distributed import choose_device
 from cbnerf.training.evaluation import refine_views, score_views
-from cbnerf.training.processes import choose_device
 from cbnerf.training.refiner import train_refiner
 from cbnerf.training.stages import RENDERS_FILE, run_field
 

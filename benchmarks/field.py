@@ -28,9 +28,9 @@ from cbnerf.data.splits import split_views
 from cbnerf.metrics import to_8bit
 from cbnerf.nerf.model import build_field
 from cbnerf.training.checkpoint import Checkpoint
+from cbnerf.training.distributed import choose_device
 from cbnerf.training.evaluation import mean_scores, render_views
 from cbnerf.training.field import scene_cameras, train_field
-from cbnerf.training.processes import choose_device
 
 
 @dataclass(kw_only=True)

@@ -24,8 +24,8 @@ from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene, make_scene
 from cbnerf.data.splits import split_views
 from cbnerf.training.checkpoint import Checkpoint
+from cbnerf.training.distributed import choose_device
 from cbnerf.training.evaluation import mean_scores, refine_views
-from cbnerf.training.processes import choose_device
 from cbnerf.training.refiner import build_refiner, train_refiner
 from cbnerf.training.stages import RENDERS_FILE
 

@@ -26,7 +26,7 @@ import tyro
 from provenance import provenance
 
 from cbnerf.config import Config, preset, with_overrides
-from cbnerf.data.procedural import make_capture
+from cbnerf.data.library import make_capture
 from cbnerf.data.scene import Scene, make_scene
 from cbnerf.nerf.model import render_image
 from cbnerf.training.field import scene_cameras, train_field

@@ -31,20 +31,20 @@ from cbnerf.config import (
     load_config,
     preset,
 )
-from cbnerf.data.library import default_storage
+from cbnerf.data.library import NUM_VIEWS, default_storage, make_capture
 from cbnerf.data.llff import read_capture, write_capture
-from cbnerf.data.procedural import BUILT_IN_SCENES, NUM_VIEWS, make_capture
 from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene, make_scene
 from cbnerf.data.splits import split_views
 from cbnerf.nerf.path import spiral_path
+from cbnerf.scenes import BUILT_IN_SCENES
 from cbnerf.training.cache import StageCache
 from cbnerf.training.checkpoint import Checkpoint, load_checkpoint
+from cbnerf.training.distributed import choose_device, joined_processes, process_rank
 from cbnerf.training.evaluation import Score, mean_score, refine_views, score_views
 from cbnerf.training.field import load_field
 from cbnerf.training.inspection import inspect_codebook
-from cbnerf.training.processes import choose_device, joined_processes, process_rank
 from cbnerf.training.refiner import load_refiner
 from cbnerf.training.stages import (
     CONFIG_FILE,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cbnerf.config import Config, preset
-from cbnerf.data.procedural import make_capture
+from cbnerf.data.library import make_capture
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Capture, Scene, make_scene
 from cbnerf.nerf.rays import Cameras

@@ -8,17 +8,22 @@ import shutil
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 from filelock import FileLock
 
 from cbnerf.config import DataConfig
 from cbnerf.data.llff import find_scenes, read_capture, write_capture
-from cbnerf.data.procedural import BUILT_IN_SCENES, make_capture
-from cbnerf.data.scene import Scene, make_scene
+from cbnerf.data.scene import Capture, Scene, make_scene
 from cbnerf.files import whole
+from cbnerf.scenes import BUILT_IN_SCENES, make_camera, make_world, place_cameras
+from cbnerf.scenes.raycasting import render
 
 DATA_VARIABLE = "CBNERF_DATA"
 DEFAULT_DATA = Path("data/nerf_llff_data")
 STORAGE_VARIABLE = "CBNERF_STORAGE"
+NUM_VIEWS = 13
+"""Default number of photographs of a built-in scene."""
+_SUPERSAMPLING = 4
 PAPER_SCENES = ("fern", "flower", "fortress", "horns", "leaves", "orchids", "room", "trex")
 
 
@@ -80,3 +85,18 @@ def _draw_once(name: str, folder: Path, width: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         with whole(folder) as drawn:
             write_capture(drawn, make_capture(name, width=width))
+
+
+def make_capture(name: str, *, width: int, num_views: int = NUM_VIEWS) -> Capture:
+    """Ray-traced photographs of a built-in scene, 4:3, with exact cameras and bounds."""
+    world = make_world(name)
+    poses = place_cameras(num_views)
+    cameras = [make_camera(pose, width) for pose in poses]
+    views = [render(world, camera, _SUPERSAMPLING) for camera in cameras]
+    return Capture(
+        name=name,
+        images=torch.stack([(view.rgb * 255).round().to(torch.uint8) for view in views]),
+        camera_to_world=poses,
+        focal=cameras[0].focal,
+        bounds=torch.tensor([[0.98 * near, 1.02 * far] for near, far in (v.bounds for v in views)]),
+    )

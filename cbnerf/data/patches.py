@@ -7,7 +7,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from cbnerf.config import KnobError
-from cbnerf.noise import Noise
+from cbnerf.rng import Rng
 
 
 class PatchBatch(NamedTuple):
@@ -34,13 +34,13 @@ class PatchSampler:
         self._pairs = pairs.movedim(-1, 2).contiguous().to(device)
         self._size = patch_size
 
-    def draw(self, batch_size: int, noise: Noise) -> PatchBatch:
+    def draw(self, batch_size: int, rng: Rng) -> PatchBatch:
         """Uniform over views and places."""
         views, _, _, height, width = self._pairs.shape
         device, size = self._pairs.device, self._size
-        view = noise.integers(views, batch_size)
-        top = noise.integers(height - size + 1, batch_size)
-        left = noise.integers(width - size + 1, batch_size)
+        view = rng.integers(views, batch_size)
+        top = rng.integers(height - size + 1, batch_size)
+        left = rng.integers(width - size + 1, batch_size)
         steps = torch.arange(size, device=device)
         rows = (top[:, None] + steps)[:, None, None, :, None]
         columns = (left[:, None] + steps)[:, None, None, None, :]
@@ -52,7 +52,7 @@ class PatchSampler:
             rows,
             columns,
         ]
-        cut = _turn(cut.float() / 255, noise.integers(8, batch_size))
+        cut = _turn(cut.float() / 255, rng.integers(8, batch_size))
         return PatchBatch(cut[:, 0], cut[:, 1])
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from cbnerf.data.scene import Scene
-from cbnerf.noise import Noise
+from cbnerf.rng import Rng
 
 
 def downsample(
@@ -60,10 +60,10 @@ class PixelSampler:
         self._views = torch.tensor(views, device=device)
         self._low_res = low_res.to(device)
 
-    def draw(self, batch_size: int, noise: Noise) -> PixelBatch:
+    def draw(self, batch_size: int, rng: Rng) -> PixelBatch:
         """Uniform over all pixels of all views."""
         num_views, height, width, _ = self._low_res.shape
-        flat = noise.integers(num_views * height * width, batch_size)
+        flat = rng.integers(num_views * height * width, batch_size)
         index, pixel = flat // (height * width), flat % (height * width)
         rows, columns = pixel // width, pixel % width
         rgb = self._low_res[index, rows, columns].float() / 255

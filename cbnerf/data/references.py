@@ -19,7 +19,7 @@ from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
 from cbnerf.nerf.rays import Cameras, project
 from cbnerf.nerf.warp import find_points
-from cbnerf.noise import Noise
+from cbnerf.rng import Rng
 
 _WARP = 0.075
 """Largest entries of a random perspective: corners move by up to a third of half a patch."""
@@ -51,15 +51,15 @@ class ReferencePatchSampler:
         pair = torch.cat([render, photograph], dim=2).movedim(-1, 0)
         self._pair = pair.to(device).float() / 255
 
-    def draw(self, batch_size: int, noise: Noise) -> ReferenceBatch:
+    def draw(self, batch_size: int, rng: Rng) -> ReferenceBatch:
         """Uniform over places."""
         _, height, width = self._pair.shape
         corner = torch.stack(
-            [noise.integers(height - self._size + 1, batch_size),
-             noise.integers(width - self._size + 1, batch_size)], dim=1,
+            [rng.integers(height - self._size + 1, batch_size),
+             rng.integers(width - self._size + 1, batch_size)], dim=1,
         )  # fmt: skip
-        cut = self._cut_warped(corner, noise.uniform(batch_size, 6))
-        moves = noise.integers(2 * self._size + 1, batch_size, self._count, 2) - self._size
+        cut = self._cut_warped(corner, rng.uniform(batch_size, 6))
+        moves = rng.integers(2 * self._size + 1, batch_size, self._count, 2) - self._size
         references = self._cut(corner[:, None] + moves)
         return ReferenceBatch(cut[:, :3], cut[:, 3:], references)
 

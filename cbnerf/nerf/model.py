@@ -15,7 +15,7 @@ from cbnerf.nerf.fields import MLPField, Planes, PlanesField, ProposalField, tot
 from cbnerf.nerf.rays import Cameras, Rays, make_sub_pixel_rays, ndc_extent
 from cbnerf.nerf.rendering import Rendering, composite, reaching_to_infinity, render_weights
 from cbnerf.nerf.sampling import prefix_sums, sample_importance, sample_stratified
-from cbnerf.noise import Noise
+from cbnerf.rng import Rng
 
 
 class FieldOutput(NamedTuple):
@@ -55,9 +55,7 @@ class PlanesModel(nn.Module):
     def compose(self) -> Composed:
         return Composed(self.field.planes.compose(), self.proposal.planes.compose())
 
-    def forward(
-        self, rays: Rays, noise: Noise | None, composed: Composed | None = None
-    ) -> FieldOutput:
+    def forward(self, rays: Rays, rng: Rng | None, composed: Composed | None = None) -> FieldOutput:
         """Render rays; `composed` spares the composition where many batches are rendered."""
         pixels, sub_rays, _ = rays.origins.shape
         config, device = self._config, rays.origins.device
@@ -65,7 +63,7 @@ class PlanesModel(nn.Module):
         num_bins, num_samples = config.num_coarse_samples, config.num_fine_samples
 
         # proposal: one ray through the middle of the sub-pixels
-        jitter = noise.uniform(pixels, num_bins + 1) if noise else None
+        jitter = rng.uniform(pixels, num_bins + 1) if rng else None
         bins = sample_stratified(pixels, num_bins, jitter, device)
         middle = Rays(rays.origins.mean(1), rays.directions.mean(1))
         with autocast(config, device):
@@ -77,7 +75,7 @@ class PlanesModel(nn.Module):
         # field: every sub-ray draws its own samples
         bins = bins.repeat_interleave(sub_rays, 0)
         proposed = proposed.repeat_interleave(sub_rays, 0)
-        jitter = noise.uniform(pixels, sub_rays, num_samples + 1).flatten(0, 1) if noise else None
+        jitter = rng.uniform(pixels, sub_rays, num_samples + 1).flatten(0, 1) if rng else None
         edges = sample_importance(bins, proposed.detach(), num_samples + 1, jitter)
         flat = Rays(rays.origins.flatten(0, 1), rays.directions.flatten(0, 1))
         t = midpoints(edges)
@@ -117,15 +115,15 @@ class MLPModel(nn.Module):
         self.coarse = MLPField(config.field.mlp)
         self.fine = MLPField(config.field.mlp)
 
-    def forward(self, rays: Rays, noise: Noise | None) -> FieldOutput:
+    def forward(self, rays: Rays, rng: Rng | None) -> FieldOutput:
         pixels, sub_rays, _ = rays.origins.shape
         config = self._config
 
         def draw(width: int) -> Tensor | None:
-            return noise.uniform(pixels, sub_rays, width).flatten(0, 1) if noise else None
+            return rng.uniform(pixels, sub_rays, width).flatten(0, 1) if rng else None
 
         def noise_for(samples: int) -> Tensor | None:
-            return noise.normal(pixels, sub_rays, samples).flatten(0, 1) if noise else None
+            return rng.normal(pixels, sub_rays, samples).flatten(0, 1) if rng else None
 
         flat = Rays(rays.origins.flatten(0, 1), rays.directions.flatten(0, 1))
         num_coarse, num_fine = config.num_coarse_samples, config.num_fine_samples

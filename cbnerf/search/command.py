@@ -37,7 +37,7 @@ from cbnerf.search.study import (
 from cbnerf.search.tracking import NOT_COMPARABLE, tracking_uri, without_password
 from cbnerf.search.trial import load_scene
 from cbnerf.tables import to_markdown
-from cbnerf.training.processes import choose_device
+from cbnerf.training.distributed import choose_device
 from cbnerf.training.refiner import count_parameters
 
 _REQUEST_FILE = "request.yaml"

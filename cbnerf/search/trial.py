@@ -25,9 +25,9 @@ from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
 from cbnerf.search.plan import Plan, Unit
 from cbnerf.training.checkpoint import Checkpoint, knobs_of_stage
+from cbnerf.training.distributed import choose_device
 from cbnerf.training.evaluation import mean_scores, refine_views
 from cbnerf.training.keys import field_key
-from cbnerf.training.processes import choose_device
 from cbnerf.training.refiner import load_refiner
 from cbnerf.training.stages import (
     REFINER_FILE,

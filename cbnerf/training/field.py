@@ -14,7 +14,7 @@ from cbnerf.nerf.model import FieldModel, build_field
 from cbnerf.nerf.rays import Cameras, make_sub_pixel_rays
 from cbnerf.nerf.rendering import super_sampling_loss
 from cbnerf.nerf.sampling import choose_sub_pixels
-from cbnerf.noise import Noise
+from cbnerf.rng import Rng
 from cbnerf.training.checkpoint import load_checkpoint
 from cbnerf.training.evaluation import mean_scores, render_views
 from cbnerf.training.loop import Losses, Report, Task, fit, heeding_determinism
@@ -48,14 +48,14 @@ def train_field(
     num_sub_pixels = ray_scale**2
     num_chosen = min(config.field.sub_rays or num_sub_pixels, num_sub_pixels)
 
-    def losses(wrapped: nn.Module, batch_size: int, noise: Noise) -> Losses:
-        batch = pixels.draw(batch_size, noise)
-        scores = noise.uniform(batch_size, num_sub_pixels)
+    def losses(wrapped: nn.Module, batch_size: int, rng: Rng) -> Losses:
+        batch = pixels.draw(batch_size, rng)
+        scores = rng.uniform(batch_size, num_sub_pixels)
         chosen = choose_sub_pixels(scores, num_chosen, opposite=config.field.opposite_sub_rays)
         rays = make_sub_pixel_rays(
             ray_cameras, batch.views, batch.rows, batch.columns, ray_scale, chosen
         )  # fmt: skip
-        output = wrapped(rays, noise)
+        output = wrapped(rays, rng)
         errors = [super_sampling_loss(rendering.rgb, batch.rgb) for rendering in output.passes]
         total = torch.stack(errors).sum() + output.regularization
         parts = {"train/loss": total, "train/psnr": -10 * torch.log10(errors[-1].detach())}

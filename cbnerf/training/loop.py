@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cbnerf.config import Config, KnobError, OptimConfig
-from cbnerf.noise import Noise
+from cbnerf.rng import Rng
 from cbnerf.training.checkpoint import Checkpoint, Stage, knobs_of_stage, load_checkpoint
-from cbnerf.training.processes import num_processes, process_rank
+from cbnerf.training.distributed import num_processes, process_rank
 
 Report = Callable[[int, dict[str, float], Checkpoint], None]
 """Called with (step, metrics, checkpoint) on every process after every evaluation; metrics are
@@ -45,7 +45,7 @@ class Task(NamedTuple):
     model: nn.Module
     param_groups: list[dict[str, Any]]
     """Groups for Adam, each with its own `lr`."""
-    losses: Callable[[nn.Module, int, Noise], Losses]
+    losses: Callable[[nn.Module, int, Rng], Losses]
     """From the (wrapped) model, this process's batch size and the step's random numbers."""
     evaluate: Callable[[], dict[str, float]]
     cameras: dict[str, Any]
@@ -81,10 +81,10 @@ def fit(
     since = first_step
     last_step = min(until or optim.steps, optim.steps)
     for step in range(first_step, last_step):
-        noise = Noise(task.config.seed, step, device, rank=rank, world_size=world_size)
+        rng = Rng(task.config.seed, step, device, rank=rank, world_size=world_size)
         for group, base in zip(optimizer.param_groups, base_rates, strict=True):
             group["lr"] = base * learning_rate_factor(step, optim)
-        losses = task.losses(model, optim.batch_size // world_size, noise)
+        losses = task.losses(model, optim.batch_size // world_size, rng)
         optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         optimizer.step()

@@ -25,16 +25,16 @@ from cbnerf.data.references import ReferencePatchSampler, find_references, refer
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
-from cbnerf.noise import Noise
+from cbnerf.rng import Rng
 from cbnerf.training.checkpoint import Checkpoint, load_checkpoint
+from cbnerf.training.distributed import num_processes, process_rank
 from cbnerf.training.evaluation import mean_scores, refine_views, to_unit
 from cbnerf.training.loop import Losses, Report, Task, fit, heeding_determinism
-from cbnerf.training.processes import num_processes, process_rank
 
 Pairs = Sequence[tuple[Scene, Renders]]
 Images = UInt8[Tensor, "views height width 3"]
 References = UInt8[Tensor, "views references height width 3"] | None
-DrawLosses = Callable[[nn.Module, int, Noise], Losses]
+DrawLosses = Callable[[nn.Module, int, Rng], Losses]
 
 
 @heeding_determinism
@@ -162,8 +162,8 @@ def load_refiner(path: Path, device: torch.device) -> AnyRefiner:
 def _code_losses(config: Config, patches: PatchSampler, health: CodebookHealth) -> DrawLosses:
     """The paper's losses on patches of all training views."""
 
-    def losses(wrapped: nn.Module, batch_size: int, noise: Noise) -> Losses:
-        batch = patches.draw(batch_size, noise)
+    def losses(wrapped: nn.Module, batch_size: int, rng: Rng) -> Losses:
+        batch = patches.draw(batch_size, rng)
         refinement = wrapped(batch.sr, batch.high_res)
         health.add(refinement.high_res_indices, refinement.sr_indices)
         terms = refiner_losses(refinement, batch.high_res, config.loss)
@@ -186,8 +186,8 @@ def _reference_losses(
     view = reference_view(scene, config.data)
     patches = ReferencePatchSampler(renders.rgb[view], scene.images[view], config, device)
 
-    def losses(wrapped: nn.Module, batch_size: int, noise: Noise) -> Losses:
-        batch = patches.draw(batch_size, noise)
+    def losses(wrapped: nn.Module, batch_size: int, rng: Rng) -> Losses:
+        batch = patches.draw(batch_size, rng)
         loss = 2 * F.l1_loss(wrapped(batch.sr, batch.references), batch.high_res)
         return Losses(loss, {"train/loss": loss})
 

@@ -25,10 +25,10 @@ from cbnerf.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from cbnerf.training.distributed import process_rank
 from cbnerf.training.evaluation import image_strip, refine_views, render_views
 from cbnerf.training.field import scene_cameras, train_field
 from cbnerf.training.loop import Report
-from cbnerf.training.processes import process_rank
 from cbnerf.training.refiner import Pairs, train_refiner, trained_on
 
 FIELD_FILE, REFINER_FILE, RENDERS_FILE = "field.pt", "refiner.pt", "renders.npz"

@@ -12,9 +12,8 @@ from cbnerf.cli import main
 from cbnerf.compare.protocols import released_psnr
 from cbnerf.compare.report import REPORT_FILES
 from cbnerf.config import load_config, preset, save_config, with_overrides
-from cbnerf.data.library import DATA_VARIABLE
+from cbnerf.data.library import DATA_VARIABLE, make_capture
 from cbnerf.data.llff import write_capture
-from cbnerf.data.procedural import make_capture
 from cbnerf.data.renders import load_renders
 from cbnerf.training.evaluation import mean_score, score_views
 

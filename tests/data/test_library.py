@@ -8,8 +8,8 @@ import torch
 from cbnerf.config import DataConfig
 from cbnerf.data.library import PAPER_SCENES, choose_scenes, read_scene, scene_folder
 from cbnerf.data.llff import write_capture
-from cbnerf.data.procedural import BUILT_IN_SCENES
 from cbnerf.data.scene import Capture
+from cbnerf.scenes import BUILT_IN_SCENES
 
 KNOBS = DataConfig(width=64)
 

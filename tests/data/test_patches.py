@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from cbnerf.data.patches import PatchSampler
-from cbnerf.noise import Noise
+from cbnerf.rng import Rng
 
 CPU = torch.device("cpu")
 VIEWS, HEIGHT, WIDTH, SIZE = 3, 12, 20, 8
@@ -17,7 +17,7 @@ def photographs() -> torch.Tensor:
 
 def draw(photographs: torch.Tensor, number: int, size: int = SIZE):
     sampler = PatchSampler(photographs + 100, photographs, size, CPU)
-    return sampler.draw(number, Noise(0, 0, CPU))
+    return sampler.draw(number, Rng(0, 0, CPU))
 
 
 def test_render_and_photograph_are_cut_and_turned_alike(photographs):

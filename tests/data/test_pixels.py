@@ -6,7 +6,7 @@ import torch
 from cbnerf.data.pixels import PixelSampler, downsample, scale_below
 from cbnerf.data.scene import Scene
 from cbnerf.nerf.rays import make_world_rays
-from cbnerf.noise import Noise
+from cbnerf.rng import Rng
 from cbnerf.training.field import scene_cameras
 
 CPU = torch.device("cpu")
@@ -70,14 +70,14 @@ def test_a_scale_below_sides_are_multiples_of_the_scale_again(
 
 def test_pixels_have_the_colour_of_their_place(tiny_scene: Scene):
     sampler = PixelSampler(tiny_scene, [2, 7, 5], "box", CPU)
-    batch = sampler.draw(500, Noise(0, 0, CPU))
+    batch = sampler.draw(500, Rng(0, 0, CPU))
     low_res = downsample(tiny_scene.images, 2, "box")
     expected = low_res[batch.views, batch.rows, batch.columns].float() / 255
     torch.testing.assert_close(batch.rgb, expected)
 
 
 def test_all_pixels_of_the_chosen_views_are_drawn_alike(tiny_scene: Scene):
-    batch = PixelSampler(tiny_scene, [2, 7, 5], "box", CPU).draw(30_000, Noise(0, 0, CPU))
+    batch = PixelSampler(tiny_scene, [2, 7, 5], "box", CPU).draw(30_000, Rng(0, 0, CPU))
     for values, choices in ((batch.views, {2, 7, 5}), (batch.rows, range(24)),
                             (batch.columns, range(32))):  # fmt: skip
         found, counts = values.unique(return_counts=True)

@@ -12,7 +12,7 @@ from cbnerf.data.references import (
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
 from cbnerf.nerf.rays import Cameras, project
-from cbnerf.noise import Noise
+from cbnerf.rng import Rng
 
 CPU = torch.device("cpu")
 CONFIG = with_overrides(
@@ -85,7 +85,7 @@ def test_a_scene_has_one_reference_view_and_other_methods_none(
 def test_training_pairs_stay_pairs_and_references_are_unwarped(tiny_scene: Scene):
     photograph = tiny_scene.images[1]
     sampler = ReferencePatchSampler(255 - photograph, photograph, CONFIG, CPU)
-    batch = sampler.draw(6, Noise(0, 0, CPU))
+    batch = sampler.draw(6, Rng(0, 0, CPU))
     assert batch.references.shape == (6, 5, 3, 16, 16)
     torch.testing.assert_close(batch.sr, 1 - batch.high_res, atol=1e-5, rtol=0)
     windows = photograph.movedim(-1, 0).unfold(1, 16, 1).unfold(2, 16, 1).movedim(0, 2)
@@ -97,7 +97,7 @@ def test_training_pairs_stay_pairs_and_references_are_unwarped(tiny_scene: Scene
 def test_patches_of_a_ramp_are_warped_ramps():
     """No black outside, no resampling error: values stay those of the ramp at the warped places."""
     ramp = (torch.arange(64) * 4).expand(48, 64)[..., None].expand(-1, -1, 3).to(torch.uint8)
-    batch = ReferencePatchSampler(ramp, ramp, CONFIG, CPU).draw(32, Noise(1, 2, CPU))
+    batch = ReferencePatchSampler(ramp, ramp, CONFIG, CPU).draw(32, Rng(1, 2, CPU))
     assert batch.high_res.diff(dim=3).min() >= -1e-6
     middles = batch.high_res[:, 0, :, 7:9].mean(2).diff(dim=1).abs().amax(1)
     assert (middles > 1e-4).any()  # some lean: they are warped

@@ -17,7 +17,7 @@ from cbnerf.nerf.model import (
     render_image,
 )
 from cbnerf.nerf.rays import Cameras, make_rays, make_sub_pixel_rays
-from cbnerf.noise import Noise
+from cbnerf.rng import Rng
 from cbnerf.training.field import low_res_cameras
 
 SMALL = {
@@ -87,7 +87,7 @@ def draw_rays(cameras: Cameras, sub_rays: int = 2):
 @every_kind
 def test_every_parameter_learns(kind: str, cameras: Cameras):
     model = make_field(CONFIGS[kind], cameras)
-    output = model(draw_rays(cameras), Noise(0, 0, torch.device("cpu")))
+    output = model(draw_rays(cameras), Rng(0, 0, torch.device("cpu")))
     assert len(output.passes) == (2 if kind == "mlp" else 1)
     rgb = torch.stack([rendering.rgb for rendering in output.passes])
     assert rgb.shape[1:] == (6, 3)
@@ -99,11 +99,11 @@ def test_every_parameter_learns(kind: str, cameras: Cameras):
 def test_only_noise_makes_renderings_differ(kind: str, cameras: Cameras):
     model, rays = make_field(CONFIGS[kind], cameras), draw_rays(cameras)
 
-    def render(noise: Noise | None) -> torch.Tensor:
-        return model(rays, noise).passes[-1].rgb
+    def render(rng: Rng | None) -> torch.Tensor:
+        return model(rays, rng).passes[-1].rgb
 
     assert torch.equal(render(None), render(None))
-    draw = [Noise(0, step, torch.device("cpu")) for step in (0, 0, 1)]
+    draw = [Rng(0, step, torch.device("cpu")) for step in (0, 0, 1)]
     first, again, other = map(render, draw)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

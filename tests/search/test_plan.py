@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from cbnerf.data.procedural import BUILT_IN_SCENES
+from cbnerf.scenes import BUILT_IN_SCENES
 from cbnerf.search.plan import Plan, make_plan
 from cbnerf.search.spec import parse_spec
 

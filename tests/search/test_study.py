@@ -20,8 +20,8 @@ from mlflow import MlflowClient
 
 from cbnerf.cli import Report
 from cbnerf.config import load_config
+from cbnerf.data.library import make_capture
 from cbnerf.data.llff import write_capture
-from cbnerf.data.procedural import make_capture
 from cbnerf.search import command
 from cbnerf.search.ledger import Ledger
 

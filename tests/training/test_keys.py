@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cbnerf.config import FIELD_KNOBS, flatten, preset, with_overrides
-from cbnerf.data.procedural import make_capture
+from cbnerf.data.library import make_capture
 from cbnerf.data.scene import Scene, make_scene
 from cbnerf.training import keys
 from cbnerf.training.keys import field_key, refiner_key

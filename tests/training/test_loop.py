@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from cbnerf.config import Config, OptimConfig, with_overrides
-from cbnerf.noise import Noise
+from cbnerf.rng import Rng
 from cbnerf.training import loop
 from cbnerf.training.checkpoint import save_checkpoint
 from cbnerf.training.loop import Losses, Task, fit, is_evaluation_step, learning_rate_factor
@@ -19,8 +19,8 @@ def make_task(optim: OptimConfig, **changes) -> Task:
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
 
-    def losses(wrapped: nn.Module, batch_size: int, noise: Noise) -> Losses:
-        error = wrapped(torch.ones(batch_size, 1)) - 3 - 0.1 * noise.normal(batch_size, 1)
+    def losses(wrapped: nn.Module, batch_size: int, rng: Rng) -> Losses:
+        error = wrapped(torch.ones(batch_size, 1)) - 3 - 0.1 * rng.normal(batch_size, 1)
         total = error.square().mean()
         return Losses(total, {"train/loss": total})
 
@@ -89,7 +89,7 @@ def test_models_are_scored_in_evaluation_mode_and_left_in_it():
 def test_nan_ends_training_with_its_name():
     task = make_task(OptimConfig(steps=4, batch_size=4, lr=0.1, evaluations=2))
 
-    def diverge(wrapped: nn.Module, batch_size: int, noise: Noise) -> Losses:
+    def diverge(wrapped: nn.Module, batch_size: int, rng: Rng) -> Losses:
         total = wrapped(torch.full((batch_size, 1), torch.nan)).sum()
         return Losses(total, {"train/loss": total, "train/fine": torch.zeros(())})
 

@@ -8,17 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cbnerf.config import DataConfig
-from cbnerf.data.procedural import (
+from cbnerf.data.library import make_capture
+from cbnerf.data.splits import split_views
+from cbnerf.scenes import (
     BUILT_IN_SCENES,
     make_camera,
-    make_capture,
     make_world,
     place_cameras,
 )
-from cbnerf.data.procedural.raycasting import Camera, View, World, place, render
-from cbnerf.data.procedural.shapes import Ball, Box, Card, Relief, Tube
-from cbnerf.data.procedural.textures import mottle
-from cbnerf.data.splits import split_views
+from cbnerf.scenes.raycasting import Camera, View, World, place, render
+from cbnerf.scenes.shapes import Ball, Box, Card, Relief, Tube
+from cbnerf.scenes.textures import mottle
 
 world_of = cache(make_world)
 every_scene = pytest.mark.parametrize("name", BUILT_IN_SCENES)

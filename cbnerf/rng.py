@@ -1,15 +1,16 @@
-"""Random numbers that depend on the seed and the step, never on the number of processes.
+"""Random numbers that depend on seed and step, but not on the number of processes.
 
-Every process draws the numbers of the whole global batch and keeps its own rows, so that N
-processes train on exactly the batches of one, and a resumed run goes on as if never stopped.
+Every process draws the numbers of the whole global batch and keeps its own rows, so N processes
+train on exactly the batches of one process, and a resumed run equals an uninterrupted one.
 """
 
 import torch
 from torch import Tensor
 
 
-class Noise:
-    """The random numbers of one step; equal calls in equal order give equal numbers."""
+class Rng:
+    """The random numbers of one training step; the same calls in the same order give the same
+    numbers."""
 
     def __init__(
         self, seed: int, step: int, device: torch.device, *, rank: int = 0, world_size: int = 1

@@ -1,8 +1,8 @@
-"""Eight built-in forward-facing scenes: real parallax, occlusion and fine texture, no download.
+"""Eight built-in forward-facing scenes with parallax, occlusion and fine texture; no download.
 
-`worlds` describes them in solids, `shapes` and `textures` say what solids are made of, and
-`raycasting` takes the photographs. A world is the same at every resolution; all randomness is its
-own, so that equal calls give equal bits.
+`worlds` builds each scene from solids, `shapes` and `textures` define the solids, and `raycasting`
+renders the photographs. A world does not depend on the resolution, and all random numbers are
+seeded, so equal calls return equal bits.
 """
 
 import math
@@ -12,34 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cbnerf.data.procedural.raycasting import Camera, World, light, render
-from cbnerf.data.procedural.worlds import BUILDERS
-from cbnerf.data.scene import Capture
+from cbnerf.scenes.raycasting import Camera, World, light
+from cbnerf.scenes.worlds import BUILDERS
 
 _FIELD_OF_VIEW = 62.0
 _FOCUS = (0.0, 0.0, -4.6)
 _CAMERA_SPREAD = (0.5, 0.36, 0.04)
-_SUPERSAMPLING = 4
 _LAMP_PIXELS = 1024
 
-NUM_VIEWS = 13
-"""Photographs of a built-in scene where nobody asks for another number."""
 BUILT_IN_SCENES: tuple[str, ...] = tuple(sorted(BUILDERS))
-
-
-def make_capture(name: str, *, width: int, num_views: int = NUM_VIEWS) -> Capture:
-    """Photographs of a built-in scene, 4:3, with true cameras and bounds."""
-    world = make_world(name)
-    poses = place_cameras(num_views)
-    cameras = [make_camera(pose, width) for pose in poses]
-    views = [render(world, camera, _SUPERSAMPLING) for camera in cameras]
-    return Capture(
-        name=name,
-        images=torch.stack([(view.rgb * 255).round().to(torch.uint8) for view in views]),
-        camera_to_world=poses,
-        focal=cameras[0].focal,
-        bounds=torch.tensor([[0.98 * near, 1.02 * far] for near, far in (v.bounds for v in views)]),
-    )
 
 
 def make_world(name: str) -> World:

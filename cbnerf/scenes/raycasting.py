@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cbnerf.data.procedural.shapes import Shape
-from cbnerf.data.procedural.textures import Number, Texture
+from cbnerf.scenes.shapes import Shape
+from cbnerf.scenes.textures import Number, Texture
 
 Triple = tuple[Number, Number, Number]
 

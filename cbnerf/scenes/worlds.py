@@ -9,9 +9,9 @@ from random import Random
 
 import torch
 
-from cbnerf.data.procedural.raycasting import Solid, place, turn_about
-from cbnerf.data.procedural.shapes import Ball, Box, Card, Relief, Tube
-from cbnerf.data.procedural.textures import (
+from cbnerf.scenes.raycasting import Solid, place, turn_about
+from cbnerf.scenes.shapes import Ball, Box, Card, Relief, Tube
+from cbnerf.scenes.textures import (
     crack,
     find_cells,
     hash_cell,
