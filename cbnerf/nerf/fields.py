@@ -1,7 +1,7 @@
-"""Radiance fields: a point in NDC and a direction become density and colour.
+"""Radiance fields: density and colour of points in NDC, seen from a direction.
 
-Points lie in [-1, 1]^3 after `PlanesModel` has divided x and y by what the cameras see at their
-depth.
+Points of the planes lie in [-1, 1]^3: `PlanesModel` divides x and y by the extent that the cameras
+see at their depth.
 """
 
 from functools import lru_cache
@@ -18,22 +18,25 @@ _AXES = ((0, 1), (0, 2), (1, 2))
 
 
 class Planes(NamedTuple):
-    """Composed planes, (x, y), (x, z), (y, z) of each cell size, and all cells in one table."""
+    """Composed planes in the order (x, y), (x, z), (y, z) of each cell size; `table` holds the cells
+    of all planes, one per row."""
 
     planes: list[Float[Tensor, "height width channels"]]
     table: Float[Tensor, "cells channels"]
 
 
 def join_planes(planes: list[Float[Tensor, "_ _ channels"]]) -> Planes:
-    """Lay planes end to end, so that one lookup serves all."""
+    """Concatenate the cells of all planes, so that one lookup serves all."""
     return Planes(planes, torch.cat([plane.reshape(-1, plane.shape[-1]) for plane in planes]))
 
 
 class FeaturePlanes(nn.Module):
-    """Axis-aligned feature planes, three for each cell size; features are products over the three.
+    """Axis-aligned feature planes, three per cell size; a feature is the product over the three
+    (K-Planes).
 
-    A plane is a pyramid: the sum of `levels` grids, each half as fine as the one before, so that
-    coarse structure is learned first and fine cells that few rays touch stay smooth.
+    `cells` are the numbers of cells along x, y and z at scale 1. A plane is a pyramid: the sum of
+    `levels` grids, each at half the resolution of the previous one. Coarse structure is learned
+    first, and fine cells that few rays hit stay smooth.
     """
 
     def __init__(
@@ -70,7 +73,7 @@ def _level_size(size: tuple[int, int], level: int) -> tuple[int, int]:
 def enlarge(
     grid: Float[Tensor, "_ _ channels"], size: tuple[int, ...]
 ) -> Float[Tensor, "height width channels"]:
-    """Bilinear, corners on corners: as `F.interpolate` does, with a backward of a fixed order."""
+    """Bilinear with aligned corners: `F.interpolate` with a deterministic backward."""
     for axis, count in enumerate(size):
         last = grid.shape[axis] - 1
         place = torch.linspace(0, last, count, device=grid.device)
@@ -84,7 +87,10 @@ def enlarge(
 def interpolate_planes(
     composed: Planes, points: Float[Tensor, "points 3"]
 ) -> Float[Tensor, "points features"]:
-    """Bilinear samples at the projections of points in [-1, 1]^3, multiplied three by three."""
+    """Bilinear samples of the planes at points in [-1, 1]^3, multiplied over each three planes.
+
+    `features` is channels times cell sizes.
+    """
     planes, table = composed
     sizes = tuple((plane.shape[0], plane.shape[1]) for plane in planes)
     height, width, first, axes = _layout(sizes, points.device)
@@ -104,25 +110,24 @@ def interpolate_planes(
     return torch.cat((xy * xz * yz).unbind(0), dim=-1)
 
 
-# Kept, for copying it to a GPU at every step would make the host wait.
+# Cached, because copying it to a GPU at every step would block the host.
 @lru_cache(maxsize=64)
 def _layout(sizes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, ...]:
-    """Height, width and first cell of each plane in the table, int32, and the two axes it lies
-    along."""
+    """Height, width and first table row of each plane (int32), and its two axes."""
     height, width = torch.tensor(sizes, dtype=torch.int32, device=device).T[..., None].unbind(0)
     first = (height * width).cumsum(0, dtype=torch.int32) - height * width
     return height, width, first, torch.tensor(_AXES * (len(sizes) // 3), device=device)
 
 
 _CACHED_ROWS = 16384
-"""Sums whose backward runs at once on a CPU: what is in flight stays in the cache."""
+"""Sums per chunk of the backward on a CPU; a chunk fits into the cache."""
 
 
 class _WeightedSum(torch.autograd.Function):
-    """Weighted sums of rows of a table: `embedding_bag` with a backward that has a fixed order.
+    """Weighted sums of table rows: `embedding_bag` with a deterministic backward.
 
-    `scatter_add_` sorts rows before it adds: faster on CPUs than `index_add_`, which on GPUs is the
-    one that can be deterministic.
+    `scatter_add_` sorts the rows first and is faster than `index_add_` on CPUs; on GPUs only
+    `index_add_` can be deterministic.
     """
 
     @staticmethod
@@ -147,7 +152,7 @@ class _WeightedSum(torch.autograd.Function):
 
 
 def total_variation(composed: Planes) -> Float[Tensor, ""]:
-    """Mean squared difference of neighbouring cells, summed over planes."""
+    """Mean squared difference of adjacent cells, summed over planes (TensoRF)."""
     terms = [
         F.mse_loss(plane[1:], plane[:-1]) + F.mse_loss(plane[:, 1:], plane[:, :-1])
         for plane in composed.planes
@@ -156,7 +161,7 @@ def total_variation(composed: Planes) -> Float[Tensor, ""]:
 
 
 def density_activation(raw: Tensor) -> Tensor:
-    """Softplus, shifted and scaled to the unit length of a ray."""
+    """Softplus, shifted and scaled for rays of length 1."""
     return 10 * F.softplus(raw - 1)
 
 
@@ -188,7 +193,7 @@ class PlanesField(nn.Module):
 
 
 class ProposalField(nn.Module):
-    """Density alone, from one small set of planes: shows the sampler where the content is."""
+    """Density alone, from one small set of planes; guides the sampler (mip-NeRF 360)."""
 
     def __init__(self, cells: tuple[int, int, int]):
         super().__init__()
@@ -203,14 +208,17 @@ class ProposalField(nn.Module):
 
 
 def encode(x: Float[Tensor, "*points 3"], frequencies: int) -> Float[Tensor, "*points features"]:
-    """x, then sin(2^k x) and cos(2^k x) for each octave; no factor pi (as NeRF-SR's code)."""
+    """Positional encoding: x, then sin(2^k x) and cos(2^k x) for each octave k (NeRF, eq. 4).
+
+    `features` is 3 + 6 * frequencies. Without the factor pi, as in the code of NeRF-SR.
+    """
     octaves = 2.0 ** torch.arange(frequencies, device=x.device)
     angles = (x[..., None, :] * octaves[:, None]).flatten(-2)
     return torch.cat([x, angles.sin(), angles.cos()], dim=-1)
 
 
 class MLPField(nn.Module):
-    """The network of NeRF: 8 layers of 256 units, the position entering again half-way."""
+    """The network of NeRF: 8 layers of 256 units with a skip connection of the position."""
 
     def __init__(self, config: MLPConfig):
         super().__init__()

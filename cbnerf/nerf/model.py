@@ -1,6 +1,6 @@
 """A field with its sampler and renderer, and the rendering of whole images.
 
-Rays come grouped, `[pixels sub_rays 3]`: the sub-pixel rays of one low-res pixel stand in one row.
+Rays are grouped by low-res pixel: `[pixels sub_rays 3]`.
 """
 
 from functools import cache
@@ -19,22 +19,22 @@ from cbnerf.rng import Rng
 
 
 class FieldOutput(NamedTuple):
-    """Renderings of each pass, the last one being the result; rays are pixels x sub-rays, flat."""
+    """Renderings of each pass, the last one is the result; `rays` is pixels times sub-rays."""
 
     passes: list[Rendering]
     regularization: Float[Tensor, ""]
-    """Zero where no gradients are wanted."""
+    """Zero without gradients."""
 
 
 class Composed(NamedTuple):
-    """What a `PlanesModel` looks up; it stays the same while nothing is learned."""
+    """The composed planes of a `PlanesModel`; constant while its parameters are."""
 
     field: Planes
     proposal: Planes
 
 
 class PlanesModel(nn.Module):
-    """Factorised planes; one proposal per low-res pixel is shared by its sub-pixel rays."""
+    """Factorised planes; the sub-pixel rays of a low-res pixel share one proposal ray."""
 
     def __init__(self, config: Config, cameras: Cameras):
         super().__init__()
@@ -56,13 +56,13 @@ class PlanesModel(nn.Module):
         return Composed(self.field.planes.compose(), self.proposal.planes.compose())
 
     def forward(self, rays: Rays, rng: Rng | None, composed: Composed | None = None) -> FieldOutput:
-        """Render rays; `composed` spares the composition where many batches are rendered."""
+        """Render rays; pass `composed` to reuse the planes for several batches."""
         pixels, sub_rays, _ = rays.origins.shape
         config, device = self._config, rays.origins.device
         planes, proposal = composed or self.compose()
         num_bins, num_samples = config.num_coarse_samples, config.num_fine_samples
 
-        # proposal: one ray through the middle of the sub-pixels
+        # proposal: the mean ray of the sub-pixels
         jitter = rng.uniform(pixels, num_bins + 1) if rng else None
         bins = sample_stratified(pixels, num_bins, jitter, device)
         middle = Rays(rays.origins.mean(1), rays.directions.mean(1))
@@ -72,7 +72,7 @@ class PlanesModel(nn.Module):
         lengths = reaching_to_infinity(bins.diff())
         proposed = render_weights(density.view(pixels, num_bins), lengths)
 
-        # field: every sub-ray draws its own samples
+        # field: each sub-ray has its own samples
         bins = bins.repeat_interleave(sub_rays, 0)
         proposed = proposed.repeat_interleave(sub_rays, 0)
         jitter = rng.uniform(pixels, sub_rays, num_samples + 1).flatten(0, 1) if rng else None
@@ -98,16 +98,16 @@ class PlanesModel(nn.Module):
         )
 
     def _points(self, rays: Rays, t: Float[Tensor, "rays samples"]) -> Tensor:
-        """In [-1, 1]^3: what the cameras see at each depth fills the planes.
+        """Points in [-1, 1]^3: at each depth the planes cover just what the cameras see there.
 
-        Near the cameras that can be several times what they see far away, mostly empty space.
+        Near the cameras that extent can be several times that at infinity, most of it empty.
         """
         points = rays.origins[:, None] + t[..., None] * rays.directions[:, None]
         return points / torch.lerp(self.extent[0], self.extent[1], t[..., None])
 
 
 class MLPModel(nn.Module):
-    """NeRF's coarse and fine networks: every ray is sampled on its own."""
+    """NeRF's coarse and fine networks; each sub-ray has its own samples in both passes."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -172,7 +172,8 @@ def proposal_loss(
     edges: Float[Tensor, "rays samples_plus_1"],
     weights: Float[Tensor, "rays samples"],
 ) -> Float[Tensor, ""]:
-    """Proposed weights must be an upper envelope of the field's (mip-NeRF 360, eq. 13)."""
+    """Penalty where the proposed weights are no upper envelope of the field's weights
+    (mip-NeRF 360, eq. 13)."""
     cumulative = prefix_sums(proposed)
     bins, edges = bins.contiguous(), edges.contiguous()
     last = proposed.shape[-1]
@@ -207,9 +208,10 @@ def _render_mlp(
 def render_image(
     model: FieldModel, cameras: Cameras, view: int, scale: int, *, chunk: int = 8192
 ) -> tuple[Float[Tensor, "height width 3"], Float[Tensor, "height width"]]:
-    """Colour in [0, 1] and NDC depth at `scale` times the low resolution; 1 renders low-res itself.
+    """Colour in [0, 1] and NDC depth t of a view.
 
-    `chunk` bounds the rays rendered at once.
+    `cameras` have the size of the output; each low-res pixel covers scale x scale of its pixels.
+    `chunk` limits the rays that are rendered at once.
     """
     height, width = cameras.size[0] // scale, cameras.size[1] // scale
     device = cameras.camera_to_world.device

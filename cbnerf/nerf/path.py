@@ -8,13 +8,14 @@ from cbnerf.nerf.rays import Cameras
 
 
 def spiral_path(cameras: Cameras, num_frames: int, *, focus_depth: float = 3.5) -> Cameras:
-    """One turn of a spiral through the photographs' positions, all frames looking at one point.
+    """One turn of a spiral around the average camera; all frames look at one point.
 
-    Radii are the 90th percentile of the distances of the cameras from the middle, as in NeRF's
-    videos; the focus lies `focus_depth` normalised units ahead of the average camera.
+    The radii are 0.7 times the 90th percentile of the cameras' distances along each axis; the focus
+    lies `focus_depth` scene units in front of the average camera. Intrinsics are kept. (After the
+    videos of NeRF and LLFF.)
     """
     positions = cameras.camera_to_world[:, :, 3]
-    # Video frames must stay where photographs were, or the field shows what nobody has seen.
+    # Stay between the photographs: the field is unconstrained elsewhere.
     radii = 0.7 * torch.quantile(positions.abs(), 0.9, dim=0)
     focus = positions.new_tensor([0.0, 0.0, -focus_depth])
     poses = []

@@ -1,9 +1,9 @@
-"""From pixels to rays, in normalised device coordinates (NDC).
+"""Rays of pixels, in world coordinates and in normalised device coordinates (NDC).
 
-Camera axes are OpenGL's (right, up, backwards); pixel (u, v) has its centre at (u + 0.5, v + 0.5).
-NDC maps the frustum behind the plane z = -1 of the average camera to the cube [-1, 1]^3 (NeRF,
-appendix C): a ray starts on the near plane at t = 0 and ends at infinity at t = 1, and the metric
-depth of t is 1 / (1 - t).
+Conventions: camera axes are OpenGL's (right, up, backward); the centre of the pixel in column i and
+row j is at (u, v) = (i + 0.5, j + 0.5). World lengths are normalised scene units. NDC maps the
+frustum beyond the plane z = -1 of the average camera to the cube [-1, 1]^3 (NeRF, appendix C): a
+ray starts on that near plane at t = 0 and reaches infinity at t = 1; the depth at t is 1 / (1 - t).
 """
 
 from typing import NamedTuple
@@ -14,14 +14,14 @@ from torch import Tensor
 
 
 class Rays(NamedTuple):
-    """Points are `origins + t * directions` with t in [0, 1]; directions are not normalised."""
+    """Points `origins + t * directions` with t in [0, 1]; directions are not unit vectors."""
 
     origins: Float[Tensor, "*rays 3"]
     directions: Float[Tensor, "*rays 3"]
 
 
 class Cameras(NamedTuple):
-    """Pinhole cameras of one scene with common intrinsics, in high-res pixels."""
+    """Pinhole cameras of one scene that share their intrinsics, in high-res pixels."""
 
     camera_to_world: Float[Tensor, "views 3 4"]
     focal: float
@@ -46,7 +46,7 @@ def make_world_rays(
     u: Float[Tensor, "*rays"],
     v: Float[Tensor, "*rays"],
 ) -> Rays:
-    """The same rays in world coordinates: from the camera, one unit of depth per unit of t."""
+    """World rays through image points (u, v): from the camera centre, one unit of depth per t."""
     x = (u - cameras.center[0]) / cameras.focal
     y = (cameras.center[1] - v) / cameras.focal
     in_camera = torch.stack([x, y, -torch.ones_like(x)], dim=-1)
@@ -56,7 +56,7 @@ def make_world_rays(
 
 
 def to_ndc(rays: Rays, cameras: Cameras) -> Rays:
-    """World rays to NDC rays (NeRF, appendix C) with the near plane at depth 1."""
+    """NDC rays of world rays, with the near plane at depth 1 (NeRF, appendix C)."""
     height, width = cameras.size
     scale_x, scale_y = 2 * cameras.focal / width, 2 * cameras.focal / height
     origins, directions = rays
@@ -73,7 +73,7 @@ def to_ndc(rays: Rays, cameras: Cameras) -> Rays:
 def project(
     points: Float[Tensor, "*points 3"], cameras: Cameras, view: int
 ) -> Float[Tensor, "*points 2"]:
-    """Image points (u, v), in high-res pixels, where a view shows world points ahead of it."""
+    """Image points (u, v), in high-res pixels, of world points in front of the camera `view`."""
     pose = cameras.camera_to_world[view]
     right, up, backward = ((points - pose[:, 3]) @ pose[:, :3]).unbind(-1)
     slope = cameras.focal / (-backward).clamp(min=1e-6)
@@ -88,9 +88,10 @@ def make_sub_pixel_rays(
     scale: int,
     chosen: Int[Tensor, "pixels sub_rays"],
 ) -> Rays:
-    """Rays through some of the scale x scale high-res pixels that make up each low-res pixel.
+    """NDC rays through some of the scale x scale sub-pixels of each low-res pixel.
 
-    `chosen` numbers them row by row. (NeRF-SR, section 4.1: super-sampling.)
+    `rows` and `columns` are low-res; `chosen` numbers the sub-pixels of a pixel row by row, from 0
+    to scale^2 - 1. (NeRF-SR, section 4.1: super-sampling.)
     """
     u = columns[:, None] * scale + chosen % scale + 0.5
     v = rows[:, None] * scale + chosen // scale + 0.5
@@ -98,9 +99,9 @@ def make_sub_pixel_rays(
 
 
 def ndc_extent(cameras: Cameras) -> Float[Tensor, "2 2"]:
-    """Largest |x| and |y| that any ray reaches at the near plane (row 0) and at infinity (row 1).
+    """Largest |x| and |y| of all rays, in NDC, at the near plane (row 0) and at infinity (row 1).
 
-    Rays are straight in NDC, so the corners of the images tell.
+    Rays are straight lines in NDC, so the image corners suffice.
     """
     height, width = cameras.size
     num_views = cameras.camera_to_world.shape[0]

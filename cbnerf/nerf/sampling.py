@@ -1,7 +1,8 @@
-"""Which rays to draw, and where to sample along them.
+"""Choice of sub-pixel rays, and of sample positions along rays.
 
-`t` are distances along a ray in [0, 1]; `edges` bound bins, one more than the bins' `weights`.
-Random numbers come from the caller as `jitter` in [0, 1); None gives the deterministic middle.
+Names of this file: `t` are distances along a ray in NDC, in [0, 1]; `edges` are the ends of bins,
+one more than there are `weights`; `jitter` are random numbers in [0, 1) from the caller, and None
+stands for 0.5 everywhere (deterministic).
 """
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 def prefix_sums(
     values: Float[Tensor, "*rays values"],
 ) -> Float[Tensor, "*rays values_plus_1"]:
-    """Sums of the values before each, and of all: a product, for on GPUs `cumsum` adds in no fixed
-    order. Values must be finite."""
+    """Exclusive prefix sums, followed by the total: [1, 2, 3] gives [0, 1, 3, 6].
+
+    A matrix product, because `cumsum` on GPUs is not deterministic. Values must be finite.
+    """
     count = values.shape[-1]
     return values @ torch.ones(count, count + 1, device=values.device).triu(1)
 
@@ -21,11 +24,12 @@ def prefix_sums(
 def choose_sub_pixels(
     scores: Float[Tensor, "pixels sub_pixels"], number: int, *, opposite: bool
 ) -> Int[Tensor, "pixels sub_rays"]:
-    """The `number` sub-pixels of lowest score, a random one for each.
+    """Draw `number` sub-pixels of each pixel without replacement: those with the lowest scores.
 
-    With `opposite` both of two that face each other about the middle of their pixel are chosen, or
-    neither: what grows evenly across a pixel cancels in their mean. Odd numbers are drawn freely;
-    the middle one of an odd grid has no other half and comes less often than a pair.
+    `scores` are independent random numbers, one for each sub-pixel, row by row. With `opposite` and
+    an even `number`, sub-pixels are drawn in pairs that are symmetric about the pixel centre, so a
+    linear colour gradient across the pixel cancels in their mean. In a grid of odd size the centre
+    sub-pixel has no partner and is drawn less often than the others.
     """
     if opposite and number % 2 == 0:
         scores = torch.minimum(scores, scores.flip(1))
@@ -38,7 +42,7 @@ def sample_stratified(
     jitter: Float[Tensor, "rays bins_plus_1"] | None,
     device: torch.device,
 ) -> Float[Tensor, "rays bins_plus_1"]:
-    """Edges of equal bins over [0, 1]; with jitter each inner edge moves within half a bin."""
+    """Edges of equal bins over [0, 1]; `jitter` moves each inner edge by up to half a bin."""
     edges = torch.linspace(0, 1, num_bins + 1, device=device).expand(num_rays, -1)
     if jitter is None:
         return edges
@@ -52,9 +56,11 @@ def sample_importance(
     num_samples: int,
     jitter: Float[Tensor, "rays samples"] | None,
 ) -> Float[Tensor, "rays samples"]:
-    """Sorted `t` that follow the piecewise-constant density of `weights`, by inverting its CDF.
+    """Sorted samples `t` of the piecewise-constant density given by `weights` (inverse CDF).
 
-    Stratified: sample i comes from the i-th of `num_samples` equal shares of the probability.
+    Stratified: sample i lies in the i-th of `num_samples` intervals of equal probability. Bins
+    [0, .5], [.5, 1] with weights 1, 3 and four samples without jitter give .25, .58, .75, .92.
+    (NeRF, section 5.2: hierarchical sampling.)
     """
     # 1e-4 keeps every bin reachable (NeRF's code uses 1e-5 on weights that sum to one).
     density = weights + 1e-4

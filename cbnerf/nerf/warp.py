@@ -1,7 +1,7 @@
-"""Where the content of one view stands in another, and how steady a video is by that measure.
+"""Correspondences between views from rendered depth, and the warping error of a video.
 
-Depth is the NDC distance t of `rendering.py`: the content lies on the world plane z = -1 / (1 - t),
-whichever camera sees it.
+Depth is the NDC distance t of `rendering.py`: the point lies on the world plane z = -1 / (1 - t),
+for every camera.
 """
 
 from typing import NamedTuple
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from cbnerf.nerf.rays import Cameras, make_world_rays, project
 
-# Largest difference of t between two views of one thing: a fiftieth of the parallax of the near
-# plane, which is more than what the depth of a field trembles and less than most edges.
+# Largest difference of t between two views of one point: 1/50 of the near plane's disparity, above
+# the noise of rendered depth and below most depth edges.
 _SAME_DEPTH = 0.02
-# Content at infinity is moved to 10^4 near-plane distances.
+# Points at infinity are moved to 10^4 near-plane distances.
 _FARTHEST = 1 - 1e-4
 
 
@@ -24,13 +24,13 @@ class WarpingError(NamedTuple):
     error: float
     """Mean absolute difference of colours in [0, 1]; nan if no pixel is seen twice."""
     seen: float
-    """Share of the pixels that the next frame sees, too."""
+    """Fraction of pixels that are visible in the next frame as well."""
 
 
 def find_points(
     cameras: Cameras, depth: Float[Tensor, "height width"], view: int
 ) -> Float[Tensor, "height width 3"]:
-    """World points that the pixels of a view show."""
+    """World points of the pixels of a view, from its rendered depth."""
     height, width = depth.shape
     device = depth.device
     v, u = torch.meshgrid(
@@ -46,7 +46,7 @@ def find_points(
 def follow_pixels(
     cameras: Cameras, depth: Float[Tensor, "height width"], view: int, other: int
 ) -> Float[Tensor, "height width 2"]:
-    """Image points (u, v) in view `other` of what the pixels of `view` show; nan behind it."""
+    """Image points (u, v) in view `other` of the pixels of `view`; NaN where behind its camera."""
     points = find_points(cameras, depth, view)
     pose = cameras.camera_to_world[other]
     ahead = (points - pose[:, 3]) @ pose[:, 2:3] < 0
@@ -56,7 +56,7 @@ def follow_pixels(
 def sample(
     image: Float[Tensor, "height width channels"], points: Float[Tensor, "*points 2"]
 ) -> Float[Tensor, "*points channels"]:
-    """Bilinear interpolation at image points (u, v); pixel centres are at + 0.5."""
+    """Bilinear interpolation at image points (u, v); the border is extended outside the image."""
     height, width, channels = image.shape
     grid = 2 * points / points.new_tensor([width, height]) - 1
     flat = grid.reshape(1, 1, -1, 2)
@@ -70,7 +70,7 @@ def find_visible(
     depth: Float[Tensor, "height width"],
     other_depth: Float[Tensor, "height width"],
 ) -> Bool[Tensor, "height width"]:
-    """Pixels whose content is in the other image, and not hidden there by something else."""
+    """Pixels whose point lies inside the other image and is not occluded there."""
     height, width = other_depth.shape
     u, v = points.unbind(-1)
     inside = (u >= 0.5) & (u <= width - 0.5) & (v >= 0.5) & (v <= height - 0.5)
@@ -83,9 +83,9 @@ def warping_error(
     depth: Float[Tensor, "frames height width"],
     cameras: Cameras,
 ) -> WarpingError:
-    """How much the colour of things changes from a frame to the next, where both show them.
+    """Mean colour change between consecutive frames at points that are visible in both.
 
-    (Lai et al., 2018: warping error, with the field's depth and the cameras instead of flow.)
+    The warping error of Lai et al. (2018), with rendered depth and cameras instead of optical flow.
     """
     total, seen = 0.0, 0
     for now in range(len(frames) - 1):
