@@ -1,8 +1,8 @@
-"""VQ autoencoders: the published one with a code per 4x4 pixels, a light one with one per pixel.
+"""VQ autoencoders: the published one with one code per 4x4 pixels, a light one with one per pixel.
 
-Latents are `[batch rows columns dim]`, rows and columns those of the codes. Images are
-`[batch 3 height width]` with sides divisible by 4, in [-1, 1]. What a decoder lends to the refiner
-on its way to the image are its *skips*.
+Latents are `[batch rows columns dim]`, with a row and column for each code. Images are
+`[batch 3 height width]` with sides divisible by 4, in [-1, 1]. *Skips* are features of the decoder
+that the refiner's decoder takes as input.
 """
 
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ from cbnerf.config import CodebookConfig
 STRIDE = 4
 """Pixels per code and side of the published autoencoder."""
 LIGHT_SIDE = 7
-"""Pixels per side that a code of the light autoencoder describes."""
+"""Receptive field of a code of the light autoencoder, in pixels per side."""
 _FLAT = 0.1
 
 
@@ -31,7 +31,7 @@ class Decoded(NamedTuple):
 
 
 class ResidualStack(nn.Module):
-    """One residual layer applied twice; the released code repeats the object, not the layer."""
+    """One residual layer applied twice (with shared weights, as in the released code)."""
 
     def __init__(self, channels: int, hidden: int):
         super().__init__()
@@ -45,19 +45,19 @@ class ResidualStack(nn.Module):
         self, features: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch channels height width"]:
         for _ in range(2):
-            # The released code's first ReLU is in-place, so that the identity path carries it too.
+            # The first ReLU of the released code is in-place, so it acts on the identity path too.
             features = features.relu()
             features = features + self.layer(features)
         return features.relu()
 
 
 class Encoder(nn.Sequential):
-    """The published encoder; the main branch of the refiner has one of its own."""
+    """The published encoder, 4x4 pixels per latent; the refiner has a second one."""
 
     stride = STRIDE
     imitated = 1
-    """In training, every so many-th latent of a row and column of a render is looked up, if no
-    skips are to come of it."""
+    """Stride of the latents of a render that are quantized in training, if their skips are not
+    used."""
 
     def __init__(self, dim: int):
         super().__init__(
@@ -72,7 +72,7 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Module):
-    """The published decoder; `with_skips` is that of the main branch, which takes skips in."""
+    """The published decoder; with `with_skips` that of the refiner, which takes skips as input."""
 
     def __init__(self, dim: int, *, with_skips: bool = False):
         super().__init__()
@@ -111,14 +111,15 @@ class ResidualBlock(nn.Sequential):
 
 
 class LightEncoder(nn.Module):
-    """A code per pixel: linear features of the 7x7 pixels around it.
+    """One latent per pixel: linear features of its 7x7 neighbourhood.
 
-    They start as the principal components of photographs, and as a constant beside which features
-    without contrast are small, so that flat places do not have the codes of noise.
+    Initialised with the principal components of photographs and one constant feature. On the unit
+    sphere the constant dominates where the contrast is low, so flat regions do not get the codes of
+    noise.
     """
 
     stride = 1
-    imitated = 2  # What neighbours see overlaps by six pixels of seven.
+    imitated = 2  # Receptive fields of adjacent latents overlap by six of seven pixels.
 
     def __init__(self, dim: int):
         super().__init__()
@@ -133,8 +134,8 @@ class LightEncoder(nn.Module):
     def start_from(
         self, images: Iterable[Float[Tensor, "batch 3 height width"]], *, constant: bool
     ) -> None:
-        """Take the principal components of some images, and a constant for the last feature, with
-        which flat places do not get the codes of noise on the unit sphere."""
+        """Initialise with the principal components of images; with `constant`, the last feature is a
+        constant instead."""
         weight, bias = self.features.weight, self.features.bias
         assert bias is not None
         gram = torch.zeros(weight[0].numel(), weight[0].numel(), dtype=torch.float64)
@@ -160,17 +161,17 @@ class LightDecoder(nn.Module):
 
 
 class Lookup(NamedTuple):
-    """What the codebook makes of a batch of SR and HR patches."""
+    """A batch of SR and HR patches, quantized and decoded."""
 
     skips: tuple[Float[Tensor, "batch _ _ _"], ...]
-    """Decoder features of the codes, for the refiner."""
+    """Decoder features, input of the refiner."""
     reconstruction: Float[Tensor, "batch 3 height width"]
     """The HR patch, decoded from its codes."""
     vq_loss: Float[Tensor, ""]
     imitation_loss: Float[Tensor, ""]
     high_res_indices: Int[Tensor, "batch rows columns"]
     sr_indices: Int[Tensor, "batch sr_rows sr_columns"]
-    """In training perhaps of every `imitated`-th row and column alone."""
+    """In training possibly of every `imitated`-th row and column only."""
 
 
 # The patches of a batch whose skips come from SR codes.
@@ -178,10 +179,10 @@ _SR_ROWS = {"hr": slice(0, 0), "sr": slice(None), "mixed": slice(1, None, 2)}
 
 
 class VQAutoencoder(nn.Module):
-    """A codebook that learns from HR patches and is searched with SR patches.
+    """A codebook that is trained on HR patches and queried with SR patches.
 
-    Without `sr_encoder` one encoder serves both, as published, and imitation pulls at it against
-    reconstruction; an encoder of its own leaves the codes of the HR patch as they are.
+    Without `sr_encoder` both share one encoder, as published, and the imitation loss competes with
+    the reconstruction loss. A separate encoder leaves the codes of HR patches unchanged.
     """
 
     def __init__(
@@ -226,7 +227,7 @@ class VQAutoencoder(nn.Module):
         sr_latents = self.encode_sr(sr)[some]
         imitated = self.quantizer(sr_latents, learn=False)
         wanted = found._replace(latents=found.latents[some], indices=found.indices[some])
-        # Only those SR patches are decoded whose skips are wanted.
+        # Decode only the SR patches whose skips are used.
         lent = imitated.latents[self._sr_rows]
         decoded = self.decode(torch.cat([found.latents, lent]) if len(lent) else found.latents)
         return Lookup(
@@ -248,7 +249,7 @@ class VQAutoencoder(nn.Module):
     def look_up(
         self, sr: Float[Tensor, "batch 3 height width"]
     ) -> tuple[Float[Tensor, "batch _ _ _"], ...]:
-        """Skips of the codes that SR images find: all there is at inference."""
+        """Skips of the nearest codes of SR images: the only input from codes at test time."""
         return self.decode(self.quantizer(self.encode_sr(sr), learn=False).latents).skips
 
     def find_neighbours(self, sr: Float[Tensor, "batch 3 height width"], number: int) -> Neighbours:

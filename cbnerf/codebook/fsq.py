@@ -1,7 +1,7 @@
 """Finite scalar quantization (Mentzer et al., 2023): round each dimension of a latent to one of a
-few levels; the codebook is the grid of all combinations, and there is nothing in it to learn.
+few levels. The codebook is the fixed grid of all combinations.
 
-Codes lie in [-1, 1]^dim; an index counts through the grid with the first dimension fastest.
+Codes lie in [-1, 1]^dim; the index enumerates the grid, first dimension fastest.
 """
 
 import math
@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from cbnerf.codebook.quantizer import Quantized, VectorQuantizer
 from cbnerf.config import CodebookConfig
 
-# The outermost levels must be reached before tanh ends.
+# The outermost levels must lie inside the range of tanh.
 _MARGIN = 1e-3
 
 
 class FiniteScalarQuantizer(nn.Module):
-    """The same interface as `VectorQuantizer`; it needs neither losses nor revival."""
+    """The interface of `VectorQuantizer`; has no losses and no dead codes to replace."""
 
     levels: Int[Tensor, " dim"]
     steps: Int[Tensor, " dim"]
-    """What a level of each dimension adds to the index."""
+    """Stride of each dimension in the index."""
 
     def __init__(self, config: CodebookConfig):
         super().__init__()
@@ -35,9 +35,9 @@ class FiniteScalarQuantizer(nn.Module):
         self.register_buffer("steps", levels.cumprod(0) // levels, persistent=False)
 
     def place(self, latents: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        """Squash latents into the grid (FSQ, appendix A.1); zero stays zero."""
+        """Latents mapped into the range of the grid (FSQ, appendix A.1); zero maps to zero."""
         reach = (self.levels - 1) * (1 + _MARGIN) / 2
-        # An even number of levels has one more below zero than above.
+        # An even number of levels has one more level below zero than above.
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
         squashed = torch.tanh(latents.float() + torch.atanh(offset / reach))
         return (squashed * reach - offset) / self._half
@@ -54,7 +54,7 @@ class FiniteScalarQuantizer(nn.Module):
         return (level * self.steps).sum(-1)
 
     def forward(self, latents: Float[Tensor, "*batch dim"], learn: bool = True) -> Quantized:
-        """Round to the grid; gradients pass straight through the rounding, not through tanh."""
+        """Round to the grid; the gradient is straight-through for the rounding, exact for tanh."""
         placed = self.place(latents)
         codes = (placed.detach() * self._half).round() / self._half
         zero = placed.new_zeros(())

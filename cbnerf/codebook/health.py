@@ -1,6 +1,6 @@
-"""Codebook health: how many codes are used, how evenly, and do renders find those of photographs.
+"""Codebook health: how many codes are used, how evenly, and how often render and photograph agree.
 
-*Counts* are the uses of each code, `[codes]`.
+*Counts* are the numbers of uses of each code, `[codes]`.
 """
 
 import torch
@@ -10,22 +10,22 @@ from torch import Tensor
 
 def count_codes(indices: Int[Tensor, "*batch"], num_codes: int) -> Int[Tensor, " codes"]:
     indices = indices.flatten()
-    # Not bincount, which waits for the GPU.
+    # `bincount` would synchronise with the GPU.
     return indices.new_zeros(num_codes).index_add_(0, indices, torch.ones_like(indices))
 
 
 def perplexity(counts: Int[Tensor, " codes"]) -> Float[Tensor, ""]:
-    """exp(entropy) of how often each code is used: the number of codes if all are used alike."""
+    """exp(entropy) of the usage: k codes used equally often give k; counts 2, 1, 1 give 2.83."""
     return torch.special.entr(counts / counts.sum()).sum().exp()
 
 
 def used_share(counts: Int[Tensor, " codes"]) -> Float[Tensor, ""]:
-    """Share of the codes that occur at all."""
+    """Fraction of codes that are used at all."""
     return (counts > 0).float().mean()
 
 
 class CodebookHealth:
-    """Sums up what many batches did with the codes; one batch cannot use a large codebook."""
+    """Accumulates the code usage of many batches; one batch is too small for a large codebook."""
 
     def __init__(self, num_codes: int, device: torch.device):
         self.high_res_counts = torch.zeros(num_codes, dtype=torch.int64, device=device)
@@ -37,7 +37,7 @@ class CodebookHealth:
         high_res_indices: Int[Tensor, "*batch rows columns"],
         sr_indices: Int[Tensor, "*batch sr_rows sr_columns"],
     ) -> None:
-        """Codes of photographs, and of renders at all places or at every n-th row and column."""
+        """Add codes of photographs and of renders, the latter at every n-th row and column."""
         num_codes = len(self.sr_counts)
         step = high_res_indices.shape[-1] // sr_indices.shape[-1]
         self.high_res_counts += count_codes(high_res_indices, num_codes)
@@ -49,8 +49,8 @@ class CodebookHealth:
             sums.zero_()
 
     def metrics(self) -> dict[str, float]:
-        """`codebook/perplexity` and `codebook/used` (share of codes) of the photographs, and
-        `codebook/agreement`, the share of places where the render finds the photograph's code."""
+        """`codebook/perplexity` and `codebook/used` (fraction of codes) of the photographs, and
+        `codebook/agreement`, the fraction of places where render and photograph have one code."""
         return {
             "codebook/perplexity": float(perplexity(self.high_res_counts)),
             "codebook/used": float(used_share(self.high_res_counts)),

@@ -1,7 +1,7 @@
-"""Imitation: an SR patch must find the codes that the HR patch of the same place finds.
+"""Imitation: the latents of an SR patch should select the codes of the HR patch at the same place.
 
-SR latents are the encoder's output for the stage-1 render, HR latents that for the photograph; row
-by row they belong to the same place.
+SR latents are the encoder's output for the stage-1 render, HR latents that for the photograph; they
+correspond row by row.
 """
 
 from typing import Any, Literal
@@ -22,12 +22,16 @@ def imitation_loss(
     high_res: Quantized,
     quantizer: Quantizer,
 ) -> Float[Tensor, ""]:
-    """Tie SR `latents` to the codebook; `sr` and `high_res` are what the quantizer made of both.
+    """The loss that ties SR `latents` to the codebook; `sr` and `high_res` are the quantized SR and
+    HR latents.
 
-    Only `vq` can also move codes, as in the paper; the others move nothing but the SR latents.
+    - `vq` (paper, section 2-4): the VQ loss of the SR latents with their own nearest codes.
+    - `feature`: squared distance to the code of the HR latent.
+    - `ce`: cross-entropy against the index of the HR latent.
+
+    `vq` has a gradient to the codes as well; the others to the SR latents only.
     """
     if kind == "vq":
-        # Paper, section 2-4: any code will do, the HR patch takes no part.
         return vq_loss(sr, quantizer.config)
     placed = quantizer.place(latents)
     if kind == "feature":
@@ -43,14 +47,14 @@ def index_loss(
     codes: Float[Tensor, "codes dim"],
     temperature: float,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of softmax(-squared distance / temperature) against the right index; its
-    gradient goes to the latents alone."""
+    """Cross-entropy of softmax(-squared distance / temperature) against the target `indices`, with
+    a gradient to the latents only."""
     return _IndexLoss.apply(latents, indices, codes, temperature)
 
 
 class _IndexLoss(torch.autograd.Function):
-    """Loss and gradient of a few rows at a time: all logits, written and read again by autograd,
-    would take several times as long, and memory for rows x codes."""
+    """Computes loss and gradient in chunks of rows: autograd would store rows x codes logits and
+    take several times as long."""
 
     @staticmethod
     def forward(
@@ -66,7 +70,7 @@ class _IndexLoss(torch.autograd.Function):
                 shares = logits.sub_(greatest).exp_()
                 sums = shares.sum(dim=1, keepdim=True)
                 total += (sums.log() + greatest - wanted).sum()
-                # From the right code to the mean of those that are believed in.
+                # Gradient: expected code minus target code.
                 torch.mm(shares, codes, out=pull).div_(sums).sub_(codes[right])
         ctx.save_for_backward(gradient.mul_(2 / temperature / len(latents)))
         return total / len(latents)

@@ -1,4 +1,4 @@
-"""The pixels around each pixel, as linear filters see them."""
+"""7x7 neighbourhoods of pixels as rows of a linear system."""
 
 from collections.abc import Sequence
 
@@ -8,22 +8,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 SIDE = 7
-"""Pixels per side of a filter."""
+"""Side of a filter in pixels."""
 INPUTS = 3 * SIDE**2 + 1
-"""Colours that a filter sees, and a one for its constant."""
+"""Inputs of a filter: 3 x 7 x 7 colours and a constant one."""
 ROWS = 2**15
-"""Neighbourhoods that are held at once."""
+"""Neighbourhoods per chunk."""
 
 
 class Neighbourhoods:
-    """The 7x7 pixels around each pixel of images of one size, and a one for the constant."""
+    """The 7x7 pixels around each pixel of images of one size; the border is replicated."""
 
     def __init__(self, images: Sequence[Float[Tensor, "3 height width"]]):
         padded = F.pad(torch.stack(list(images)), (SIDE // 2,) * 4, mode="replicate")
         self._windows = padded.unfold(2, SIDE, 1).unfold(3, SIDE, 1)
 
     def rows(self, places: Int[Tensor, " pixels"]) -> Float[Tensor, "pixels inputs"]:
-        """Of the pixels at these places, counted through all images."""
+        """Neighbourhoods, with a final one, of pixels numbered through all images, row by row."""
         _, _, height, width, _, _ = self._windows.shape
         image, row = places // (height * width), places // width % height
         around = self._windows[image, :, row, places % width].flatten(1)
@@ -33,7 +33,8 @@ class Neighbourhoods:
 def solve(
     gram: Float[Tensor, "inputs inputs"], moments: Float[Tensor, "inputs 3"]
 ) -> Float[Tensor, "inputs 3"]:
-    """The least-squares filter, the smallest where flat images leave the system rank-deficient."""
-    # gelsd, which bears that, exists on the CPU only.
+    """The least-squares filter from the normal equations; the minimum-norm one if they are singular
+    (flat images)."""
+    # Only gelsd handles singular systems, and only on the CPU.
     found = torch.linalg.lstsq(gram.cpu(), moments.cpu(), driver="gelsd")
     return found.solution.to(gram.device)

@@ -1,8 +1,8 @@
-"""Vector quantization: replace each latent by its nearest code.
+"""Vector quantization: replace each latent by its nearest code (VQ-VAE).
 
-A *codebook* is a `[codes dim]` matrix, a *code* is one row, an *index* is a row number. Under
-torch.distributed the codebook learns from the latents of all processes, in rank order, as one
-process would from their concatenation; every process must bring equally many.
+Names of this file: a *codebook* is a `[codes dim]` matrix, a *code* is one row, an *index* is a row
+number. Under torch.distributed the codebook is updated with the latents of all processes,
+concatenated in rank order; every process must contribute the same number.
 """
 
 from typing import NamedTuple
@@ -15,23 +15,23 @@ from torch import Tensor, nn
 
 from cbnerf.config import CodebookConfig
 
-# Distances held at once while searching: few enough for a CPU's caches, enough to keep a GPU busy.
+# Distances per chunk of a search: few enough for a CPU's caches, enough to keep a GPU busy.
 _CPU_DISTANCES, _GPU_DISTANCES = 2**20, 2**24
-_PARTS, _MANY = 8, 256  # of codes: less is not worth the trouble
-# A round of k-means takes every so many-th latent: the first ones need not see all.
+_PARTS, _MANY = 8, 256  # fewer codes are searched without parts
+# Stride of the latents in each round of k-means: early rounds use a subset.
 _KMEANS_STRIDES = (8, 8, 4, 4, 2, 2, 1, 1)
-# A code used less than this is left alone: the quotient of its averages is no longer exact.
+# Codes with a lower usage are not moved: the quotient of their averages is inexact.
 _MIN_USAGE = 1e-5
 
 
 class Quantized(NamedTuple):
     latents: Float[Tensor, "*batch dim"]
-    """Nearest codes; gradients pass straight through to the input."""
+    """Nearest codes, with a straight-through gradient to the input."""
     indices: Int[Tensor, "*batch"]
     codebook_loss: Float[Tensor, ""]
-    """Pulls codes towards latents; zero if the codes are moving averages."""
+    """Moves codes towards latents; zero if codes are updated by EMA."""
     commitment_loss: Float[Tensor, ""]
-    """Pulls latents towards codes."""
+    """Moves latents towards codes."""
 
 
 class Neighbours(NamedTuple):
@@ -39,11 +39,12 @@ class Neighbours(NamedTuple):
 
     indices: Int[Tensor, "*batch neighbours"]
     shares: Float[Tensor, "*batch neighbours"]
-    """How much each counts; they sum to one."""
+    """Weights; they sum to one."""
 
 
 def vq_loss(quantized: Quantized, config: CodebookConfig) -> Float[Tensor, ""]:
-    """Both terms weighted as the paper says, or with beta on the other term as in its code."""
+    """Codebook loss + beta * commitment loss (paper, section 2-4); with
+    `codebook.vq_loss=released`, beta weighs the codebook loss, as in the released code."""
     codebook, commitment = quantized.codebook_loss, quantized.commitment_loss
     if config.vq_loss == "released":
         return commitment + config.beta * codebook
@@ -53,7 +54,7 @@ def vq_loss(quantized: Quantized, config: CodebookConfig) -> Float[Tensor, ""]:
 def rank_codes(
     latents: Float[Tensor, "rows dim"], codes: Float[Tensor, "codes dim"]
 ) -> Float[Tensor, "rows codes"]:
-    """Squared distances to all codes, less the squared norm of the latent."""
+    """Squared distances to all codes, minus the squared norm of the latent (same order)."""
     with torch.autocast(latents.device.type, enabled=False):
         return _append_ones(latents) @ _columns(codes)
 
@@ -63,8 +64,8 @@ def _append_ones(latents: Tensor) -> Tensor:
 
 
 def _columns(codes: Tensor) -> Tensor:
-    """[-2 code, |code|^2], so that one product with [latent, 1] ranks the codes; addmm would copy
-    the norms to every row."""
+    """[-2 code, |code|^2]: one product with [latent, 1] ranks the codes; `addmm` would copy the
+    norms to every row."""
     return torch.cat([-2 * codes, codes.square().sum(1, keepdim=True)], dim=1).T
 
 
@@ -74,10 +75,10 @@ def find_nearest(
     codes: Float[Tensor, "codes dim"],
     max_distances: int | None = None,
 ) -> Int[Tensor, " rows"]:
-    """Index of the nearest code of each latent, holding `max_distances` distances at a time."""
+    """Index of the nearest code of each latent; computes `max_distances` distances at a time."""
     rows, columns = rows_at_once(latents, len(codes), max_distances), _columns(codes)
     indices = torch.empty(len(latents), dtype=torch.int64, device=latents.device)
-    # One buffer for all chunks: freed and taken anew it would tear holes into the heap.
+    # One buffer for all chunks: reallocation would fragment the heap.
     buffer = latents.new_empty(min(rows, len(latents)), len(codes))
     with torch.autocast(latents.device.type, enabled=False):
         for chunk, found in zip(latents.split(rows), indices.split(rows), strict=True):
@@ -93,10 +94,11 @@ def find_neighbours(
     number: int,
     max_distances: int | None = None,
 ) -> Neighbours:
-    """The `number` nearest codes of each latent, fewer than there are codes.
+    """The `number` nearest codes of each latent; there must be more codes than that.
 
-    Shares fall with the squared distance, to nothing at the nearest code that is left out: as a
-    latent moves, no code comes or goes at once.
+    Shares are proportional to d - d_i, where d_i is the squared distance to the i-th nearest code
+    and d that to the first code left out. They are continuous in the latent: a code enters or
+    leaves with share 0. Squared distances 1, 2, 4 and `number` 2 give shares 3/5, 2/5.
     """
     found = []
     for chunk in latents.split(rows_at_once(latents, len(codes), max_distances)):
@@ -108,16 +110,15 @@ def find_neighbours(
 
 
 def rows_at_once(latents: Tensor, num_codes: int, max_distances: int | None = None) -> int:
-    """Latents whose distances to all codes suit the caches of their device, or do not exceed
-    `max_distances`."""
+    """Latents per chunk, from `max_distances` or the caches of the device."""
     if max_distances is None:
         max_distances = _CPU_DISTANCES if latents.device.type == "cpu" else _GPU_DISTANCES
     return max(1, max_distances // num_codes)
 
 
 def _find_least(values: Float[Tensor, "rows columns"]) -> Int[Tensor, " rows"]:
-    """The column of the least value of each row: argmin(), which takes five times as long on a CPU,
-    as amin(), unlike it, works on vectors."""
+    """Column of the least value of each row; on a CPU five times faster than `argmin`, because
+    `amin` is vectorized."""
     num_columns = values.shape[1]
     if values.device.type != "cpu" or num_columns < _MANY or num_columns % _PARTS:
         return values.min(dim=1).indices
@@ -129,7 +130,7 @@ def _find_least(values: Float[Tensor, "rows columns"]) -> Int[Tensor, " rows"]:
 
 class VectorQuantizer(nn.Module):
     codebook: Tensor
-    """A parameter, without gradients if `codebook.ema`."""
+    """`[codes dim]`; a parameter, without gradient if `codebook.ema`."""
     usage: Tensor
     """Moving average of the uses per step of each code."""
     sums: Tensor
@@ -139,10 +140,10 @@ class VectorQuantizer(nn.Module):
         super().__init__()
         self.config = config
         self.num_codes = config.size
-        # Cosines on the unit sphere lie too close for a softmax at temperature 1.
+        # Distances on the unit sphere are too small for a softmax at temperature 1.
         self.temperature = 0.1 if config.normalize else 1.0
         codes = self.place(torch.randn(config.size, config.dim))
-        # With 2x the threshold a new code has log(2) / (1 - decay) steps to find its users.
+        # With twice the threshold a new code survives log(2) / (1 - decay) steps without use.
         self._first_usage = 2 * config.revive_below if config.revive_below > 0 else 1.0
         self.codebook = nn.Parameter(codes, requires_grad=not config.ema)
         if config.ema:
@@ -152,7 +153,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def start_from(self, latents: Float[Tensor, "rows dim"]) -> None:
-        """Take the centres of k-means (Lloyd) over some latents, which all processes must share."""
+        """Initialise the codes by k-means (Lloyd) of latents; all processes must pass the same."""
         latents = self.place(latents)
         codes, uses = _spread(latents, self.num_codes), latents.new_zeros(self.num_codes)
         for stride in _KMEANS_STRIDES:
@@ -161,11 +162,11 @@ class VectorQuantizer(nn.Module):
             uses = totals[:, -1]
             means = self.place(totals[:, :-1] / uses.clamp(min=1)[:, None])
             codes = torch.where(uses[:, None] > 0, means, _share_out(some, uses == 0))
-        # As if one step had seen all latents: what is known of many is not forgotten for a few.
+        # The usage of a step that contains all latents, so that few later ones change it slowly.
         self._replace(torch.ones_like(uses, dtype=torch.bool), codes, uses)
 
     def place(self, latents: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        """Latents in float32 and where codes live: on the unit sphere if `codebook.normalize`."""
+        """Latents in float32, on the unit sphere if `codebook.normalize`."""
         latents = latents.float()
         return F.normalize(latents, dim=-1) if self.config.normalize else latents
 
@@ -173,8 +174,8 @@ class VectorQuantizer(nn.Module):
         return self.codebook if self.config.ema else self.place(self.codebook)
 
     def forward(self, latents: Float[Tensor, "*batch dim"], learn: bool = True) -> Quantized:
-        """Nearest codes; in training mode and with `learn`, the codebook also revives dead codes
-        with, and (EMA) moves towards these latents."""
+        """Nearest codes. In training mode and with `learn`, dead codes are first replaced by some
+        of these latents, and codes are updated by EMA (if `codebook.ema`)."""
         latents = self.place(latents)
         flat = latents.detach().flatten(0, -2)
         learn = learn and self.training
@@ -187,7 +188,6 @@ class VectorQuantizer(nn.Module):
             self._count(flat, indices)
         zero = latents.new_zeros(())
         return Quantized(
-            # In place, for there is no need of the difference.
             latents=(nearest.detach() - latents.detach()).add_(latents),
             indices=indices.view(latents.shape[:-1]),
             codebook_loss=zero if self.config.ema else F.mse_loss(nearest, latents.detach()),
@@ -239,20 +239,22 @@ def _gather(latents: Tensor) -> Tensor:
 def _sum_by_code(
     latents: Float[Tensor, "rows dim"], indices: Int[Tensor, " rows"], num_codes: int
 ) -> Float[Tensor, "codes dim_and_count"]:
-    # Not bincount, which waits for the GPU.
+    # `bincount` would synchronise with the GPU.
     rows = _append_ones(latents)
     return rows.new_zeros(num_codes, rows.shape[1]).index_add_(0, indices, rows)
 
 
 def _share_out(latents: Tensor, dead: Tensor) -> Tensor:
-    """For each code a latent: the j-th of d dead ones takes that at j * rows / d."""
-    # All on the device, without a sync.
+    """A latent for each code: the j-th of d dead codes gets the one in row j * rows / d.
+
+    Runs on the device without synchronisation.
+    """
     rows = (dead.cumsum(0) - 1).clamp(min=0) * len(latents) // dead.sum().clamp(min=1)
     return latents[rows]
 
 
 def _spread(latents: Tensor, size: int) -> Tensor:
-    """`size` rows at even strides; repeated rows get a small fixed noise that tells them apart."""
+    """`size` rows at even strides; if rows repeat, a small fixed noise makes them distinct."""
     rows = torch.arange(size, device=latents.device) * len(latents) // size
     codes = latents[rows]
     if len(latents) < size:

@@ -1,10 +1,10 @@
-"""NeRF-SR's refiner: the render is redrawn with the help of patches of a high-res photograph.
+"""NeRF-SR's refiner: refines a render with the help of patches of a high-res photograph.
 
-One encoder reads the render and every reference; of the references' features the largest at each
-place goes on. `data.references` finds the references. It is no refiner without high-res images at
-test time: it needs a photograph of the very scene that it refines.
+One encoder reads the render and every reference; the features of the references are max-pooled.
+`data.references` finds the references. Unlike the other refiners it needs a high-res photograph of
+the scene at test time.
 
-Normalises over batches as published, so that N processes do not train exactly as one.
+Batch normalisation, as published, makes training with N processes differ from one process.
 """
 
 import torch

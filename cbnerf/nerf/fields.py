@@ -18,7 +18,7 @@ _AXES = ((0, 1), (0, 2), (1, 2))
 
 
 class Planes(NamedTuple):
-    """Composed planes in the order (x, y), (x, z), (y, z) of each cell size; `table` holds the cells
+    """Composed planes in the order (x, y), (x, z), (y, z) per cell size; `table` holds the cells
     of all planes, one per row."""
 
     planes: list[Float[Tensor, "height width channels"]]
