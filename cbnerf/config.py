@@ -1,8 +1,8 @@
-"""Every knob of cbnerf on one page: frozen dataclasses, presets, strict overrides by dotted name.
+"""Every knob of cbnerf: frozen dataclasses, presets, strict overrides by dotted name.
 
-A knob has one spelling everywhere: `codebook.size` is the field `Config.codebook.size`, the flag
-`--codebook.size`, the key of a search space and the parameter that MLflow stores.
-Imports no torch, so that `--help` and checks of a YAML file are instant.
+A knob has one name everywhere: `codebook.size` is the field `Config.codebook.size`, the flag
+`--codebook.size`, the key in a search space, the Optuna parameter and the MLflow parameter.
+Imports no torch, so that `--help` and the check of a YAML file are instant.
 """
 
 import difflib
@@ -17,7 +17,7 @@ import yaml
 
 
 class KnobError(ValueError):
-    """A knob has a value of the right type that it cannot take, or not beside the others."""
+    """A knob has a value of the right type that is not allowed, alone or with the other knobs."""
 
 
 def _check(condition: bool, name: str, value: object, rule: str) -> None:
@@ -32,18 +32,18 @@ class OptimConfig:
     steps: int
     """Optimiser updates."""
     batch_size: int
-    """Low-res pixels (field) or patches (refiner) of one update, over all processes together."""
+    """Low-res pixels (field) or patches (refiner) per update, summed over all processes."""
     lr: float
     """Learning rate after the warm-up."""
     lr_end: float = 0.03
-    """Learning rate at the last step, as a share of `lr`."""
+    """Learning rate at the last step, as a fraction of `lr`."""
     warmup_steps: int = 20
-    """Steps in which the learning rate grows linearly from zero."""
+    """Steps of linear warm-up from zero."""
     evaluations: int = 4
-    """How often the validation views are scored and a checkpoint is written."""
+    """Number of evaluations of the validation views; each writes a checkpoint."""
 
     def check(self, stage: str) -> None:
-        """Knobs of the optimiser of `field` or `refiner`, which are named after it."""
+        """Check the knobs of the optimiser of `stage`, `field` or `refiner`."""
         for name in ("steps", "batch_size", "evaluations"):
             value = getattr(self, name)
             _check(value >= 1, f"{stage}.optim.{name}", value, "at least 1")
@@ -59,16 +59,16 @@ class DataConfig:
     """Resolution and split of a scene."""
 
     width: int = 504
-    """Width of the high-res images in pixels; the height follows from the photographs."""
+    """Width of the high-res images in pixels; the photographs determine the height."""
     scale: int = 2
     """High-res over low-res pixels per side."""
     low_res_kernel: Literal["box", "lanczos"] = "box"
-    """How low-res images are made from high-res ones; `lanczos` is what NeRF-SR's code did."""
+    """Downsampling of high-res images to low-res ones; NeRF-SR's code uses `lanczos`."""
     test_every: int = 8
     """Every n-th view from index 0 is a test view; 0, without `validation`, trains on all views
     (protocol `table1`)."""
     validation: bool = True
-    """Keep the views half-way between the test views out of training, to select on."""
+    """Hold out the views half-way between the test views for validation."""
 
     def __post_init__(self):
         _check(self.scale >= 1, "data.scale", self.scale, "at least 1")
@@ -85,13 +85,13 @@ class PlanesConfig:
     channels: int = 16
     """Features of each plane."""
     cells_per_pixel: float = 1.0
-    """Cells of the finest planes per high-res pixel, across what the cameras see at infinity."""
+    """Cells of the finest planes per high-res pixel, at infinity."""
     depth_cells: int = 96
     """Cells of the finest planes along NDC depth."""
     scales: tuple[int, ...] = (1, 4)
-    """Each entry n adds a set of planes whose cells are n times larger."""
+    """Cell sizes: each entry n adds three planes with cells n times as large."""
     levels: int = 3
-    """A plane is the sum of this many grids, each half as fine as the one before."""
+    """A plane is the sum of this many grids, each at half the resolution of the previous one."""
     hidden: int = 64
     """Width of the two small MLPs behind the planes."""
     grid_lr: float = 1.0
@@ -101,7 +101,7 @@ class PlanesConfig:
     tv_weight: float = 1e-2
     """Weight of the total variation of the planes."""
     proposal_weight: float = 1.0
-    """Weight of the loss that makes proposals enclose the field's weights."""
+    """Weight of the proposal loss (mip-NeRF 360)."""
 
     def __post_init__(self):
         for name in ("channels", "depth_cells", "levels", "hidden"):
@@ -116,12 +116,12 @@ class PlanesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MLPConfig:
-    """The network of NeRF, one copy for the coarse and one for the fine pass."""
+    """The network of NeRF; the coarse and the fine pass have one each."""
 
     width: int = 256
     """Units of a layer."""
     depth: int = 8
-    """Layers before the density head; the input enters again in the middle."""
+    """Layers before the density head; a skip connection feeds the input into the middle one."""
     position_frequencies: int = 10
     """Octaves of the positional encoding."""
     direction_frequencies: int = 4
@@ -141,16 +141,16 @@ class FieldConfig:
     kind: Literal["planes", "mlp"] = "planes"
     """`planes` is fast; `mlp` is the coarse and fine network of NeRF and NeRF-SR."""
     super_sampling: bool = True
-    """A low-res pixel is the mean of its scale x scale sub-pixel rays (NeRF-SR); else one ray."""
+    """Supervise the mean of scale x scale sub-pixel rays (NeRF-SR) instead of one ray per pixel."""
     sub_rays: int = 2
-    """Sub-pixel rays drawn per pixel and step; 0 takes all scale x scale of them."""
+    """Sub-pixel rays drawn per pixel and step; 0 means all scale x scale."""
     opposite_sub_rays: bool = True
-    """Draw an even number of them in pairs opposite each other about the middle of the pixel: a
-    slope of the colour across the pixel cancels, and few rays give nearly the mean of all."""
+    """Draw an even number of sub-pixel rays in pairs symmetric about the pixel centre: a linear
+    colour gradient cancels, so few rays estimate the mean well."""
     num_coarse_samples: int = 64
     """Samples per ray of the first pass: coarse network or proposal."""
     num_fine_samples: int = 32
-    """Samples per ray that the second pass adds."""
+    """Samples per ray of the second pass; the fine network also gets the coarse ones."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the matrix products in the networks; positions, densities and sums stay float32. `auto` is
     bfloat16 where the device has instructions for it, else float32."""
@@ -185,33 +185,32 @@ class CodebookConfig:
     """The codebook of stage 2 and how it learns."""
 
     kind: Literal["vq", "fsq"] = "vq"
-    """`vq` learns its codes; `fsq` rounds each dimension to fixed levels and heeds, of the knobs
-    below, `size` and `imitation` only."""
+    """`vq` learns its codes; `fsq` rounds each dimension to fixed levels and uses only the knobs
+    `size` and `imitation`."""
     size: int = 1024
     """Number of codes, k in the paper; `fsq` has 64, 240, 512, 1000, 1920, 4375, 8000, 15360 or
     64000 for 64, 256, 512, 1024, 2048, 4096, 8192, 16384 or 65536, and refuses other sizes."""
     dim: int = 64
     """Dimension of a code; `fsq` has as many as it has levels."""
     beta: float = 0.25
-    """Weight of the commitment term (of the codebook term with `vq_loss=released`)."""
+    """Weight of the commitment loss (of the codebook loss with `vq_loss=released`)."""
     vq_loss: Literal["paper", "released"] = "paper"
-    """Where beta stands: on the commitment term (paper) or on the codebook term (released code)."""
+    """Beta weighs the commitment loss (`paper`) or the codebook loss (`released` code)."""
     imitation: Literal["vq", "feature", "ce"] = "feature"
-    """What ties SR latents to the codebook: `vq` their own nearest codes (paper), `feature` the
-    HR code of the same place, `ce` the cross-entropy against its index."""
+    """Target of the SR latents: `vq` their own nearest codes (paper), `feature` the HR code of the
+    same place, `ce` the index of that code (cross-entropy)."""
     normalize: bool = False
-    """Compare latents and codes on the unit sphere."""
+    """Project latents and codes onto the unit sphere."""
     ema: bool = False
-    """Move codes by exponential moving averages instead of gradients."""
+    """Update codes by exponential moving averages (EMA) instead of gradients."""
     ema_decay: float = 0.99
     """Decay of these averages."""
     kmeans_init: bool = False
-    """Start from k-means over latents of the training photographs instead of normal noise."""
+    """Initialise by k-means over latents of the training photographs, not by normal noise."""
     revive_below: float = 0.0
-    """Replace codes whose average number of uses per step falls below this; 0 never does."""
+    """Replace codes whose average number of uses per step falls below this; 0 disables it."""
     shared: bool = False
-    """One codebook, in one refiner, learns on all scenes of a run and serves them all; else each
-    scene has its own."""
+    """Train one refiner with one codebook on all scenes, instead of one per scene."""
 
     def __post_init__(self):
         _check(self.size >= 2, "codebook.size", self.size, "at least 2")
@@ -222,7 +221,7 @@ class CodebookConfig:
         if self.kind == "fsq":
             sizes = ", ".join(map(str, FSQ_LEVELS))
             _check(self.size in FSQ_LEVELS, "codebook.size", self.size, f"one of {sizes} with fsq")
-            # Nothing but a codebook's loss ties latents to it with `vq`, and fsq has none.
+            # With `vq`, only the VQ loss ties latents to the codebook, and fsq has none.
             _check(self.imitation != "vq", "codebook.imitation", "vq", "feature or ce with fsq")
 
     @property
@@ -241,27 +240,27 @@ class RefinerConfig:
     """Stage 2: the network that sharpens stage-1 renders."""
 
     kind: Literal["residual", "paper", "reference", "linear", "none"] = "residual"
-    """`residual` corrects the render by a CNN and by the filters of its codes; `paper` is the
-    published encoder-decoder; `reference` looks into a high-res photograph (NeRF-SR); `linear` is
-    a fitted 7x7 filter."""
+    """`residual` corrects the render by a CNN and the filters of its codes; `paper` is the
+    published encoder-decoder; `reference` uses a high-res photograph (NeRF-SR); `linear` is a
+    fitted 7x7 filter."""
     codes: bool = True
-    """Use the codes; with False, the control `residual-cnn`, one code serves all places."""
+    """Use the codes; False is the control `residual-cnn`, with one filter for all pixels."""
     skips: Literal["hr", "sr", "mixed"] = "mixed"
-    """Whose codes the decoder of `paper` sees in training: HR patch's (released code), SR patch's,
-    or both."""
+    """Skips of the decoder of `paper` in training: from the codes of the HR patch (released code),
+    of the SR patch, or alternating."""
     channels: int = 48
-    """Features of the residual refiner; of the first scale of the reference refiner."""
+    """Channels of the residual refiner, and of the first scale of the reference refiner."""
     blocks: int = 4
     """Residual blocks of the residual refiner."""
     references: int = 8
-    """Patches of the high-res photograph that the reference refiner sees with each render."""
+    """Reference patches per render of the reference refiner."""
     neighbours: int = 3
-    """Codes nearest to a pixel whose filters correct it together in the residual refiner, all but
-    one of a tiny codebook at most; 1 leaves it to the nearest."""
+    """Number of nearest codes whose filters are combined per pixel in the residual refiner; capped
+    at `codebook.size - 1`."""
     consistency: float = 10.0
-    """Where a scene gives no high-res photograph (`unseen-scene`, `low-res-only`): how much it
-    counts that refined views, shrunk, are its low-res ones, against keeping to what was learned
-    elsewhere; of `residual` and `linear`. 0 leaves it out."""
+    """Weight of the low-res reconstruction term for scenes without a high-res photograph
+    (`unseen-scene`, `low-res-only`), relative to the change of the refined pixels; for `residual`
+    and `linear`. 0 disables it."""
     patch_size: int = 64
     """Side of a training patch in high-res pixels; a multiple of 4."""
     optim: OptimConfig = OptimConfig(steps=10_000, batch_size=32, lr=2e-3)
@@ -282,7 +281,8 @@ class RefinerConfig:
 
     @property
     def alternates(self) -> bool:
-        """Whether rows of a batch are treated in turns, so that processes need even numbers."""
+        """Whether odd and even rows of a batch are treated differently, so that each process needs
+        an even number."""
         return self.kind == "paper" and self.skips == "mixed"
 
 
@@ -315,10 +315,10 @@ class Config:
     refiner: RefinerConfig = RefinerConfig()
     loss: LossConfig = LossConfig()
     seed: int = 0
-    """Of all random numbers in training."""
+    """Seed of all random numbers in training."""
     deterministic: bool = False
-    """Train to the same bits on a GPU, too, by slower operations where others have no fixed order;
-    a CPU with as many threads does so anyway."""
+    """Use deterministic algorithms, so that training on a GPU is reproducible bit by bit (slower);
+    on a CPU it is for a fixed number of threads."""
 
     def __post_init__(self):
         kind = self.refiner.kind
@@ -379,9 +379,9 @@ RESOLUTIONS: dict[str, dict[str, Any]] = {
     },
     "x2-128": _CPU_SIZE | {
         "data.width": 128, "field.num_fine_samples": 16, "field.optim.steps": 330,
-        # Few steps have to be large ones.
+        # Few steps need a high learning rate.
         "field.planes.grid_lr": 3.0,
-        # What sharpens most is solved, not learned, and anew at each evaluation.
+        # The filters, which gain most, are solved at each evaluation, not trained.
         "refiner.optim.steps": 60, "refiner.optim.evaluations": 1,
     },
     "tiny": _CPU_SIZE | {
@@ -392,7 +392,7 @@ RESOLUTIONS: dict[str, dict[str, Any]] = {
         "refiner.channels": 8, "codebook.size": 64,
     },
 }  # fmt: skip
-"""Overrides by name: image size, and below 504 pixels a schedule that a CPU can run."""
+"""Overrides by name: image size and, below 504 pixels, a schedule for CPUs."""
 
 _PUBLISHED_CPU_SIZE = {
     "field.precision": "auto",
@@ -410,8 +410,8 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "field.optim.steps": 2000, "refiner.optim.steps": 1500, "refiner.optim.evaluations": 4,
     },
 }  # fmt: skip
-"""What methods on NeRF's MLP have besides. At CPU sizes more and smaller updates: neither the MLP
-nor their refiners come near a result in the few steps that planes and corrections need."""
+"""Further overrides of the methods with NeRF's MLP. At CPU sizes they take more and smaller
+updates: the steps of the planes and their refiner are far too few for them."""
 
 
 DEFAULT_METHOD = "cb-nerf"
@@ -429,11 +429,11 @@ def preset(method: str, resolution: str = DEFAULT_RESOLUTION) -> Config:
 
 
 FIELD_KNOBS = ("data.", "field.", "seed", "deterministic")
-"""What the names of the knobs that stage 1 knows of begin with."""
+"""Prefixes of the knobs of stage 1."""
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """All knobs as `{"codebook.size": 1024, ...}`, in the order of this page."""
+    """All knobs as `{"codebook.size": 1024, ...}`, in the order of this file."""
     flat: dict[str, Any] = {}
     for knob in fields(config):
         value = getattr(config, knob.name)
@@ -443,7 +443,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def flatten_field(config: Config) -> dict[str, Any]:
-    """The knobs that stage 1 knows of."""
+    """The knobs of stage 1."""
     return {name: v for name, v in flatten(config).items() if name.startswith(FIELD_KNOBS)}
 
 
@@ -511,7 +511,7 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
 
 
 def _replace_knobs(node: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
-    """All at once, for the checks of a group may relate its knobs to each other."""
+    """Replace all at once, because the checks of a group may relate its knobs to each other."""
     changed = {}
     for knob in fields(node):
         name, value = prefix + knob.name, getattr(node, knob.name)
@@ -529,7 +529,7 @@ def save_config(config: Config, path: Path) -> None:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML's own would keep the last."""
+    """Refuses duplicate keys, of which YAML's own loader keeps the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -542,7 +542,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; what is wrong with the file is told in one line."""
+    """Read a YAML mapping; a ValueError describes what is wrong with the file in one line."""
     try:
         loaded = yaml.load(path.read_text(), _StrictLoader)
     except FileNotFoundError:
@@ -558,7 +558,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 def load_config(path: Path, base: Config = Config()) -> Config:
-    """Read what `save_config` wrote; knobs that are not named keep their values in `base`."""
+    """Read a file of `save_config`; knobs that it does not name keep their values in `base`."""
     try:
         return with_overrides(base, load_yaml(path))
     except ValueError as error:

@@ -134,8 +134,8 @@ class LightEncoder(nn.Module):
     def start_from(
         self, images: Iterable[Float[Tensor, "batch 3 height width"]], *, constant: bool
     ) -> None:
-        """Initialise with the principal components of images; with `constant`, the last feature is a
-        constant instead."""
+        """Initialise with the principal components of images; with `constant`, the last feature
+        is a constant."""
         weight, bias = self.features.weight, self.features.bias
         assert bias is not None
         gram = torch.zeros(weight[0].numel(), weight[0].numel(), dtype=torch.float64)
