@@ -12,7 +12,7 @@ import cbnerf
 
 PACKAGE = Path(cbnerf.__file__).parent
 LEFT_TO_RIGHT = [
-    {"config"}, {"rng", "metrics", "tables", "files"}, {"nerf", "codebook", "scenes"}, {"data"},
+    {"config"}, {"rng", "metrics", "files"}, {"nerf", "codebook", "scenes", "report"}, {"data"},
     {"training"}, {"compare"}, {"search"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 PLACE = {part: place for place, parts in enumerate(LEFT_TO_RIGHT) for part in parts}

@@ -1,8 +1,5 @@
-"""The report of a comparison: Markdown, HTML, JSON, LaTeX and figures, all of the same numbers."""
+"""The report of a comparison: a page with figures, its numbers as JSON, its tables as LaTeX."""
 
-import base64
-import html
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,8 +8,6 @@ import torch
 from PIL import Image
 
 import cbnerf
-from cbnerf.compare import figure
-from cbnerf.compare.figure import Panel
 from cbnerf.compare.protocols import DESCRIPTIONS, WITHOUT_PHOTOGRAPH
 from cbnerf.compare.run import Comparison, Results
 from cbnerf.compare.score_tables import (
@@ -25,16 +20,16 @@ from cbnerf.compare.score_tables import (
     view_tables,
 )
 from cbnerf.config import flatten
-from cbnerf.tables import STYLE, Table, to_html, to_latex, to_markdown
+from cbnerf.files import write_whole
+from cbnerf.report import figures
+from cbnerf.report.figures import Panel
+from cbnerf.report.page import HTML_FILE, MARKDOWN_FILE, Page, Picture, Section, write_page
+from cbnerf.report.tables import to_latex, to_markdown
 
 REPORT_FILES = (
-    "report.md", "report.html", "report.json", "tables.tex", "crops.png", "errors.png"
+    MARKDOWN_FILE, HTML_FILE, "report.json", "tables.tex", "crops.png", "errors.png"
 )  # fmt: skip
 _IN_FIGURES = ("stage 1", "refined")
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; }
-img { max-width: 100%; }
-"""
 
 
 def write_report(
@@ -46,29 +41,20 @@ def write_report(
         row_table(comparison), cost_table(comparison, results), *view_tables(comparison, results)
     ]  # fmt: skip
     crops, errors = draw_figures(comparison, results)
-    title, notes = _title(comparison), _notes(comparison, results, device)
-    heading = "\n".join([f"# {title}", "", *(f"- {note}" for note in notes)])
     pictures = [
-        ("crops", f"The same crop of every system. {figure.RULE}", crops),
-        (
+        Picture("crops", f"The same crop of every system. {figures.RULE}", crops),
+        Picture(
             "errors",
-            f"Absolute errors of the same views; white is {figure.LARGEST_ERROR} and more.",
+            f"Absolute errors of the same views; white is {figures.LARGEST_ERROR} and more.",
             errors,
         ),
     ]
-    figures = [f"![{about}]({name}.png)\n\n*{about}*" for name, about, _ in pictures]
-    tables = list(map(to_markdown, main))
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, _, picture in pictures:
-        picture.save(folder / f"{name}.png")
-    (folder / "tables.tex").write_text("\n\n".join(map(to_latex, main)) + "\n")
-    (folder / "report.html").write_text(_to_page(title, notes, main, pictures, details))
+    notes = _notes(comparison, results, device)
+    write_page(Page(_title(comparison), notes, [Section("", [*main, *pictures, *details])]), folder)
+    write_whole(folder / "tables.tex", "\n\n".join(map(to_latex, main)) + "\n")
     content = to_plain(comparison, results, device)
-    (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n")
-    sections = [heading, *tables, *figures, *map(to_markdown, details)]
-    (folder / "report.md").write_text("\n\n".join(sections) + "\n")
-    return "\n\n".join(tables)
+    write_whole(folder / "report.json", json.dumps(content, indent=1) + "\n")
+    return "\n\n".join(map(to_markdown, main))
 
 
 def to_plain(comparison: Comparison, results: Results, device: torch.device) -> dict[str, Any]:
@@ -106,24 +92,24 @@ def draw_figures(comparison: Comparison, results: Results) -> tuple[Image.Image,
     crops: list[tuple[str, list[Panel]]] = []
     errors: list[tuple[str, list[Panel]]] = []
     for scene, (view, photograph, images) in results.shown.items():
-        side = figure.crop_side(photograph.shape[1])
-        place = figure.choose_crop(photograph, comparison.scene(scene).scale, side)
+        side = figures.crop_side(photograph.shape[1])
+        place = figures.choose_crop(photograph, comparison.scene(scene).scale, side)
         values = {name: results.scores[name][scene].views[view][metric] for name in systems}
         label = f"{scene} {view}"
         crops.append((label, [
-            Panel(figure.mark_crop(photograph, place, side)),
-            Panel(figure.cut_crop(photograph, place, side)),
-            *(Panel(figure.cut_crop(images[name], place, side), (f"{values[name]:.2f} dB",))
+            Panel(figures.mark_crop(photograph, place, side)),
+            Panel(figures.cut_crop(photograph, place, side)),
+            *(Panel(figures.cut_crop(images[name], place, side), (f"{values[name]:.2f} dB",))
               for name in systems),
         ]))  # fmt: skip
         errors.append((label, [
-            Panel(figure.error_map(images[name], photograph), (f"{values[name]:.2f} dB",))
+            Panel(figures.error_map(images[name], photograph), (f"{values[name]:.2f} dB",))
             for name in systems
         ]))  # fmt: skip
-    scale = Panel(figure.error_scale(), (f"0 to {figure.LARGEST_ERROR} of the range",))
+    scale = Panel(figures.error_scale(), (f"0 to {figures.LARGEST_ERROR} of the range",))
     return (
-        figure.draw_grid(["photograph", "crop of it", *systems], crops),
-        figure.draw_grid(systems, errors, scale),
+        figures.draw_grid(["photograph", "crop of it", *systems], crops),
+        figures.draw_grid(systems, errors, scale),
     )
 
 
@@ -160,28 +146,3 @@ def _notes(comparison: Comparison, results: Results, device: torch.device) -> li
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
-
-
-def _to_page(
-    title: str,
-    notes: list[str],
-    main: list[Table],
-    pictures: list[tuple[str, str, Image.Image]],
-    details: list[Table],
-) -> str:
-    """One page that needs no other file."""
-    parts = [f"<h1>{html.escape(title)}</h1>", "<ul>"]
-    parts += [f"<li>{html.escape(note)}</li>" for note in notes]
-    parts += ["</ul>", *map(to_html, main)]
-    for _, about, picture in pictures:
-        stream = io.BytesIO()
-        picture.save(stream, "PNG")
-        source = base64.b64encode(stream.getvalue()).decode()
-        parts.append(f'<img alt="" src="data:image/png;base64,{source}">')
-        parts.append(f"<p><i>{html.escape(about)}</i></p>")
-    parts += map(to_html, details)
-    head = (
-        f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}{STYLE}</style>'
-    )
-    body = "\n".join(parts)
-    return f"<!doctype html>\n<html><head>{head}</head><body>\n{body}\n</body></html>\n"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from cbnerf.compare.history import RELEASED_PSNR
 from cbnerf.compare.protocols import PUBLISHED
 from cbnerf.compare.run import Comparison, Results, Scored
-from cbnerf.tables import Cell, Table, mark_best
+from cbnerf.report.tables import Cell, Table, mark_best
 
 _DIGITS = {"psnr": 2, RELEASED_PSNR: 2}
 _LABELS = {"psnr": "PSNR (dB)", RELEASED_PSNR: "PSNR as released (dB)"}

@@ -1,55 +1,29 @@
-"""The report of a study as one self-contained page: tables, Optuna's charts, race and cost."""
+"""Charts of a study: Optuna's own, the units of each configuration, and the cost."""
 
 import warnings
 from collections.abc import Iterator
-from html import escape
 
-import optuna.visualization as charts
+import optuna.visualization as visualization
 import plotly.graph_objects as go
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 from plotly.io import to_html as chart_to_html
 
+from cbnerf.report.page import Chart
 from cbnerf.search.ledger import Ledger
-from cbnerf.tables import STYLE, Table, to_html
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; }
-pre { background: #f4f4f4; padding: 1em; overflow-x: auto; }
-p { color: #444; }
-.wide { overflow-x: auto; }
-.wide td { white-space: nowrap; }
-"""
 _ENOUGH = 4
-"""Finished or stopped configurations that a chart of importances needs."""
+"""Finished or pruned configurations that a chart of importances needs."""
 
 
-def html_report(
-    ledger: Ledger, best_yaml: str, number: int, scenes: Table, configurations: Table
-) -> str:
-    """The whole page; plotly's script stands in it, so it can be mailed and read offline."""
-    plan = ledger.plan
-    parts = [
-        f"<h1>Study {escape(plan.name)}</h1>",
-        f"<p>{escape(plan.method)} at {plan.resolution}, protocol holdout, {escape(plan.source)}; "
-        f"{len(ledger.told)} configurations, {len(ledger.stopped)} of them stopped. Stopped ones "
-        "stand in the charts with the objectives that they were expected to reach.</p>",
-        f"<h2>Best configuration: number {number}</h2>",
-        to_html(scenes),
-        f"<details><summary>best.yaml</summary><pre>{escape(best_yaml)}</pre></details>",
-    ]
+def charts(ledger: Ledger) -> Iterator[Chart]:
+    """The charts of a study; the first one embeds plotly's script for all of them."""
     for index, (title, about, figure) in enumerate(_figures(ledger)):
         figure.update_layout(title=None, margin={"t": 30})
-        chart = chart_to_html(
+        html = chart_to_html(
             figure, full_html=False, include_plotlyjs=index == 0, div_id=f"chart-{index}"
         )
-        parts.append(f"<h2>{escape(title)}</h2><p>{escape(about)}</p>{chart}")
-    parts.append(f"<h2>Configurations</h2><div class=wide>{to_html(configurations)}</div>")
-    body = "\n".join(parts)
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(plan.name)}</title>'
-        f"<style>{_STYLE}{STYLE}</style><body>{body}</body></html>\n"
-    )
+        yield Chart(title, about, html)
 
 
 def _figures(ledger: Ledger) -> Iterator[tuple[str, str, go.Figure]]:
@@ -59,16 +33,16 @@ def _figures(ledger: Ledger) -> Iterator[tuple[str, str, go.Figure]]:
     for index, name in enumerate(objectives):
         # Without a target, Optuna draws the best so far; it knows that of a single objective.
         target = None if len(objectives) == 1 else lambda trial, i=index: trial.values[i]
-        figure = charts.plot_optimization_history(study, target=target, target_name=name)
+        figure = visualization.plot_optimization_history(study, target=target, target_name=name)
         yield f"History of {name}", "Each configuration in the order of its number.", figure
     if len(objectives) in (2, 3):
-        figure = charts.plot_pareto_front(study, target_names=list(objectives))
+        figure = visualization.plot_pareto_front(study, target_names=list(objectives))
         yield "Pareto front", "No configuration is better in all objectives.", figure
     if len(complete) >= _ENOUGH and len(ledger.plan.spec.space) > 1:
         first = objectives[0]
         # Given a target, Optuna takes low for good; it knows the direction of a single objective.
         target = None if len(objectives) == 1 else lambda trial: -trial.values[0]
-        figure = charts.plot_parallel_coordinate(study, target=target, target_name=first)
+        figure = visualization.plot_parallel_coordinate(study, target=target, target_name=first)
         about = f"One line per configuration, the darker the better in {first}."
         yield "Parallel coordinates", about, figure
         about = "Share of each knob in what separates good configurations (PED-ANOVA)."

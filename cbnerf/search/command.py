@@ -23,6 +23,7 @@ from cbnerf.config import load_yaml, with_overrides
 from cbnerf.data.library import DATA_VARIABLE, DEFAULT_DATA, default_storage
 from cbnerf.data.llff import count_views
 from cbnerf.files import write_whole
+from cbnerf.report.tables import to_markdown
 from cbnerf.search.estimate import calibrate
 from cbnerf.search.ledger import Ledger
 from cbnerf.search.plan import FULL, Plan, make_plan
@@ -36,7 +37,6 @@ from cbnerf.search.study import (
 )
 from cbnerf.search.tracking import NOT_COMPARABLE, tracking_uri, without_password
 from cbnerf.search.trial import load_scene
-from cbnerf.tables import to_markdown
 from cbnerf.training.distributed import choose_device
 from cbnerf.training.refiner import count_parameters
 

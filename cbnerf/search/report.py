@@ -1,13 +1,14 @@
-"""The end of a study: best configuration as YAML and the table of its scenes."""
+"""The report of a study: the best configuration as YAML, and a page of tables and charts."""
 
 import math
 from pathlib import Path
 
 from cbnerf.config import Config, save_config
-from cbnerf.search.charts import html_report
+from cbnerf.report.page import Code, Page, Section, write_page
+from cbnerf.report.tables import Cell, Table
+from cbnerf.search.charts import charts
 from cbnerf.search.ledger import Ledger
 from cbnerf.search.tracking import NOT_COMPARABLE
-from cbnerf.tables import Cell, Table, to_markdown
 
 SceneScores = dict[str, dict[str, dict[str, float]]]
 """scene -> `stage 1` or `refined` -> metric -> value."""
@@ -34,22 +35,31 @@ def scene_table(scores: SceneScores) -> Table:
 
 def write_report(ledger: Ledger, best: Config, number: int, scores: SceneScores) -> list[Path]:
     """Write `best.yaml`, `report.md` and `report.html` into the study's folder; returns all."""
-    plan = ledger.plan
-    best_file, report_file = plan.folder / "best.yaml", plan.folder / "report.md"
-    page = plan.folder / "report.html"
+    best_file = ledger.plan.folder / "best.yaml"
     save_config(best, best_file)
-    tables = scene_table(scores), configuration_table(ledger)
-    page.write_text(html_report(ledger, best_file.read_text(), number, *tables))
-    scenes, configurations = map(to_markdown, tables)
-    warning = "" if plan.data else f"\n**{NOT_COMPARABLE}**\n"
-    report_file.write_text(
-        f"# Study {plan.name}\n\n"
-        f"{plan.method} at {plan.resolution}, protocol holdout, {plan.source}\n{warning}\n"
-        f"## Best configuration: number {number}\n\n{scenes}\n\n"
-        f"val selects, test is scored once; PSNR in dB, gain = refined - stage 1.\n\n"
-        f"## Configurations\n\n{configurations}\n"
+    return [best_file, *write_page(study_page(ledger, best_file, number, scores), best_file.parent)]
+
+
+def study_page(ledger: Ledger, best: Path, number: int, scores: SceneScores) -> Page:
+    """The report: best configuration, scores of each scene, charts, all configurations."""
+    plan = ledger.plan
+    notes = [
+        f"{plan.method} at {plan.resolution}, protocol holdout, {plan.source}",
+        f"{len(ledger.told)} configurations, {len(ledger.stopped)} of them pruned; charts show the "
+        "expected objectives of pruned configurations",
+        "val selects, test is scored once; PSNR in dB, gain = refined - stage 1",
+    ]
+    notes += [] if plan.data else [NOT_COMPARABLE]
+    configurations = f"Best configuration: number {number}"
+    return Page(
+        f"Study {plan.name}",
+        notes,
+        [
+            Section(configurations, [scene_table(scores), Code(best.name, best.read_text())]),
+            Section("", list(charts(ledger))),
+            Section("Configurations", [configuration_table(ledger)]),
+        ],
     )
-    return [best_file, report_file, page]
 
 
 def configuration_table(ledger: Ledger) -> Table:

@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 
 from cbnerf.config import load_config, with_overrides
+from cbnerf.report.tables import Table, to_html, to_markdown
 from cbnerf.search.ledger import Ledger
 from cbnerf.search.report import configuration_table, scene_table, write_report
 from cbnerf.search.tracking import NOT_COMPARABLE
-from cbnerf.tables import Table, to_html, to_markdown
 
 pytestmark = pytest.mark.search
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cbnerf.compare.figure import (
+from cbnerf.report.figures import (
     LARGEST_ERROR,
     Panel,
     choose_crop,

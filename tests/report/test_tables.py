@@ -1,6 +1,6 @@
 import re
 
-from cbnerf.tables import Cell, Table, mark_best, to_html, to_latex, to_markdown
+from cbnerf.report.tables import Cell, Table, mark_best, to_html, to_latex, to_markdown
 
 TABLE = Table(
     "PSNR & co",
