@@ -26,7 +26,8 @@ from cbnerf.data.splits import split_views
 from cbnerf.training.checkpoint import Checkpoint
 from cbnerf.training.distributed import choose_device
 from cbnerf.training.evaluation import mean_scores, refine_views
-from cbnerf.training.refiner import build_refiner, train_refiner
+from cbnerf.training.models import build_refiner
+from cbnerf.training.refiner import train_refiner
 from cbnerf.training.stages import RENDERS_FILE
 
 

@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from cbnerf.codebook.reference import ReferenceRefiner
+from cbnerf.baselines.nerf_sr import ReferenceRefiner
 from cbnerf.codebook.refiner import DEFAULT_TILE, Refiner
 from cbnerf.compare.command import Request, report_folder, settle
 from cbnerf.compare.report import write_report
@@ -43,9 +43,8 @@ from cbnerf.training.cache import StageCache
 from cbnerf.training.checkpoint import Checkpoint, load_checkpoint
 from cbnerf.training.distributed import choose_device, joined_processes, process_rank
 from cbnerf.training.evaluation import Score, mean_score, refine_views, score_views
-from cbnerf.training.field import load_field
 from cbnerf.training.inspection import inspect_codebook
-from cbnerf.training.refiner import load_refiner
+from cbnerf.training.models import load_field, load_refiner
 from cbnerf.training.stages import (
     CONFIG_FILE,
     FIELD_FILE,

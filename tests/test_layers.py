@@ -12,8 +12,8 @@ import cbnerf
 
 PACKAGE = Path(cbnerf.__file__).parent
 LEFT_TO_RIGHT = [
-    {"config"}, {"rng", "metrics", "files"}, {"nerf", "codebook", "scenes", "report"}, {"data"},
-    {"training"}, {"compare"}, {"search"}, {"cli"}, {"__main__"},
+    {"config"}, {"rng", "metrics", "files"}, {"nerf", "codebook", "scenes", "report"},
+    {"baselines"}, {"data"}, {"training"}, {"compare"}, {"search"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 PLACE = {part: place for place, parts in enumerate(LEFT_TO_RIGHT) for part in parts}
 OF_SEARCH_ONLY = {"ray", "optuna", "mlflow", "tqdm", "plotly"}

@@ -14,19 +14,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cbnerf.codebook.autoencoder import (
+from cbnerf.codebook.encoders import (
     STRIDE,
-    Decoder,
-    Encoder,
     LightDecoder,
     LightEncoder,
     ResidualBlock,
     VQAutoencoder,
 )
 from cbnerf.codebook.filters import CodeFilters, Corrections
-from cbnerf.codebook.linear import LinearRefiner
 from cbnerf.codebook.quantizer import Neighbours, VectorQuantizer
-from cbnerf.codebook.reference import ReferenceRefiner
 from cbnerf.config import Config, LossConfig
 
 DEFAULT_TILE = 1024
@@ -187,35 +183,6 @@ class Refiner(nn.Module, ABC):
         return told[..., :height, :width].clamp(0, 1)
 
 
-class PaperRefiner(Refiner):
-    """The published refiner: the whole image goes through a quarter of its resolution."""
-
-    def __init__(self, config: Config):
-        dim = config.codebook.latent_dim
-        codes = VQAutoencoder(Encoder(dim), Decoder(dim), config.codebook, config.refiner.skips)
-        super().__init__(codes)
-        self.encoder = Encoder(dim)
-        self.decoder = Decoder(dim, with_skips=True)
-        self._uses_codes = float(config.refiner.codes)
-        # Cells: 4 of an encoder, 4 of a decoder, on the way of the image and on that of the codes.
-        self.halo = STRIDE * 8
-        self.apply(_init_kaiming)
-
-    def _select_coded(self, images: Tensor) -> Tensor:
-        return images
-
-    def _sharpen(self, sr: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
-        skips = tuple(skip * self._uses_codes for skip in skips)
-        return self.decoder(self.encoder(sr), skips).image
-
-
-def _init_kaiming(layer: nn.Module) -> None:
-    if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-        nn.init.kaiming_normal_(layer.weight)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-
-
 class ResidualRefiner(Refiner):
     """A small CNN corrects the render, then each pixel by the filters of the codes found there.
 
@@ -336,21 +303,3 @@ def _group(
     for (sr, codes), correction, part in zip(found, wanted, parts, strict=True):
         views[part].append(Corrections(sr, codes, correction[0]))
     return views
-
-
-AnyRefiner = PaperRefiner | ResidualRefiner | ReferenceRefiner | LinearRefiner
-
-
-def build_refiner(config: Config) -> AnyRefiner:
-    """The untrained refiner that `refiner.kind` names."""
-    match config.refiner.kind:
-        case "paper":
-            return PaperRefiner(config)
-        case "residual":
-            return ResidualRefiner(config)
-        case "reference":
-            return ReferenceRefiner(config)
-        case "linear":
-            return LinearRefiner()
-        case "none":
-            raise ValueError("refiner.kind = none: this method ends with stage 1")

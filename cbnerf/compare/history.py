@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from cbnerf.codebook.refiner import build_refiner
 from cbnerf.compare.protocols import released_psnr
 from cbnerf.config import Config
 from cbnerf.data.references import find_references
@@ -14,6 +13,7 @@ from cbnerf.data.scene import Scene
 from cbnerf.files import write_whole
 from cbnerf.training.checkpoint import Checkpoint, load_checkpoint
 from cbnerf.training.evaluation import refine_views
+from cbnerf.training.models import build_refiner
 from cbnerf.training.stages import REFINER_FILE
 
 RELEASED_PSNR = "psnr_table1"

@@ -16,8 +16,8 @@ from cbnerf.data.renders import load_renders
 from cbnerf.data.scene import Scene
 from cbnerf.metrics import to_8bit
 from cbnerf.training.evaluation import refine_views, render_views, to_unit
-from cbnerf.training.field import load_field, low_res_cameras
-from cbnerf.training.refiner import load_refiner
+from cbnerf.training.field import low_res_cameras
+from cbnerf.training.models import load_field, load_refiner
 from cbnerf.training.stages import FIELD_FILE, REFINER_FILE, RENDERS_FILE
 
 Part = Literal["stage 1", "bicubic", "lanczos", "refined", "vq-vae"]

@@ -33,9 +33,8 @@ from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene
 from cbnerf.training.cache import StageCache
 from cbnerf.training.evaluation import score_views
-from cbnerf.training.field import load_field
 from cbnerf.training.keys import field_key, refiner_key
-from cbnerf.training.refiner import load_refiner
+from cbnerf.training.models import load_field, load_refiner
 from cbnerf.training.stages import (
     FIELD_FILE,
     REFINER_FILE,

@@ -38,7 +38,7 @@ from cbnerf.search.study import (
 from cbnerf.search.tracking import NOT_COMPARABLE, tracking_uri, without_password
 from cbnerf.search.trial import load_scene
 from cbnerf.training.distributed import choose_device
-from cbnerf.training.refiner import count_parameters
+from cbnerf.training.models import count_parameters
 
 _REQUEST_FILE = "request.yaml"
 _INTERRUPTED = 130

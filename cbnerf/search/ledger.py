@@ -18,7 +18,7 @@ from cbnerf.config import KnobError, with_overrides
 from cbnerf.search.judge import Judge, Metrics, Place, Stop
 from cbnerf.search.plan import Plan, Unit
 from cbnerf.search.proposals import make_sampler, open_study, propose, suggest
-from cbnerf.training.refiner import count_parameters
+from cbnerf.training.models import count_parameters
 
 
 @dataclass

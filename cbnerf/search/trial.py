@@ -28,7 +28,7 @@ from cbnerf.training.checkpoint import Checkpoint, knobs_of_stage
 from cbnerf.training.distributed import choose_device
 from cbnerf.training.evaluation import mean_scores, refine_views
 from cbnerf.training.keys import field_key
-from cbnerf.training.refiner import load_refiner
+from cbnerf.training.models import load_refiner
 from cbnerf.training.stages import (
     REFINER_FILE,
     RENDERS_FILE,

@@ -6,12 +6,13 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from cbnerf.codebook.reference import ReferenceRefiner
-from cbnerf.codebook.refiner import DEFAULT_TILE, AnyRefiner, Refiner
+from cbnerf.baselines.nerf_sr import ReferenceRefiner
+from cbnerf.codebook.refiner import DEFAULT_TILE, Refiner
 from cbnerf.data.renders import Renders
 from cbnerf.metrics import flip, psnr, ssim, to_8bit
 from cbnerf.nerf.model import FieldModel, render_image
 from cbnerf.nerf.rays import Cameras
+from cbnerf.training.models import AnyRefiner
 
 
 class Score(NamedTuple):

@@ -15,7 +15,6 @@ from cbnerf.nerf.rays import Cameras, make_sub_pixel_rays
 from cbnerf.nerf.rendering import super_sampling_loss
 from cbnerf.nerf.sampling import choose_sub_pixels
 from cbnerf.rng import Rng
-from cbnerf.training.checkpoint import load_checkpoint
 from cbnerf.training.evaluation import mean_scores, render_views
 from cbnerf.training.loop import Losses, Report, Task, fit, heeding_determinism
 
@@ -80,15 +79,6 @@ def train_field(
     )
     fit(task, device=device, report=report, resume_from=resume_from, until=until)
     return model
-
-
-def load_field(path: Path, device: torch.device) -> tuple[FieldModel, Cameras, Config]:
-    """A trained field with the cameras and the configuration it was trained with."""
-    checkpoint = load_checkpoint(path, "field", device)
-    cameras = Cameras(**checkpoint.cameras)
-    model = build_field(checkpoint.config, cameras).to(device)
-    model.load_state_dict(checkpoint.model)
-    return model.eval(), cameras, checkpoint.config
 
 
 def scene_cameras(scene: Scene, device: torch.device) -> Cameras:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from cbnerf.codebook.autoencoder import STRIDE
+from cbnerf.codebook.encoders import STRIDE
 from cbnerf.codebook.health import CodebookHealth
 from cbnerf.codebook.refiner import Refiner
 from cbnerf.training.evaluation import image_strip, to_unit

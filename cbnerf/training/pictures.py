@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from cbnerf.codebook.autoencoder import LIGHT_SIDE, VQAutoencoder
+from cbnerf.codebook.encoders import LIGHT_SIDE, VQAutoencoder
 from cbnerf.metrics import to_8bit
 
 _PHOTOGRAPH, _RENDER, _INK = (70, 110, 170), (225, 120, 40), (40, 40, 40)

@@ -8,16 +8,10 @@ import torch.nn.functional as F
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
+from cbnerf.baselines.linear import LinearRefiner, fit_filter
 from cbnerf.codebook.consistency import LowResView, fit_consistent_filter
 from cbnerf.codebook.health import CodebookHealth
-from cbnerf.codebook.linear import LinearRefiner, fit_filter
-from cbnerf.codebook.refiner import (
-    AnyRefiner,
-    Refiner,
-    ResidualRefiner,
-    build_refiner,
-    refiner_losses,
-)
+from cbnerf.codebook.refiner import Refiner, ResidualRefiner, refiner_losses
 from cbnerf.config import Config, KnobError
 from cbnerf.data.patches import PatchSampler
 from cbnerf.data.pixels import downsample
@@ -26,10 +20,11 @@ from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
 from cbnerf.rng import Rng
-from cbnerf.training.checkpoint import Checkpoint, load_checkpoint
+from cbnerf.training.checkpoint import Checkpoint
 from cbnerf.training.distributed import num_processes, process_rank
 from cbnerf.training.evaluation import mean_scores, refine_views, to_unit
 from cbnerf.training.loop import Losses, Report, Task, fit, heeding_determinism
+from cbnerf.training.models import AnyRefiner, build_refiner
 
 Pairs = Sequence[tuple[Scene, Renders]]
 Images = UInt8[Tensor, "views height width 3"]
@@ -143,20 +138,6 @@ def trained_on(scene: Scene, beside: Pairs, others: Pairs) -> str:
     """The scenes that a refiner is made of, in words that tell it from others."""
     names = ", ".join([scene.name, *(one.name for one, _ in beside)])
     return f"{names} from {', '.join(one.name for one, _ in others)}" if others else names
-
-
-def count_parameters(config: Config) -> int:
-    """Parameters of the refiner of a configuration, its codes and filters among them."""
-    with torch.random.fork_rng(devices=[]):
-        return sum(parameter.numel() for parameter in build_refiner(config).parameters())
-
-
-def load_refiner(path: Path, device: torch.device) -> AnyRefiner:
-    """A trained refiner."""
-    checkpoint = load_checkpoint(path, "refiner", device)
-    refiner = build_refiner(checkpoint.config).to(device)
-    refiner.load_state_dict(checkpoint.model)
-    return refiner.eval()
 
 
 def _code_losses(config: Config, patches: PatchSampler, health: CodebookHealth) -> DrawLosses:

@@ -7,11 +7,12 @@ import imageio.v3 as iio
 from jaxtyping import UInt8
 from torch import Tensor
 
-from cbnerf.codebook.refiner import DEFAULT_TILE, AnyRefiner
+from cbnerf.codebook.refiner import DEFAULT_TILE
 from cbnerf.nerf.model import FieldModel
 from cbnerf.nerf.rays import Cameras
 from cbnerf.nerf.warp import warping_error
 from cbnerf.training.evaluation import refine_views, render_views
+from cbnerf.training.models import AnyRefiner
 
 VIDEO_FILE = "video.json"
 

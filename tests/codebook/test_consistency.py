@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cbnerf.baselines.linear import LinearRefiner
 from cbnerf.codebook.consistency import LowResView, fit_consistent_filter
-from cbnerf.codebook.linear import LinearRefiner
 from cbnerf.codebook.neighbourhoods import INPUTS, SIDE
 
 SCALE = 2

@@ -5,16 +5,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cbnerf.codebook.linear import LinearRefiner
-from cbnerf.codebook.reference import ReferenceRefiner
-from cbnerf.codebook.refiner import (
-    PaperRefiner,
-    Refinement,
-    ResidualRefiner,
-    build_refiner,
-    refiner_losses,
-)
+from cbnerf.baselines.linear import LinearRefiner
+from cbnerf.baselines.nerf_sr import ReferenceRefiner
+from cbnerf.baselines.paper import PaperRefiner
+from cbnerf.codebook.refiner import Refinement, ResidualRefiner, refiner_losses
 from cbnerf.config import METHODS, RESOLUTIONS, LossConfig, preset, with_overrides
+from cbnerf.training.models import build_refiner
 
 SMALL = {"refiner.channels": 6, "refiner.blocks": 2, "codebook.size": 16, "codebook.dim": 4}
 

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from cbnerf.codebook.refiner import build_refiner
 from cbnerf.config import Config
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
@@ -16,6 +15,7 @@ from cbnerf.training.evaluation import (
     refine_views,
     render_views,
 )
+from cbnerf.training.models import build_refiner
 
 CPU = torch.device("cpu")
 

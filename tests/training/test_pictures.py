@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cbnerf.codebook.refiner import build_refiner
 from cbnerf.config import METHODS, with_overrides
+from cbnerf.training.models import build_refiner
 from cbnerf.training.pictures import color_codes, draw_agreement, draw_codes, draw_map, draw_usage
 
 SMALL = {"codebook.size": 10, "codebook.dim": 4}

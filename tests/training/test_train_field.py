@@ -7,7 +7,8 @@ from cbnerf.config import METHODS, Config, preset, with_overrides
 from cbnerf.data.scene import Scene
 from cbnerf.nerf.rays import Cameras, make_rays
 from cbnerf.training.evaluation import render_views
-from cbnerf.training.field import load_field, low_res_cameras, train_field
+from cbnerf.training.field import low_res_cameras, train_field
+from cbnerf.training.models import load_field
 
 CPU = torch.device("cpu")
 FAST = {

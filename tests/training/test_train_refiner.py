@@ -12,13 +12,8 @@ from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
 from cbnerf.training.evaluation import mean_scores, refine_views
-from cbnerf.training.refiner import (
-    Pairs,
-    _training_views,
-    count_parameters,
-    load_refiner,
-    train_refiner,
-)
+from cbnerf.training.models import count_parameters, load_refiner
+from cbnerf.training.refiner import Pairs, _training_views, train_refiner
 
 CPU = torch.device("cpu")
 FAST = {

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cbnerf.codebook.linear import SIDE, LinearRefiner, fit_filter
+from cbnerf.baselines.linear import SIDE, LinearRefiner, fit_filter
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 

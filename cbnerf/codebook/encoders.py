@@ -1,10 +1,11 @@
-"""VQ autoencoders: the published one with one code per 4x4 pixels, a light one with one per pixel.
+"""VQ autoencoders, and the light encoder and decoder with one code per pixel.
 
 Latents are `[batch rows columns dim]`, with a row and column for each code. Images are
 `[batch 3 height width]` with sides divisible by 4, in [-1, 1]. *Skips* are features of the decoder
 that the refiner's decoder takes as input.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
@@ -19,7 +20,7 @@ from cbnerf.codebook.quantizer import Neighbours, find_neighbours, vq_loss
 from cbnerf.config import CodebookConfig
 
 STRIDE = 4
-"""Pixels per code and side of the published autoencoder."""
+"""Sides of images are multiples of this; pixels per code and side of the published encoder."""
 LIGHT_SIDE = 7
 """Receptive field of a code of the light autoencoder, in pixels per side."""
 _FLAT = 0.1
@@ -30,70 +31,21 @@ class Decoded(NamedTuple):
     skips: tuple[Float[Tensor, "batch _ _ _"], ...]
 
 
-class ResidualStack(nn.Module):
-    """One residual layer applied twice (with shared weights, as in the released code)."""
+class Encoder(nn.Module):
+    """Images `[batch 3 height width]` to latents `[batch dim rows columns]`."""
 
-    def __init__(self, channels: int, hidden: int):
-        super().__init__()
-        self.layer = nn.Sequential(
-            nn.Conv2d(channels, hidden, 3, padding=1, bias=False),
-            nn.ReLU(),
-            nn.Conv2d(hidden, channels, 1, bias=False),
-        )
-
-    def forward(
-        self, features: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch channels height width"]:
-        for _ in range(2):
-            # The first ReLU of the released code is in-place, so it acts on the identity path too.
-            features = features.relu()
-            features = features + self.layer(features)
-        return features.relu()
-
-
-class Encoder(nn.Sequential):
-    """The published encoder, 4x4 pixels per latent; the refiner has a second one."""
-
-    stride = STRIDE
-    imitated = 1
+    stride: int
+    """Pixels per latent and side."""
+    imitated: int
     """Stride of the latents of a render that are quantized in training, if their skips are not
     used."""
 
-    def __init__(self, dim: int):
-        super().__init__(
-            nn.Conv2d(3, 64, 4, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(64, 128, 4, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(128, 128, 3, padding=1),
-            ResidualStack(128, 32),
-            nn.Conv2d(128, dim, 1),
-        )
 
+class Decoder(nn.Module, ABC):
+    """Latents `[batch dim rows columns]` to an image and its skips."""
 
-class Decoder(nn.Module):
-    """The published decoder; with `with_skips` that of the refiner, which takes skips as input."""
-
-    def __init__(self, dim: int, *, with_skips: bool = False):
-        super().__init__()
-        wide = 2 if with_skips else 1
-        self.stage1 = nn.Sequential(nn.ConvTranspose2d(dim, 128, 1), ResidualStack(128, 32))
-        self.stage2 = nn.ConvTranspose2d(wide * 128, 128, 3, padding=1)
-        self.stage3 = nn.ConvTranspose2d(wide * 128, 64, 4, stride=2, padding=1)
-        self.stage4 = nn.ConvTranspose2d(wide * 64, 3, 4, stride=2, padding=1)
-
-    def forward(
-        self,
-        latents: Float[Tensor, "batch dim rows columns"],
-        skips: tuple[Float[Tensor, "batch _ _ _"], ...] = (),
-    ) -> Decoded:
-        def join(features: Tensor, i: int) -> Tensor:
-            return torch.cat([features, skips[i]], dim=1) if skips else features
-
-        first = self.stage1(latents)
-        second = self.stage2(join(first, 0))
-        third = self.stage3(join(second, 1).relu())
-        return Decoded(self.stage4(join(third, 2).relu()), (first, second, third))
+    @abstractmethod
+    def forward(self, latents: Tensor) -> Decoded: ...
 
 
 class ResidualBlock(nn.Sequential):
@@ -110,7 +62,7 @@ class ResidualBlock(nn.Sequential):
         return features + super().forward(features)
 
 
-class LightEncoder(nn.Module):
+class LightEncoder(Encoder):
     """One latent per pixel: linear features of its 7x7 neighbourhood.
 
     Initialised with the principal components of photographs and one constant feature. On the unit
@@ -151,7 +103,7 @@ class LightEncoder(nn.Module):
             bias[-1] = _FLAT
 
 
-class LightDecoder(nn.Module):
+class LightDecoder(Decoder):
     def __init__(self, dim: int):
         super().__init__()
         self.image = nn.Conv2d(dim, 3, LIGHT_SIDE, padding=LIGHT_SIDE // 2)
@@ -187,11 +139,11 @@ class VQAutoencoder(nn.Module):
 
     def __init__(
         self,
-        encoder: Encoder | LightEncoder,
-        decoder: Decoder | LightDecoder,
+        encoder: Encoder,
+        decoder: Decoder,
         config: CodebookConfig,
         skips: Literal["hr", "sr", "mixed"],
-        sr_encoder: Encoder | LightEncoder | None = None,
+        sr_encoder: Encoder | None = None,
     ):
         super().__init__()
         self.encoder = encoder

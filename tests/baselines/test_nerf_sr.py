@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cbnerf.codebook.reference import ReferenceRefiner
+from cbnerf.baselines.nerf_sr import ReferenceRefiner
 from cbnerf.config import METHODS, with_overrides
 
 

@@ -1,0 +1,54 @@
+"""Build untrained refiners; load trained models of both stages from their checkpoints."""
+
+from pathlib import Path
+
+import torch
+
+from cbnerf.baselines.linear import LinearRefiner
+from cbnerf.baselines.nerf_sr import ReferenceRefiner
+from cbnerf.baselines.paper import PaperRefiner
+from cbnerf.codebook.refiner import ResidualRefiner
+from cbnerf.config import Config
+from cbnerf.nerf.model import FieldModel, build_field
+from cbnerf.nerf.rays import Cameras
+from cbnerf.training.checkpoint import load_checkpoint
+
+AnyRefiner = PaperRefiner | ResidualRefiner | ReferenceRefiner | LinearRefiner
+
+
+def build_refiner(config: Config) -> AnyRefiner:
+    """The untrained refiner of `refiner.kind`."""
+    match config.refiner.kind:
+        case "paper":
+            return PaperRefiner(config)
+        case "residual":
+            return ResidualRefiner(config)
+        case "reference":
+            return ReferenceRefiner(config)
+        case "linear":
+            return LinearRefiner()
+        case "none":
+            raise ValueError("refiner.kind = none: this method ends with stage 1")
+
+
+def count_parameters(config: Config) -> int:
+    """Number of parameters of the refiner, including codes and filters."""
+    with torch.random.fork_rng(devices=[]):
+        return sum(parameter.numel() for parameter in build_refiner(config).parameters())
+
+
+def load_field(path: Path, device: torch.device) -> tuple[FieldModel, Cameras, Config]:
+    """A trained field with its cameras and configuration."""
+    checkpoint = load_checkpoint(path, "field", device)
+    cameras = Cameras(**checkpoint.cameras)
+    model = build_field(checkpoint.config, cameras).to(device)
+    model.load_state_dict(checkpoint.model)
+    return model.eval(), cameras, checkpoint.config
+
+
+def load_refiner(path: Path, device: torch.device) -> AnyRefiner:
+    """A trained refiner."""
+    checkpoint = load_checkpoint(path, "refiner", device)
+    refiner = build_refiner(checkpoint.config).to(device)
+    refiner.load_state_dict(checkpoint.model)
+    return refiner.eval()
