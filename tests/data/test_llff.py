@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cbnerf.data.llff import count_views, find_scenes, read_capture, write_capture
+from cbnerf.data.llff import find_photographs, find_scenes, read_capture, write_capture
 from cbnerf.data.scene import Capture
 
 
@@ -32,7 +32,7 @@ def test_a_written_scene_reads_back(folder: Path, tiny_capture: Capture):
     assert torch.equal(capture.camera_to_world, tiny_capture.camera_to_world[:4])
     assert torch.equal(capture.bounds, tiny_capture.bounds[:4])
     assert capture.focal == tiny_capture.focal
-    assert count_views(folder, 64) == 4
+    assert len(find_photographs(folder, 64).files) == 4
 
 
 def test_axes_of_the_file_are_down_right_backward(folder: Path):
@@ -71,7 +71,7 @@ def test_what_is_no_image_folder_is_passed_over(folder: Path):
     (folder / "images.zip").write_bytes(b"PK")
     (folder / "images_2").mkdir()
     (folder / "images" / "Thumbs.db").write_bytes(b"")
-    assert count_views(folder, 64) == 4
+    assert len(find_photographs(folder, 64).files) == 4
 
 
 def test_scenes_are_found_by_their_cameras(folder: Path):
