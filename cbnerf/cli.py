@@ -325,9 +325,7 @@ class MakeScenes:
                 f"--scenes: {unknown[0]!r} is not built in; there are {', '.join(BUILT_IN_SCENES)}"
             )
         if self.width < 16 or self.views < MIN_TRAINING_VIEWS:
-            raise ValueError(
-                f"--width must be at least 16, --views at least {MIN_TRAINING_VIEWS}"
-            )
+            raise ValueError(f"--width must be at least 16, --views at least {MIN_TRAINING_VIEWS}")
         for name in names:
             write_capture(
                 self.output / name, make_capture(name, width=self.width, num_views=self.views)

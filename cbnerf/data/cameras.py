@@ -22,7 +22,7 @@ def check_rotations(rotations: Float[np.ndarray, "views 3 3"], file: Path) -> No
     """Refuse what is mirrored, scaled, sheared or zero; rows of the file are counted from 0."""
     off = np.abs(rotations.transpose(0, 2, 1) @ rotations - np.eye(3)).max(axis=(1, 2))
     signs = np.linalg.det(rotations)
-    for row in np.flatnonzero((off > _ROTATION_TOLERANCE) | (signs < 0)):
+    for row in np.flatnonzero(~(off <= _ROTATION_TOLERANCE) | (signs < 0)):
         lengths = ", ".join(f"{length:.3g}" for length in np.linalg.norm(rotations[row], axis=0))
         problem = (
             "mirrors space"
@@ -57,6 +57,6 @@ def check_forward_facing(
     if widest[row] > MAX_ANGLE:
         raise ValueError(
             f"{file}: the camera of row {row} (counted from 0) looks {angles[row, 0]:.0f} degrees "
-            f"beside the average camera and sees as far as {math.ceil(widest[row])}; scenes must be "
-            f"forward-facing, all within {MAX_ANGLE:.0f} degrees: photograph it from one side"
+            f"beside the average camera and sees as far as {math.ceil(widest[row])}; a scene must "
+            f"be forward-facing, all within {MAX_ANGLE:.0f} degrees: photograph it from one side"
         )

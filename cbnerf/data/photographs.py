@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 # Pillow's own limit, against small files that unpack to huge images, lies below what cameras with
 # 200 megapixels save. Beyond this one it warns, and beyond twice as much it refuses.
@@ -20,8 +20,7 @@ MAX_PIXELS = 500_000_000
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"}
-# MPO is a JPEG with further pictures behind it, as phones save them: the first is the photograph.
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP")
+_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
 _EIGHT_BIT = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "YCbCr"}
 _SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N"}
 _WHITE_IS_ZERO, _PHOTOMETRIC = 0, 262  # of TIFF, which Pillow heeds in 8 bits only
@@ -45,8 +44,8 @@ def list_photographs(folder: Path) -> list[Path]:
     found = sorted(file for file in files if file.suffix.lower() in SUFFIXES)
     if files and not found:
         raise ValueError(
-            f"{folder}: no photograph that can be read, only {_count_suffixes(files)}; save them as "
-            "PNG or JPEG (WebP, TIFF and BMP are read, too; HEIC and raw files are not)"
+            f"{folder}: no photograph that can be read, only {_count_suffixes(files)}; save them "
+            "as PNG or JPEG (WebP, TIFF and BMP are read, too; HEIC and raw files are not)"
         )
     return found
 
@@ -93,6 +92,7 @@ def _open(file: Path, *, decode: bool = False) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Of metadata, mostly; `MAX_PIXELS` is checked below.
             with Image.open(file, formats=_FORMATS) as image:
+                # MPO: a JPEG with further pictures behind the photograph, as phones save it.
                 frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
                 _check_kind(file, image, frames)
                 if decode:
@@ -100,9 +100,11 @@ def _open(file: Path, *, decode: bool = False) -> Image.Image:
                 return image
     except _Refused:
         raise
+    except UnidentifiedImageError:
+        raise ValueError(f"{file}: not an image of a format that is read") from None
     except Exception as error:  # Decoders raise whatever their parsers stumble on.
-        what = "broken image" if decode else "not an image"
-        raise ValueError(f"{file}: {what} ({' '.join(str(error).split())})") from None
+        what = " ".join(str(error).split())
+        raise ValueError(f"{file}: broken image ({what})") from None
 
 
 class _Refused(ValueError):

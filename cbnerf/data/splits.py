@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from typing import NamedTuple
 
 from cbnerf.config import DataConfig
@@ -39,14 +40,13 @@ def check_views(
     """
     if _is_enough(num_views, data):
         return
-    every, mends = data.test_every, []
-    fewest = next((n for n in range(1, 2 * every + 3) if _is_enough(n, data)), None)
-    if fewest is not None:
-        mends.append(f"give at least {fewest}")
-    others = [n for n in range(2, 2 * num_views + 1) if every]
-    others = [n for n in others if _is_enough(num_views, replace(data, test_every=n))]
-    if others:
-        nearest = min(others, key=lambda other: abs(other - every))
+    every = data.test_every
+    mends = [f"give at least {next(n for n in count() if _is_enough(n, data))}"]
+    # From twice the views on none is half-way between test views.
+    others = [replace(data, test_every=other) for other in range(3, 2 * num_views)]
+    fitting = [other.test_every for other in others if _is_enough(num_views, other)]
+    if fitting:
+        nearest = min(fitting, key=lambda other: abs(other - every))
         mends.append(f"set {spell('data.test_every', nearest)}")
     selecting = ", or none to select on" if data.validation else ""
     raise ValueError(
