@@ -8,9 +8,10 @@ import importlib.util
 import io
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,12 +32,13 @@ from cbnerf.config import (
     load_config,
     preset,
 )
-from cbnerf.data.library import NUM_VIEWS, default_storage, make_capture
-from cbnerf.data.llff import read_capture, write_capture
+from cbnerf.data.library import NUM_VIEWS, default_storage, describe_photographs, make_capture
+from cbnerf.data.llff import find_photographs, is_scene_folder, read_capture, write_capture
 from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene, make_scene
-from cbnerf.data.splits import split_views
+from cbnerf.data.splits import MIN_TRAINING_VIEWS, check_views, split_views
+from cbnerf.files import expand_home
 from cbnerf.nerf.path import spiral_path
 from cbnerf.scenes import BUILT_IN_SCENES
 from cbnerf.training.cache import StageCache
@@ -74,8 +76,9 @@ class TrainField:
     """Image size and schedule."""
 
     def run(self) -> None:
-        scene = _load_scene(self.scene, self.config)
+        scene = _load_training_scene(self.scene, self.config)
         with joined_processes() as device:
+            _say(_describe_scene(self.scene, self.config))
             metrics = run_field(
                 self.config, scene, self.output, device=device, report=_print_report
             )
@@ -108,6 +111,8 @@ class TrainRefiner:
             raise ValueError("--scene: several scenes share a refiner with --codebook.shared only")
         (scene, renders), *beside = map(self._load, self.scene, self.field)
         with joined_processes() as device:
+            for name in self.scene:
+                _say(_describe_scene(name, self.config))
             metrics = run_refiner(
                 self.config, scene, renders, self.output,
                 device=device, report=_print_report, beside=beside,
@@ -115,7 +120,7 @@ class TrainRefiner:
         _print_metrics(self.output, metrics)
 
     def _load(self, name: str, field: Path) -> tuple[Scene, Renders]:
-        scene = _load_scene(name, self.config)
+        scene = _load_training_scene(name, self.config)
         return scene, _load_renders(field, _load_field_checkpoint(field), scene)
 
 
@@ -192,6 +197,8 @@ class Compare(Request):
 
             check_mlflow(comparison.storage)
         device = choose_device()
+        width = comparison.split.width
+        print(f"photographs  {describe_photographs(comparison.scenes, comparison.data, width)}")
         results = run_comparison(comparison, device, lambda line: print(line, flush=True))
         print(write_report(comparison, results, folder, device))
         print(f"\nreport     {folder / 'report.html'}")
@@ -316,8 +323,8 @@ class MakeScenes:
             raise ValueError(
                 f"--scenes: {unknown[0]!r} is not built in; there are {', '.join(BUILT_IN_SCENES)}"
             )
-        if self.width < 16 or self.views < 3:
-            raise ValueError("--width must be at least 16, --views at least 3")
+        if self.width < 16 or self.views < MIN_TRAINING_VIEWS:
+            raise ValueError(f"--width must be at least 16, --views at least {MIN_TRAINING_VIEWS}")
         for name in names:
             write_capture(
                 self.output / name, make_capture(name, width=self.width, num_views=self.views)
@@ -329,7 +336,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line; bad input ends in one line and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        parse_command(arguments).run()
+        command = parse_command(arguments)
+        _expand_homes(command)
+        command.run()
     except KeyboardInterrupt:
         print("cbnerf: interrupted; the same command goes on from its checkpoint", file=sys.stderr)
         sys.exit(130)
@@ -385,15 +394,48 @@ def parse_command(
         raise
 
 
-def _load_scene(name: str, config: Config) -> Scene:
-    width = config.data.width
-    if name in BUILT_IN_SCENES:
-        return make_scene(make_capture(name, width=width), config.data)
-    if not Path(name).is_dir():
+def _expand_homes(command: object) -> None:
+    """Read `~` at the start of a flag's path as the home folder."""
+    for one in fields(command):  # pyright: ignore[reportArgumentType]
+        value = getattr(command, one.name)
+        if isinstance(value, Path):
+            setattr(command, one.name, expand_home(value))
+        elif isinstance(value, tuple):
+            paths = (expand_home(part) if isinstance(part, Path) else part for part in value)
+            setattr(command, one.name, tuple(paths))
+
+
+def _scene_folder(name: str) -> Path | None:
+    """The folder of a scene, or None for a built-in one: what is on disk comes first."""
+    folder = Path(os.path.abspath(expand_home(Path(name))))  # `.` has a name, too
+    if name in BUILT_IN_SCENES and not is_scene_folder(folder):
+        return None
+    if not folder.is_dir():
         raise ValueError(
             f"{name}: no such folder, and no built-in scene; those are {', '.join(BUILT_IN_SCENES)}"
         )
-    return make_scene(read_capture(Path(name), width), config.data)
+    return folder
+
+
+def _load_scene(name: str, config: Config) -> Scene:
+    folder, width = _scene_folder(name), config.data.width
+    capture = read_capture(folder, width) if folder else make_capture(name, width=width)
+    return make_scene(capture, config.data)
+
+
+def _load_training_scene(name: str, config: Config) -> Scene:
+    scene = _load_scene(name, config)
+    check_views(scene.num_views, config.data, name, "--{} {}".format)
+    return scene
+
+
+def _describe_scene(name: str, config: Config) -> str:
+    """Which photographs are read, in words."""
+    folder = _scene_folder(name)
+    if folder is None:
+        return f"photographs  built-in scene {name}"
+    beside = ": the folder, not the built-in scene" if name in BUILT_IN_SCENES else ""
+    return f"photographs  {find_photographs(folder, config.data.width)}{beside}"
 
 
 def _load_test_views(name: str, field: Path) -> tuple[Scene, Renders, list[int]]:
@@ -437,9 +479,13 @@ def _print_score(label: str, score: Score) -> None:
     print(f"  {label}  PSNR {score.psnr:6.2f} dB  SSIM {score.ssim:.4f}{seen}")
 
 
-def _print_report(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
+def _say(line: str) -> None:
     if process_rank() == 0:
-        print(f"step {step}  {_format_metrics(metrics)}", flush=True)
+        print(line, flush=True)
+
+
+def _print_report(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
+    _say(f"step {step}  {_format_metrics(metrics)}")
 
 
 def _format_metrics(metrics: dict[str, float]) -> str:

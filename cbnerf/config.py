@@ -73,8 +73,9 @@ class DataConfig:
     def __post_init__(self):
         _check(self.scale >= 1, "data.scale", self.scale, "at least 1")
         _check(self.width >= 8 * self.scale, "data.width", self.width, "at least 8 * data.scale")
-        allowed = self.test_every >= 2 or (self.test_every == 0 and not self.validation)
-        rule = "at least 2, or 0 with data.validation = false"
+        smallest = 3 if self.validation else 2  # else none is left to train on
+        allowed = self.test_every >= smallest or (self.test_every == 0 and not self.validation)
+        rule = f"at least {smallest}, or 0 with data.validation = false"
         _check(allowed, "data.test_every", self.test_every, rule)
 
 

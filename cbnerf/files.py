@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, whoever is killed when."""
+"""Files and folders that are there whole or not at all, whoever is killed when; paths of users."""
 
 import os
 import shutil
@@ -21,6 +21,14 @@ def whole(target: Path) -> Iterator[Path]:
         if unfinished.is_dir():
             shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.unlink(missing_ok=True)
+
+
+def expand_home(path: Path) -> Path:
+    """The path with `~` as the home folder: a shell leaves it as it is in `--data=~/photos`."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path}: there is no such home folder") from None
 
 
 def write_whole(target: Path, text: str) -> None:

@@ -46,6 +46,48 @@ def test_a_finished_command_can_be_given_again(runs: Path, capsys):
     assert "val/psnr" in out and "step" not in out
 
 
+def test_the_photographs_that_are_read_are_named(
+    runs: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    train = ["train-field", *SHORT]
+    main([*train, f"--scene={runs}/scene", f"--output={runs}/field"])
+    assert capsys.readouterr().out.startswith("photographs  scene/images (64x47)\n")
+    monkeypatch.chdir(tmp_path)
+    main([*train, "--scene=mosaic", "--output=mosaic/field"])
+    assert capsys.readouterr().out.startswith("photographs  built-in scene mosaic\n")
+    main([*train, "--scene=mosaic", "--output=mosaic/field"])  # that folder is no scene
+    assert capsys.readouterr().out.startswith("photographs  built-in scene mosaic\n")
+
+
+def test_a_folder_comes_before_the_built_in_scene_of_its_name(
+    runs: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    write_capture(tmp_path / "mosaic", read_capture(runs / "scene", 64))
+    monkeypatch.chdir(tmp_path)
+    for place, name in ((tmp_path, "mosaic"), (tmp_path / "mosaic", ".")):
+        monkeypatch.chdir(place)
+        main(["train-field", f"--scene={name}", f"--output={tmp_path}/{name}/field", *SHORT])
+        out = capsys.readouterr().out
+        assert "photographs  mosaic/images (64x47)" in out
+        assert ("the folder, not the built-in scene" in out) == (name == "mosaic")
+    (tmp_path / "mosaic" / "poses_bounds.npy").unlink()  # a broken folder is not passed over
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["train-field", "--scene=mosaic", f"--output={tmp_path}/new", *SHORT])
+    assert "mosaic/poses_bounds.npy: no such file" in capsys.readouterr().err
+
+
+def test_a_tilde_in_a_flag_is_the_home_folder(
+    runs: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HOME", str(runs))
+    monkeypatch.chdir(tmp_path)
+    main(["train-refiner", "--scene=~/scene", "--field=~/field", "--output=~/refiner", *SHORT])
+    main(["evaluate", "--scene=~/scene", "--field=~/field", "--refiner=~/refiner"])
+    assert "refined" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
 def test_evaluation_names_every_test_view_and_the_mean(runs: Path, capsys):
     main(["evaluate", f"--scene={runs}/scene", f"--field={runs}/field",
           f"--refiner={runs}/refiner"])  # fmt: skip
@@ -210,7 +252,12 @@ MISTAKES = {
     ),
     "unknown scene": (["make-scenes", "--output={new}", "--scenes=fern"], "'fern' is not built in"),
     "no pixels": (["make-scenes", "--output={new}", "--width=0"], "--width must be at least 16"),
-    "no views": (["make-scenes", "--output={new}", "--views=0"], "--views at least 3"),
+    "no views": (["make-scenes", "--output={new}", "--views=1"], "--views at least 2"),
+    "too few views": (
+        [*TRAIN, "--scene={few}"],
+        "few: of 4 photographs data.test_every = 8 leaves fewer than 2 to train on, or none to "
+        "select on; give at least 5, or set --data.test_every 7",
+    ),
 }  # fmt: skip
 
 
@@ -225,7 +272,11 @@ def test_a_mistake_ends_in_one_line_and_nothing_half_done(
     (runs / "cache").mkdir(exist_ok=True)
     (tmp_path / "namesake").symlink_to(runs / "scene")
     folders = {"runs": runs, "new": tmp_path / "new", "swapped": swapped,
-               "spoilt": spoil(runs, tmp_path), "namesake": tmp_path / "namesake"}  # fmt: skip
+               "spoilt": spoil(runs, tmp_path), "namesake": tmp_path / "namesake",
+               "few": tmp_path / "few"}  # fmt: skip
+    capture = read_capture(runs / "scene", 64)
+    write_capture(tmp_path / "few", Capture("few", capture.images[:4], capture.camera_to_world[:4],
+                                            capture.focal, capture.bounds[:4]))  # fmt: skip
     with pytest.raises(SystemExit) as stop:
         main([argument.format(**folders) for argument in arguments])
     assert stop.value.code == 2
@@ -233,6 +284,16 @@ def test_a_mistake_ends_in_one_line_and_nothing_half_done(
     assert line.startswith("cbnerf: ") and message in line
     assert line.count("\n") == 1
     assert {file.name for file in folders["new"].glob("*")} <= {"config.yaml"}
+
+
+def test_the_mend_for_few_views_is_a_flag_that_is_taken(tmp_path: Path, capsys):
+    main(["make-scenes", f"--output={tmp_path}", "--scenes=mosaic", "--width=64", "--views=4"])
+    train = ["train-field", f"--scene={tmp_path}/mosaic", f"--output={tmp_path}/field", *SHORT]
+    with pytest.raises(SystemExit):
+        main(train)
+    mend = capsys.readouterr().err.split("or set ")[1].split()
+    main([*train, *mend])
+    assert "val/psnr" in capsys.readouterr().out
 
 
 def test_unknown_flags_are_named(capsys):

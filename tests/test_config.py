@@ -72,7 +72,7 @@ def test_the_mlp_has_the_published_rays_of_a_step_at_either_scale():
 
 def test_order_of_overrides_does_not_matter():
     # Half-way, 1008 pixels at scale 2 become 504 at scale 64, or the other way round.
-    wanted = replace(Config(), data=DataConfig(width=640, scale=80, test_every=2))
+    wanted = replace(Config(), data=DataConfig(width=640, scale=80, test_every=3))
     overrides = [(k, v) for k, v in flatten(wanted).items() if k.startswith("data.")]
     for seed in range(10):
         random.Random(seed).shuffle(overrides)
@@ -133,8 +133,8 @@ def test_values_become_the_type_of_their_knob(name: str, value, expected):
         ("refiner.consistency", -1.0, "refiner.consistency = -1.0 must be at least 0"),
         ("refiner.patch_size", 30, "refiner.patch_size = 30 must be a multiple of 4"),
         ("data.width", 4, "data.width = 4 must be at least 8"),
-        ("data.test_every", 1, "data.test_every = 1 must be at least 2"),
-        ("data.test_every", 0, "data.test_every = 0 must be at least 2"),  # with data.validation
+        ("data.test_every", 2, "data.test_every = 2 must be at least 3"),  # with data.validation
+        ("data.test_every", 0, "data.test_every = 0 must be at least 3"),
         ("field.optim.steps", 0, "steps = 0 must be at least 1"),
     ],
 )

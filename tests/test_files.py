@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from cbnerf.files import whole, write_whole
+from cbnerf.files import expand_home, whole, write_whole
 
 
 def test_a_reader_sees_the_old_text_or_the_new_one(tmp_path: Path):
@@ -35,3 +35,12 @@ def test_a_folder_comes_with_all_that_is_in_it(tmp_path: Path):
         (unfinished / "one").write_text("1")
         assert not (tmp_path / "folder").exists()
     assert (tmp_path / "folder" / "one").read_text() == "1"
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expand_home(Path("~/runs")) == tmp_path / "runs"
+    for same in ("runs", "/runs", "a/~/b"):
+        assert expand_home(Path(same)) == Path(same)
+    with pytest.raises(ValueError, match="~nobody-of-this-name/runs: there is no such home folder"):
+        expand_home(Path("~nobody-of-this-name/runs"))

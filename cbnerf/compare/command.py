@@ -16,7 +16,7 @@ from cbnerf.config import (
     preset,
     with_overrides,
 )
-from cbnerf.data.library import choose_scenes, default_storage, locate_data
+from cbnerf.data.library import check_scenes, choose_scenes, default_storage, locate_data
 
 
 @dataclass(kw_only=True)
@@ -79,6 +79,7 @@ def settle(request: Request) -> Comparison:
         raise ValueError(
             "--protocol unseen-scene needs at least 2 scenes; stage 2 learns on others"
         )
+    check_scenes(scenes, folder, first, "--knobs {}={}".format)
     return Comparison(
         methods=methods,
         protocol=request.protocol,

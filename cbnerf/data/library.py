@@ -5,6 +5,7 @@ A built-in scene is drawn once and kept as an LLFF folder in the storage, one fo
 
 import os
 import shutil
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,9 +13,17 @@ import torch
 from filelock import FileLock
 
 from cbnerf.config import DataConfig
-from cbnerf.data.llff import find_scenes, read_capture, write_capture
+from cbnerf.data.llff import (
+    POSES_FILE,
+    find_photographs,
+    find_scenes,
+    is_scene_folder,
+    read_capture,
+    write_capture,
+)
 from cbnerf.data.scene import Capture, Scene, make_scene
-from cbnerf.files import whole
+from cbnerf.data.splits import check_views
+from cbnerf.files import expand_home, whole
 from cbnerf.scenes import BUILT_IN_SCENES, make_camera, make_world, place_cameras
 from cbnerf.scenes.raycasting import render
 
@@ -29,28 +38,51 @@ PAPER_SCENES = ("fern", "flower", "fortress", "horns", "leaves", "orchids", "roo
 
 def default_storage() -> Path:
     """Where studies, trained stages and built-in scenes are kept if no folder is given."""
-    return Path(os.environ.get(STORAGE_VARIABLE) or "runs")
+    return expand_home(Path(os.environ.get(STORAGE_VARIABLE) or "runs"))
 
 
 def locate_data(data: Path | None) -> tuple[Path | None, list[str]]:
     """The folder of scenes and their names: `--data`, else the variable, else the usual places."""
     asked = data or (Path(os.environ[DATA_VARIABLE]) if os.environ.get(DATA_VARIABLE) else None)
-    for folder in [asked] if asked else [DEFAULT_DATA, default_storage() / "data"]:
+    asked = expand_home(asked) if asked else None
+    for place in [asked] if asked else [DEFAULT_DATA, default_storage() / "data"]:
+        folder = _folder_of_scenes(place)
         if available := find_scenes(folder):
             return folder.resolve(), available
+    if asked and is_scene_folder(asked):
+        scene = asked.resolve()
+        raise ValueError(
+            f"{asked}: a scene, not a folder of scenes; give --data {scene.parent} "
+            f"--scenes {scene.name}"
+        )
     if asked:
         raise ValueError(
-            f"{asked}: no LLFF scenes; expected folders such as fern/poses_bounds.npy below it"
+            f"{asked}: no LLFF scenes; expected folders such as fern/{POSES_FILE} below it"
         )
     return None, list(BUILT_IN_SCENES)
 
 
+def _folder_of_scenes(place: Path) -> Path:
+    """`place`, or the one folder in it that has the scenes: archives unpack into one of their own
+    name."""
+    if not place.is_dir() or find_scenes(place):
+        return place
+    visible = (one for one in place.iterdir() if not one.name.startswith("."))
+    inner = sorted(one for one in visible if find_scenes(one))
+    if len(inner) > 1:
+        raise ValueError(
+            f"{place}: no LLFF scenes, but {', '.join(one.name for one in inner)} in it hold some; "
+            "give one of them as --data"
+        )
+    return inner[0] if inner else place
+
+
 def choose_scenes(wanted: str, available: list[str], folder: Path | None) -> tuple[str, ...]:
-    """`all`, or names separated by commas; `all` of LLFF data means the paper's scenes found."""
+    """`all`, those of the paper first and in its order, or names separated by commas."""
     where = str(folder) if folder else "the built-in scenes"
     if wanted == "all":
-        found = [scene for scene in PAPER_SCENES if scene in available] or available
-        return tuple(found)
+        of_paper = [scene for scene in PAPER_SCENES if scene in available]
+        return tuple(of_paper + [scene for scene in available if scene not in of_paper])
     chosen = [scene.strip() for scene in wanted.split(",") if scene.strip()]
     unknown = [scene for scene in chosen if scene not in available]
     if unknown or not chosen:
@@ -58,7 +90,35 @@ def choose_scenes(wanted: str, available: list[str], folder: Path | None) -> tup
             f"--scenes {wanted}: no scene {unknown[0] if unknown else ''!r} in {where}; "
             f"there are {', '.join(available)}"
         )
+    own = [scene for scene in chosen if folder is None and is_scene_folder(Path(scene))]
+    if own:
+        raise ValueError(
+            f"--scenes {wanted}: {own[0]} is a folder of photographs here as well as a built-in "
+            "scene; give --data . for the folder, or rename it"
+        )
     return tuple(dict.fromkeys(chosen))
+
+
+def check_scenes(
+    names: Iterable[str], data: Path | None, knobs: DataConfig, spell: Callable[[str, int], str]
+) -> dict[str, int]:
+    """Number of views of each scene, after all checks that need no pixels.
+
+    `spell` tells a knob and its value as the command at hand takes it.
+    """
+    views: dict[str, int] = {}
+    for name in names:
+        found = find_photographs(data / name, knobs.width) if data else None
+        views[name] = len(found.files) if found else NUM_VIEWS
+        check_views(views[name], knobs, str(data / name) if data else name, spell)
+    return views
+
+
+def describe_photographs(names: Iterable[str], data: Path | None, width: int) -> str:
+    """Which image folder of each scene is read, in words."""
+    if data is None:
+        return "drawn: built-in scenes"
+    return ", ".join(str(find_photographs(data / name, width)) for name in names)
 
 
 def scene_folder(name: str, data: Path | None, storage: Path, width: int) -> Path:
@@ -71,7 +131,7 @@ def scene_folder(name: str, data: Path | None, storage: Path, width: int) -> Pat
 def read_scene(name: str, data: Path | None, storage: Path, knobs: DataConfig) -> Scene:
     """A scene of the folder `data`; without one a built-in scene, drawn when first used."""
     folder = scene_folder(name, data, storage, knobs.width)
-    if data is None and not (folder / "poses_bounds.npy").exists():
+    if data is None and not (folder / POSES_FILE).exists():
         _draw_once(name, folder, knobs.width)
     return make_scene(read_capture(folder, knobs.width), knobs)
 
@@ -80,7 +140,7 @@ def _draw_once(name: str, folder: Path, width: int) -> None:
     """Of several processes that need a built-in scene one draws it and the others wait."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{name}.lock")):
-        if (folder / "poses_bounds.npy").exists():
+        if (folder / POSES_FILE).exists():
             return
         shutil.rmtree(folder, ignore_errors=True)
         with whole(folder) as drawn:

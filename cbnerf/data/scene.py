@@ -86,6 +86,8 @@ def recenter(camera_to_world: Float[Tensor, "views 3 4"]) -> Float[Tensor, "view
     poses = camera_to_world.double()
     backward = torch.nn.functional.normalize(poses[:, :, 2].mean(0), dim=0)
     right = torch.linalg.cross(poses[:, :, 1].mean(0), backward)
+    if right.norm() < 1e-6:  # Cameras turned about their axes by all angles: any "up" will do.
+        right = torch.linalg.cross(poses[0, :, 1], backward)
     right = torch.nn.functional.normalize(right, dim=0)
     up = torch.linalg.cross(backward, right)
     rotation = torch.stack([right, up, backward], dim=1)

@@ -20,9 +20,14 @@ from ray.tune import TuneError
 from sqlalchemy.exc import SQLAlchemyError
 
 from cbnerf.config import load_yaml, with_overrides
-from cbnerf.data.library import DATA_VARIABLE, DEFAULT_DATA, default_storage
-from cbnerf.data.llff import count_views
-from cbnerf.files import write_whole
+from cbnerf.data.library import (
+    DATA_VARIABLE,
+    DEFAULT_DATA,
+    check_scenes,
+    default_storage,
+    describe_photographs,
+)
+from cbnerf.files import expand_home, write_whole
 from cbnerf.report.tables import to_markdown
 from cbnerf.search.estimate import calibrate
 from cbnerf.search.ledger import Ledger
@@ -198,7 +203,7 @@ def _make_request(options: Options, default_config: Path) -> dict[str, Any]:
         parse_spec(content)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    data = str(options.data.resolve()) if options.data else None
+    data = str(expand_home(options.data).resolve()) if options.data else None
     return {"scenes": options.scenes, "data": data, "spec": content}
 
 
@@ -222,7 +227,7 @@ def _load_request(options: Options) -> dict[str, Any]:
 
 def _settle(
     request: dict[str, Any], options: Options, *, has_gpu: bool
-) -> tuple[Plan, dict[str, int | None]]:
+) -> tuple[Plan, dict[str, int]]:
     """The plan and the number of views of its scenes, everything checked but the pixels."""
     content = request["spec"]
     if "resolution" in request:  # of a study that goes on, perhaps on other machines
@@ -274,15 +279,14 @@ def _comparable(request: dict[str, Any]) -> dict[str, Any]:
     return spec | {"scenes": request.get("scene_names"), "data": request["data"]}
 
 
-def _count_views(plan: Plan) -> dict[str, int | None]:
-    """Views of each scene, with everything checked but the pixels; None for built-in scenes."""
-    width = plan.base.data.width
-    if plan.data is None:
-        return dict.fromkeys(plan.scenes)
-    return {scene: count_views(plan.scene_folder(scene, width), width) for scene in plan.scenes}
+def _count_views(plan: Plan) -> dict[str, int]:
+    """Views of each scene, with everything checked but the pixels."""
+    return check_scenes(
+        plan.scenes, plan.data, plan.base.data, "`{}: {}` under `fixed` of --config".format
+    )
 
 
-def _describe(plan: Plan, views: dict[str, int | None]) -> None:
+def _describe(plan: Plan, views: dict[str, int]) -> None:
     spec, data = plan.spec, plan.base.data
     print(f"study      {plan.name}")
     if plan.data is None:
@@ -292,8 +296,9 @@ def _describe(plan: Plan, views: dict[str, int | None]) -> None:
         )
     else:
         print(f"data       {plan.source}")
-    names = [f"{scene} ({count})" if count else scene for scene, count in views.items()]
-    print(f"scenes     {', '.join(names)}")
+    print(f"scenes     {', '.join(f'{scene} ({count})' for scene, count in views.items())}")
+    if plan.data is not None:
+        print(f"read from  {describe_photographs(plan.scenes, plan.data, data.width)}")
     print(
         f"method     {plan.method}, images {data.width} wide from {data.width // data.scale} wide"
     )
@@ -357,12 +362,12 @@ def _price(plan: Plan) -> None:
         print("           timed without a GPU, on which all of it takes less")
 
 
-def _bytes_needed(plan: Plan, views: dict[str, int | None]) -> int:
+def _bytes_needed(plan: Plan, views: dict[str, int]) -> int:
     """Renders of all views, a checkpoint of each training, as much again for MLflow's copies."""
     image = plan.base.data.width**2 * 3 // 4
     field = _FIELD_BYTES * image + 20_000_000
     fields = plan.spec.trials * len(plan.scenes) if not plan.shares_fields else len(plan.scenes)
-    size = fields * field + sum(count or 20 for count in views.values()) * image * 5
+    size = fields * field + sum(views.values()) * image * 5
     if plan.stage == "refiner":  # weights and both averages of Adam
         size += plan.spec.trials * len(plan.trainings) * count_parameters(plan.base) * 12
     return 2 * size

@@ -234,6 +234,9 @@ MISTAKES = {
     "no test views": (
         ["--knobs", "data.test_every=0", "data.validation=false"], "leaves no view to score"
     ),
+    "too few views": (
+        ["--knobs", "data.test_every=30"], "or set --knobs data.test_every=25"
+    ),
     "a half knob": (["--knobs", "field.optim.steps=[1"], "not readable as YAML"),
     "a file as output": (["--output={other}"], "not a folder"),
 }  # fmt: skip

@@ -6,9 +6,9 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
-from cbnerf.data.llff import count_views, find_scenes, read_capture, write_capture
+from cbnerf.data.llff import find_photographs, find_scenes, read_capture, write_capture
 from cbnerf.data.scene import Capture
 
 
@@ -32,7 +32,7 @@ def test_a_written_scene_reads_back(folder: Path, tiny_capture: Capture):
     assert torch.equal(capture.camera_to_world, tiny_capture.camera_to_world[:4])
     assert torch.equal(capture.bounds, tiny_capture.bounds[:4])
     assert capture.focal == tiny_capture.focal
-    assert count_views(folder, 64) == 4
+    assert len(find_photographs(folder, 64).files) == 4
 
 
 def test_axes_of_the_file_are_down_right_backward(folder: Path):
@@ -60,6 +60,81 @@ def test_the_narrowest_sufficient_folder_is_read(folder: Path):
     assert read_capture(folder, 33).images.float().std() > 10
 
 
+@pytest.mark.parametrize(
+    "name", ["images_masks", "images2", "images_4_old", "images-4", "imagesLR"]
+)
+def test_only_folders_of_photographs_are_read(folder: Path, name: str):
+    add_images(folder, name, 32, (255, 0, 0))
+    assert str(find_photographs(folder, 32)) == "scene/images (64x48)"
+    shutil.rmtree(folder / "images")
+    with pytest.raises(ValueError, match="no images found"):
+        find_photographs(folder, 32)
+
+
+def test_a_folder_that_fits_is_preferred(folder: Path):
+    add_images(folder, "images_32x24", 32, (255, 0, 0))
+    assert str(find_photographs(folder, 32)) == "scene/images_32x24 (32x24)"
+    (folder / "images_32x24" / "image002.png").unlink()
+    assert str(find_photographs(folder, 32)) == "scene/images (64x48)"
+    shutil.rmtree(folder / "images_32x24")
+    add_images(folder, "images_2", 32, (255, 0, 0))
+    Image.new("RGB", (32, 20)).save(folder / "images_2" / "image001.png")
+    assert str(find_photographs(folder, 32)) == "scene/images (64x48)"
+    with pytest.raises(ValueError, match=r"the largest are 64 \(that fit: .*image001.png: 32x20"):
+        find_photographs(folder, 65)
+
+
+def test_other_suffixes_and_hidden_files(folder: Path):
+    expected = read_capture(folder, 64).images
+    (folder / "images" / "._image000.png").write_bytes(b"of a Mac's disk")
+    for index, suffix in enumerate(("webp", "TIFF", "bmp", "tif")):
+        file = folder / "images" / f"image{index:03d}.png"
+        kind = {"webp": "WEBP", "bmp": "BMP"}.get(suffix, "TIFF")
+        with Image.open(file) as image:
+            image.save(file.with_suffix(f".{suffix}"), kind, lossless=True)
+        file.unlink()
+    assert torch.equal(read_capture(folder, 64).images, expected)
+
+
+def test_suffixes_that_cannot_be_read_are_named(folder: Path):
+    for file in (folder / "images").iterdir():
+        file.rename(file.with_suffix(".HEIC"))
+    with pytest.raises(ValueError, match=r"images: no photograph .* only .heic \(4\)") as error:
+        find_photographs(folder, 64)
+    assert "HEIC and raw files are not" in str(error.value)
+
+
+def test_a_photograph_is_read_as_it_is_stored(folder: Path):
+    """COLMAP, which found the poses, heeds no EXIF orientation."""
+    expected = read_capture(folder, 64).images
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    file = folder / "images" / "image001.png"
+    with Image.open(file) as image:
+        image.save(file, exif=turned)
+        portrait = image.transpose(Image.Transpose.ROTATE_90)
+    assert torch.equal(read_capture(folder, 64).images, expected)
+    portrait.save(file, exif=turned)
+    with pytest.raises(
+        ValueError, match="48x64 has another aspect .* EXIF orientation it is turned"
+    ):
+        read_capture(folder, 64)
+
+
+def test_small_differences_of_cameras_are_those_of_files(folder: Path):
+    """float32, big-endian and Fortran order hold the same cameras."""
+    before = read_capture(folder, 64)
+    rows = np.load(folder / "poses_bounds.npy")
+    for same in (rows.astype(np.float32), rows.astype(">f8"), np.asfortranarray(rows)):
+        np.save(folder / "poses_bounds.npy", same)
+        torch.testing.assert_close(read_capture(folder, 64).camera_to_world, before.camera_to_world)
+
+
+def test_the_folder_at_hand_has_a_name(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(folder)
+    assert read_capture(Path(), 64).name == "scene"
+
+
 def test_focal_scales_with_the_width_and_resizing_keeps_the_picture(folder: Path):
     full, half = read_capture(folder, 64), read_capture(folder, 32)
     assert half.focal == pytest.approx(full.focal / 2)
@@ -71,7 +146,7 @@ def test_what_is_no_image_folder_is_passed_over(folder: Path):
     (folder / "images.zip").write_bytes(b"PK")
     (folder / "images_2").mkdir()
     (folder / "images" / "Thumbs.db").write_bytes(b"")
-    assert count_views(folder, 64) == 4
+    assert len(find_photographs(folder, 64).files) == 4
 
 
 def test_scenes_are_found_by_their_cameras(folder: Path):
@@ -109,6 +184,30 @@ def set_to(row: int, column: int, value: float) -> Callable[[Path], None]:
     return change_rows(lambda rows: rows.__setitem__((row, column), value))
 
 
+@change_rows
+def mirror(rows: np.ndarray) -> None:
+    """Turn the x axis of the world round, as a mistaken change of axes does."""
+    rows.reshape(-1, 17)[:, :5] *= [-1, -1, -1, -1, 1]
+
+
+def scale(factor: float) -> Callable[[Path], None]:
+    """Of the rotation in row 2."""
+
+    def change(rows: np.ndarray) -> None:
+        rows[2, :15].reshape(3, 5)[:, :3] *= factor
+
+    return change_rows(change)
+
+
+@change_rows
+def ring(rows: np.ndarray) -> None:
+    """Four cameras around their subject."""
+    for row, turn in zip(rows, range(4), strict=True):
+        sine, cosine = np.sin(turn * np.pi / 2), np.cos(turn * np.pi / 2)
+        matrix = np.array([[cosine, 0, sine], [0, 1, 0], [-sine, 0, cosine]])
+        row[:15].reshape(3, 5)[:, :3] = matrix @ [[0, 1, 0], [-1, 0, 0], [0, 0, 1]]
+
+
 def shear(folder: Path) -> None:
     file = folder / "images" / "image001.png"
     iio.imwrite(file, iio.imread(file)[:24])
@@ -118,7 +217,7 @@ MALFORMED = {
     "no cameras": (lambda f: (f / "poses_bounds.npy").unlink(), "poses_bounds.npy: no such file"),
     "cameras are a folder": (
         lambda f: [(f / "poses_bounds.npy").unlink(), (f / "poses_bounds.npy").mkdir()],
-        "poses_bounds.npy: not a NumPy",
+        "poses_bounds.npy: not a file",
     ),
     "empty file": (put(b""), "poses_bounds.npy: not a NumPy array file"),
     "text": (put(b"1 2 3\n"), "poses_bounds.npy: not a NumPy array file"),
@@ -130,17 +229,36 @@ MALFORMED = {
         "poses_bounds.npy: not a NumPy array file",
     ),
     "16 columns": (change_rows(lambda rows: rows[:, 1:]), r"expected N x 17 .* \(4, 16\)"),
-    "integers": (change_rows(lambda rows: rows.astype(int)), "expected N x 17 floats, found int64"),
-    "two cameras": (change_rows(lambda rows: rows[:2]), "2 cameras; a scene needs at least 3"),
-    "NaN": (set_to(1, 3, np.nan), "poses_bounds.npy: holds values that are not finite"),
-    "far before near": (set_to(2, 16, 0.01), "poses_bounds.npy: bounds must satisfy"),
-    "behind the camera": (set_to(0, 15, -1.0), "poses_bounds.npy: bounds must satisfy"),
-    "no focal": (set_to(0, 14, 0.0), "poses_bounds.npy: height, width and focal must be positive"),
+    "integers": (change_rows(lambda rows: rows.astype(int)), "32 or 64 bits, found int64"),
+    "half precision": (
+        change_rows(lambda rows: rows.astype(np.float16)), "of 32 or 64 bits, found float16"
+    ),
+    "no rows": (change_rows(lambda rows: rows[:0]), "poses_bounds.npy: holds no cameras"),
+    "NaN": (set_to(1, 3, np.nan), r"poses_bounds.npy: row 1 \(counted from 0\): .* not finite"),
+    "too large": (set_to(1, 3, 1e39), r"poses_bounds.npy: row 1 .* not finite"),
+    "far before near": (set_to(2, 16, 0.01), "poses_bounds.npy: row 2 .*bounds must satisfy"),
+    "behind the camera": (set_to(0, 15, -1.0), "poses_bounds.npy: row 0 .*bounds must satisfy"),
+    "no focal": (set_to(0, 14, 0.0), "poses_bounds.npy: row 0 .* focal must be positive"),
+    "two focal lengths": (
+        change_rows(lambda rows: rows.__setitem__((3, 14), 1.001 * rows[3, 14])),
+        "poses_bounds.npy: row 3 .* has another height, width or focal length than row 0",
+    ),
+    "two sizes": (set_to(2, 9, 63), "poses_bounds.npy: row 2 .* has another height, width"),
+    "mirrored": (mirror, r"poses_bounds.npy: the pose of row 0 \(counted from 0\) mirrors space"),
+    "scaled": (scale(1.01), "poses_bounds.npy: the pose of row 2 .* lengths 1.01, 1.01, 1.01"),
+    "all zero": (scale(0), "poses_bounds.npy: the pose of row 2 .* lengths 0, 0, 0"),
+    "huge": (scale(1e30), r"poses_bounds.npy: the pose of row 2 .* lengths 1e\+30"),
+    "a ring of cameras": (
+        ring, r"poses_bounds.npy: the camera of row \d .* looks 90 degrees beside the average"
+    ),
     "image missing": (
         lambda f: (f / "images" / "image002.png").unlink(),
         "images has 3 images but .*poses_bounds.npy has 4 cameras",
     ),
-    "no images": (lambda f: shutil.rmtree(f / "images"), "scene: no images found"),
+    "no images": (
+        lambda f: shutil.rmtree(f / "images"),
+        "scene: no images found in images, images_N or images_WxH",
+    ),
     "too small": (lambda f: None, "asked for images 65 pixels wide, the largest are 64"),
     "first is no image": (
         lambda f: (f / "images" / "image000.png").write_bytes(b"no"), "image000.png: not an image"
@@ -150,6 +268,19 @@ MALFORMED = {
     ),
     "one is cut off": (truncate("images/image002.png", 900), "image002.png: broken image"),
     "other aspect": (shear, "image001.png: 64x24 has another aspect than its camera"),
+    "other size": (
+        lambda f: Image.new("RGB", (32, 24)).save(f / "images" / "image003.png"),
+        "image003.png: 32x24, but image000.png is 64x48",
+    ),
+    "another kind of file": (
+        lambda f: (f / "images" / "image003.png").rename(f / "images" / "image003.heic"),
+        r"images has 3 images \(not read: .heic \(1\)\) but .* has 4 cameras",
+    ),
+    "a link to nothing": (
+        lambda f: [(f / "images" / "image003.png").unlink(),
+                   (f / "images" / "image003.png").symlink_to("nowhere")],
+        "image003.png: not a file",
+    ),
 }  # fmt: skip
 
 

@@ -10,12 +10,7 @@ from torch import Tensor
 from cbnerf.config import DataConfig
 from cbnerf.data.library import make_capture
 from cbnerf.data.splits import split_views
-from cbnerf.scenes import (
-    BUILT_IN_SCENES,
-    make_camera,
-    make_world,
-    place_cameras,
-)
+from cbnerf.scenes import BUILT_IN_SCENES, make_camera, make_world, place_cameras
 from cbnerf.scenes.raycasting import Camera, View, World, place, render
 from cbnerf.scenes.shapes import Ball, Box, Card, Relief, Tube
 from cbnerf.scenes.textures import mottle

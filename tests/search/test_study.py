@@ -369,6 +369,24 @@ def test_a_broken_scene_folder_is_named_before_anything_is_trained(
     assert not (tmp_path / "runs").exists()
 
 
+def test_too_few_photographs_are_refused_with_what_a_search_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    write_capture(tmp_path / "photos" / "mine", make_capture("mosaic", width=64, num_views=4))
+    assert call(monkeypatch, "--config", str(SMOKE), "--data", "photos") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "mine: of 4 photographs" in line
+    assert "or set `data.test_every: 7` under `fixed` of --config" in line
+    spec = yaml.safe_load(SMOKE.read_text())
+    spec["fixed"] = spec.get("fixed", {}) | {"data.test_every": 7}
+    (tmp_path / "mended.yaml").write_text(yaml.safe_dump(spec))
+    options = command.Options(config=tmp_path / "mended.yaml", data=tmp_path / "photos",
+                              storage=tmp_path / "runs")  # fmt: skip
+    request = command._make_request(options, SMOKE)
+    assert command._settle(request, options, has_gpu=False)[1] == {"mine": 4}
+    assert not (tmp_path / "runs").exists()
+
+
 def test_what_never_fits_on_this_machine_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
@@ -418,7 +436,9 @@ def test_scenes_that_come_later_are_no_part_of_a_study(
     assert call(monkeypatch, *line) == 2
     assert "study study was started with other scenes (" in capfd.readouterr().err
     assert call(monkeypatch, "--resume", "--name", "study", "--dry-run") == 0
-    assert "scenes     fern (10), room (10)\n" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "scenes     fern (10), room (10)\n" in out
+    assert "read from  fern/images (64x48), room/images (64x48)\n" in out
 
 
 def test_a_dry_run_prices_the_study_and_leaves_none(

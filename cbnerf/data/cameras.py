@@ -1,0 +1,62 @@
+"""What cameras must be for a scene to be learned from them, whatever file they come from."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from cbnerf.data.scene import recenter
+
+# Rotations that went through float32 or text with six digits stay below.
+_ROTATION_TOLERANCE = 1e-3
+
+MAX_ANGLE = 75.0
+"""Degrees between the average camera's axis and anything that a photograph may show. NDC holds
+what lies below 90; at 75 a pixel covers 15 times the area that it covers in the middle
+(1 / cos^2), and planes grow as much."""
+
+
+def check_rotations(rotations: Float[np.ndarray, "views 3 3"], file: Path) -> None:
+    """Refuse what is mirrored, scaled, sheared or zero; rows of the file are counted from 0."""
+    off = np.abs(rotations.transpose(0, 2, 1) @ rotations - np.eye(3)).max(axis=(1, 2))
+    signs = np.linalg.det(rotations)
+    for row in np.flatnonzero(~(off <= _ROTATION_TOLERANCE) | (signs < 0)):
+        lengths = ", ".join(f"{length:.3g}" for length in np.linalg.norm(rotations[row], axis=0))
+        problem = (
+            "mirrors space"
+            if off[row] <= _ROTATION_TOLERANCE
+            else f"is no rotation: its axes have lengths {lengths}, or are not at right angles"
+        )
+        raise ValueError(
+            f"{file}: the pose of row {row} (counted from 0) {problem}; write it with LLFF's "
+            "imgs2poses"
+        )
+
+
+def check_forward_facing(
+    camera_to_world: Float[np.ndarray, "views 3 4"],
+    focal: float,
+    size: tuple[float, float],
+    file: Path,
+) -> None:
+    """Refuse cameras that see what lies more than `MAX_ANGLE` beside the average camera's axis.
+
+    `size` is height and width in pixels, `focal` in pixels, too.
+    """
+    height, width = size
+    x, y = width / 2 / focal, height / 2 / focal
+    # The rays within an angle of an axis are convex, so the corners of the images tell.
+    rays = np.array([[0, 0, -1], [-x, -y, -1], [x, -y, -1], [-x, y, -1], [x, y, -1]])
+    rays /= np.linalg.norm(rays, axis=1, keepdims=True)
+    backward = recenter(torch.from_numpy(camera_to_world))[:, 2, :3].double().numpy()
+    angles = np.degrees(np.arccos(np.clip(-backward @ rays.T, -1, 1)))
+    widest = angles[:, 1:].max(axis=1)
+    row = int(widest.argmax())
+    if widest[row] > MAX_ANGLE:
+        raise ValueError(
+            f"{file}: the camera of row {row} (counted from 0) looks {angles[row, 0]:.0f} degrees "
+            f"beside the average camera and sees as far as {math.ceil(widest[row])}; a scene must "
+            f"be forward-facing, all within {MAX_ANGLE:.0f} degrees: photograph it from one side"
+        )

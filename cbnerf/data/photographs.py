@@ -1,0 +1,138 @@
+"""Files of photographs: 8-bit RGB as stored, or one line that says what is wrong with the file.
+
+Pixels are taken as they stand in the file, as COLMAP takes them: EXIF orientation and colour
+profiles change nothing. What has no single right reading (transparency, 32-bit values, printing
+inks, several frames) is refused.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+# Pillow's own limit, against small files that unpack to huge images, lies below what cameras with
+# 200 megapixels save. Beyond this one it warns, and beyond twice as much it refuses.
+MAX_PIXELS = 500_000_000
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"}
+_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
+_EIGHT_BIT = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "YCbCr"}
+_SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N"}
+_WHITE_IS_ZERO, _PHOTOMETRIC = 0, 262  # of TIFF, which Pillow heeds in 8 bits only
+
+
+class Photographs(NamedTuple):
+    """The photographs of a scene: one folder, one size, sorted by file name."""
+
+    files: list[Path]
+    width: int
+    height: int
+
+    def __str__(self) -> str:
+        folder = self.files[0].parent
+        return f"{folder.parent.name}/{folder.name} ({self.width}x{self.height})"
+
+
+def list_photographs(folder: Path) -> list[Path]:
+    """Files with the suffix of a photograph, sorted by name; hidden ones are passed over."""
+    files = _visible(folder)
+    found = sorted(file for file in files if file.suffix.lower() in SUFFIXES)
+    if files and not found:
+        raise ValueError(
+            f"{folder}: no photograph that can be read, only {_count_suffixes(files)}; save them "
+            "as PNG or JPEG (WebP, TIFF and BMP are read, too; HEIC and raw files are not)"
+        )
+    return found
+
+
+def describe_unread(folder: Path) -> str:
+    """In words, the files of a folder that are no photographs to `list_photographs`, if any."""
+    unread = [file for file in _visible(folder) if file.suffix.lower() not in SUFFIXES]
+    return f" (not read: {_count_suffixes(unread)})" if unread else ""
+
+
+def read_header(file: Path) -> tuple[int, int]:
+    """Width and height, after all checks that need no pixels."""
+    return _open(file).size
+
+
+def is_turned(file: Path) -> bool:
+    """Whether viewers show the photograph turned by a quarter, by its EXIF orientation."""
+    try:
+        return _open(file).getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    except Exception:  # EXIF data that cannot be read turn nothing.
+        return False
+
+
+def read_photograph(file: Path) -> Image.Image:
+    """The pixels as 8-bit RGB; 16-bit grey values are scaled."""
+    image = _open(file, decode=True)
+    if image.mode in _SIXTEEN_BIT or image.mode == "I":
+        levels = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        alpha = image.convert("RGBA").getchannel("A")
+        if alpha.getextrema() != (255, 255):
+            raise ValueError(
+                f"{file}: has transparent pixels, and what colour is to be learned there is "
+                "unknown; save it without transparency, such as on a white ground"
+            )
+    return image.convert("RGB")
+
+
+def _open(file: Path, *, decode: bool = False) -> Image.Image:
+    if not file.is_file():
+        raise ValueError(f"{file}: not a file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Of metadata, mostly; `MAX_PIXELS` is checked below.
+            with Image.open(file, formats=_FORMATS) as image:
+                # MPO: a JPEG with further pictures behind the photograph, as phones save it.
+                frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+                _check_kind(file, image, frames)
+                if decode:
+                    image.load()
+                return image
+    except _Refused:
+        raise
+    except UnidentifiedImageError:
+        raise ValueError(f"{file}: not an image of a format that is read") from None
+    except Exception as error:  # Decoders raise whatever their parsers stumble on.
+        what = " ".join(str(error).split())
+        raise ValueError(f"{file}: broken image ({what})") from None
+
+
+class _Refused(ValueError):
+    """An image that could be decoded, but not to the colours of one photograph."""
+
+
+def _check_kind(file: Path, image: Image.Image, frames: int) -> None:
+    # Until version 11 Pillow opened 16-bit PNG files in the mode of 32 bits.
+    sixteen_bit = image.mode in _SIXTEEN_BIT or (image.mode == "I" and image.format == "PNG")
+    if image.width * image.height > MAX_PIXELS:
+        problem = f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}; shrink it"
+    elif frames > 1:
+        problem = f"holds {frames} images; save each photograph as a file of its own"
+    elif image.mode not in _EIGHT_BIT and not sixteen_bit:
+        problem = f"its pixels are {image.mode}; save it as 8-bit RGB"
+    elif sixteen_bit and "transparency" in image.info:
+        problem = "16-bit grey with a transparent value; save it as 8-bit RGB"
+    elif sixteen_bit and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        problem = "16-bit grey with white as 0; save it as 8-bit RGB"
+    else:
+        return
+    raise _Refused(f"{file}: {problem}")
+
+
+def _visible(folder: Path) -> list[Path]:
+    return [file for file in folder.iterdir() if not file.name.startswith(".")]
+
+
+def _count_suffixes(files: Iterable[Path]) -> str:
+    counts = Counter(file.suffix.lower() or "no suffix" for file in files)
+    return ", ".join(f"{suffix} ({count})" for suffix, count in sorted(counts.items()))
