@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cbnerf.cli import main
@@ -99,11 +100,20 @@ def test_all_methods_are_scored_and_reported(compare, storage: Path, photographs
         assert picture.shape[0] > 150 and picture.std() > 10
 
 
-def test_a_comparison_given_again_trains_nothing(compare, photographs: Path):
+def test_a_comparison_given_again_trains_nothing(
+    compare, photographs: Path, monkeypatch: pytest.MonkeyPatch
+):
     arguments = (f"--data={photographs}", "--scenes=fern", "--methods=cb-nerf,linear")
     before, _, _ = compare(*arguments)
+    opened: list[str] = []
+    load = torch.load
+    monkeypatch.setattr(
+        torch, "load", lambda file, **k: opened.append(file.name) or load(file, **k)
+    )
     after, _, printed = compare(*arguments)
     assert after == before and "trained" not in printed
+    # Images of the rows cb-nerf, vq-vae and linear; nothing is opened to count parameters.
+    assert opened == ["refiner.pt"] * 3
 
 
 def test_table1_is_the_best_view_of_all_evaluations(compare, storage: Path, photographs: Path):

@@ -8,6 +8,7 @@ import torch
 from cbnerf.config import Config, load_config, with_overrides
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene
+from cbnerf.training.models import load_field, load_refiner
 from cbnerf.training.stages import read_metrics, run_field, run_refiner
 
 CPU = torch.device("cpu")
@@ -58,6 +59,12 @@ def test_a_finished_folder_holds_its_files(stage: str, run, config: Config, tmp_
     assert load_config(tmp_path / "new" / "config.yaml") == config
     assert json.loads((tmp_path / "new" / "metrics.json").read_text()) == metrics
     assert {"train/loss", "val/psnr", "seconds"} < set(metrics)
+    load = {
+        "field": lambda file: load_field(file, CPU)[0],
+        "refiner": lambda f: load_refiner(f, CPU),
+    }
+    model = load[stage](tmp_path / "new" / f"{stage}.pt")
+    assert metrics["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     if stage == "field":
         assert load_renders(tmp_path / "new" / "renders.npz").rgb.shape == (10, 48, 64, 3)
     else:
