@@ -159,8 +159,12 @@ def _deviation(values: Array, axis: int | tuple[int, ...]) -> Array:
 
 
 def halving_keeps(values: Array, challenger: int, eta: int) -> bool:
-    """Asynchronous successive halving, stopping variant: whether a configuration is among the best
-    1 / `eta` of those that have come through the highest rung that it has come through."""
+    """Successive halving on means over scenes: whether a configuration is among the best 1 / `eta`
+    of those that have finished its highest finished rung on all scenes.
+
+    Differs from Ray's ASHAScheduler, which decides for each training by itself, at the moment it
+    reaches a rung: here a rung counts once all scenes have reached it.
+    """
     means = values.mean(axis=1)  # NaN unless all scenes are there
     rungs = np.flatnonzero(~np.isnan(means[challenger]))
     if not len(rungs):
@@ -171,10 +175,11 @@ def halving_keeps(values: Array, challenger: int, eta: int) -> bool:
 
 
 def signed_ranks_keep(values: Array, challenger: int, rival: int, threshold: float) -> bool:
-    """Wilcoxon's signed-rank test of the scenes of the last rung, as in Optuna's WilcoxonPruner."""
-    differences = values[challenger, :, -1] - values[rival, :, -1]
-    differences = differences[~np.isnan(differences)]
-    if len(differences) < 2 or not differences.any():
+    """Wilcoxon's signed-rank test over the scenes of the last rung: the rule of Optuna's
+    `WilcoxonPruner`, which keeps a challenger whose average is no worse than the rival's."""
+    own, best = values[challenger, :, -1], values[rival, :, -1]
+    seen = ~np.isnan(own)
+    if seen.sum() < 2 or own[seen].mean() >= best.mean():
         return True
-    p_value = np.asarray(wilcoxon(differences, alternative="less"))[1]
-    return bool(p_value >= threshold)
+    test = wilcoxon(own[seen] - best[seen], alternative="less", zero_method="zsplit")
+    return bool(np.asarray(test)[1] >= threshold)

@@ -24,7 +24,15 @@ class Range:
     step: int | float | None = None
 
     def __contains__(self, value: Any) -> bool:
-        return self.low <= value <= self.high
+        return self.low <= value <= self.high and (self.step is None or self._is_on_grid(value))
+
+    def _is_on_grid(self, value: int | float) -> bool:
+        steps = (value - self.low) / (self.step or 1)
+        return math.isclose(steps, round(steps), abs_tol=1e-6)
+
+    def __post_init__(self):
+        if self.step is not None and not self._is_on_grid(self.high):
+            raise ValueError(f"high = {self.high} is not low = {self.low} plus a multiple of step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +42,8 @@ class Choices:
     choices: tuple[Value, ...]
 
     def __contains__(self, value: Any) -> bool:
-        return value in self.choices
+        # True == 1, but they are not the same choice.
+        return any(value == choice and type(value) is type(choice) for choice in self.choices)
 
 
 Space = dict[str, Range | Choices]
@@ -239,7 +248,10 @@ def _parse_domain(name: str, domain: Any) -> Range | Choices:
         choices = entries["choices"]
         if not isinstance(choices, list) or not choices:
             raise ValueError(f"space: {name}: choices must be a list of values")
-        return Choices(choices=tuple(_value(name, choice) for choice in choices))
+        values = tuple(_value(name, choice) for choice in choices)
+        if len(set(values)) < len(values):
+            raise ValueError(f"space: {name}: choices name a value twice")
+        return Choices(choices=values)
     unknown = sorted(set(entries) - {"low", "high", "log", "step"})
     if unknown or not {"low", "high"} <= set(entries):
         raise ValueError(
@@ -257,7 +269,10 @@ def _parse_domain(name: str, domain: Any) -> Range | Choices:
             raise ValueError(f"space: {name}: step must be positive and not go with log")
     if not low < high or (log and low <= 0):
         raise ValueError(f"space: {name}: needs {'0 < ' if log else ''}low < high")
-    return Range(low=low, high=high, log=log, step=step)
+    try:
+        return Range(low=low, high=high, log=log, step=step)
+    except ValueError as error:
+        raise ValueError(f"space: {name}: {error}") from None
 
 
 def _known(record: type, content: Any, where: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from optuna.trial import TrialState
 
-from cbnerf.search.proposals import even_point, make_study, propose, suggest
+from cbnerf.search.proposals import even_point, initial_points, make_study, propose, suggest
 
 pytestmark = pytest.mark.search
 
@@ -55,6 +55,14 @@ def test_a_search_starts_from_the_points_to_try_first_and_then_evenly(tiny_plan,
     even = [proposed[number] == even_point(plan, number) for number in range(8)]
     # A quarter of sixteen ends before TPE learns from them.
     assert even == [False, False, *([sampler == "sobol-tpe"] * 2), *([False] * 4)]
+
+
+def test_a_preset_between_the_points_of_a_grid_is_not_tried(tiny_plan):
+    space = {"codebook.size": {"low": 50, "high": 100, "step": 25}, "codebook.dim": SPACE[
+        "codebook.dim"]}  # fmt: skip
+    plan = tiny_plan(space=space)
+    assert plan.base.codebook.size == 64  # between the bounds, but not on the grid
+    assert initial_points(plan) == [{"codebook.dim": plan.base.codebook.dim}]
 
 
 def test_many_that_start_at_once_lie_evenly(tiny_plan):

@@ -1,6 +1,7 @@
 """The race on drawn configurations, against closed forms and its own promises."""
 
 import numpy as np
+import optuna
 import pytest
 from numpy.random import default_rng
 
@@ -143,3 +144,24 @@ def test_signed_ranks_need_four_scenes_at_the_usual_level():
     for known in range(1, 6):
         values[1, :known, 0] = -np.arange(1, known + 1)
         assert signed_ranks_keep(values, 1, 0, threshold=0.1) == (known < 4)
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("threshold", [0.1, 0.26])
+def test_signed_ranks_decide_as_optunas_pruner(seed: int, threshold: float):
+    """On differences with ties and zeros, for any number of scenes."""
+    rng = default_rng(seed)
+    steps = rng.integers(-3, 3, size=(2, NUM_SCENES)) / 4.0
+    values = np.full((2, NUM_SCENES, 1), np.nan)
+    values[0, :, 0] = 20 + steps[0]
+    for known in range(NUM_SCENES + 1):
+        values[1, :known, 0] = values[0, :known, 0] + steps[1, :known]
+        study = optuna.create_study(direction="maximize")
+        best = dict(enumerate(values[0, :, 0]))
+        study.add_trial(optuna.create_trial(value=20.0, intermediate_values=best))
+        trial = study.ask()
+        for scene in range(known):
+            trial.report(values[1, scene, 0], scene)
+        pruner = optuna.pruners.WilcoxonPruner(p_threshold=threshold)
+        pruned = pruner.prune(study, study.get_trials()[1])
+        assert signed_ranks_keep(values, 1, 0, threshold) == (not pruned), known
