@@ -9,8 +9,9 @@ from pathlib import Path
 
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
-from cbnerf.search.tracking import open_client, open_experiment
+from cbnerf.search.tracking import legal_key, open_client, open_experiment
 
 EXPERIMENT = "comparisons"
 
@@ -19,8 +20,8 @@ def check_mlflow(storage: Path) -> None:
     """Raise ValueError where a comparison could not be logged."""
     try:
         open_experiment(open_client(storage), EXPERIMENT, storage, {})
-    except MlflowException as error:
-        raise ValueError(f"MLflow: {error.message}") from None
+    except (MlflowException, SQLAlchemyError) as error:
+        raise ValueError(f"MLflow: {' '.join(str(error).split())[:300]}") from None
 
 
 def log_comparison(folder: Path, storage: Path) -> str:
@@ -34,7 +35,7 @@ def log_comparison(folder: Path, storage: Path) -> str:
     params = {name: report[name] for name in about}
     params |= {"scenes": ",".join(report["scenes"]), "methods": ",".join(report["methods"])}
     metrics = [
-        Metric(f"{report['protocol']}/{row}/{place}/{name}", value, now, 0)
+        Metric(f"{report['protocol']}/{legal_key(row)}/{legal_key(place)}/{name}", value, now, 0)
         for row, entry in report["rows"].items()
         for place, values in _places(entry).items()
         for name, value in values.items()

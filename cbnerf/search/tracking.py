@@ -4,26 +4,33 @@ One writer, on the driver, with explicit run ids. Runs are found again by their 
 study adds to its runs instead of making new ones. Stage-1 runs stand beside, linked by a tag.
 """
 
+import hashlib
 import os
+import re
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.error import HTTPError
 from urllib.parse import urlsplit, urlunsplit
-from urllib.request import urlopen
 
 import imageio.v3 as iio
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import SQLAlchemyError
 
 from cbnerf.config import flatten_field, with_overrides
 from cbnerf.files import whole
 from cbnerf.search.judge import Metrics
 from cbnerf.search.plan import Plan, Unit
-from cbnerf.training.stages import CHECKPOINT_FILES, CONFIG_FILE, FIELD_FILE, STRIP_FILE
+from cbnerf.training.checkpoint import Stage, save_weights
+from cbnerf.training.stages import CHECKPOINT_FILES, CONFIG_FILE, STRIP_FILE
 
 _ENDED = "cbnerf.ended"
 """Tag of a configuration's run: `finished`, `stopped` or `failed`."""
@@ -31,18 +38,69 @@ NOT_COMPARABLE = "built-in scenes: not comparable with the paper"
 
 
 def tracking_uri(storage: Path) -> str:
-    """The server named by MLFLOW_TRACKING_URI, else a SQLite file in the storage."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage / 'mlflow.db'}"
+    """The server or database of MLFLOW_TRACKING_URI, else a SQLite file in the storage."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri(storage / "mlflow.db")
+
+
+def _sqlite_uri(file: Path) -> str:
+    # SQLAlchemy unquotes the path of a URL. Its own `URL.create` quotes more than it must, and
+    # MLflow makes an empty folder by the name of a quoted path.
+    return "sqlite:///" + str(file).replace("%", "%25").replace("?", "%3F")
+
+
+def is_embedded() -> bool:
+    """Whether MLflow's database is a file of the storage."""
+    return not os.environ.get("MLFLOW_TRACKING_URI")
 
 
 def open_client(storage: Path) -> MlflowClient:
-    """MLflow at `tracking_uri`, which answers or is made."""
+    """A client of the MLflow at `tracking_uri`; raises ValueError where that does not answer."""
     uri = tracking_uri(storage)
-    if uri.startswith("http"):
-        _check_answers(uri)
-    elif not os.environ.get("MLFLOW_TRACKING_URI"):
-        _make_database(storage)
-    return MlflowClient(uri)
+    try:
+        if is_embedded():
+            _make_database(storage)
+            _follow_storage(storage)
+        client = MlflowClient(uri)
+        with _impatient():
+            client.search_experiments(max_results=1)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"MLFLOW_TRACKING_URI: {without_password(uri)} needs the Python package {error.name}; "
+            "install it with pip"
+        ) from None
+    except (MlflowException, SQLAlchemyError) as error:
+        raise ValueError(_describe_failure(uri, error)) from None
+    return client
+
+
+def _describe_failure(uri: str, error: Exception) -> str:
+    cause = " ".join(str(getattr(error, "orig", None) or error).split())[-300:]
+    cause = re.sub(r"//[^/@\s]*@", "//", cause)  # passwords
+    if is_embedded():
+        return (
+            f"{uri.removeprefix('sqlite:///')}: not a database of this MLflow ({cause}); move it "
+            "away to start a new one, or run `mlflow db upgrade` on it"
+        )
+    return (
+        f"MLFLOW_TRACKING_URI: no server answers at {without_password(uri)} ({cause}); start it, "
+        "or unset the variable to keep the runs in the storage"
+    )
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """MLflow's client gives up after one try of 20 s instead of minutes of silent retries."""
+    limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+    before = {name: os.environ.get(name) for name in limits}
+    os.environ.update(limits)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def without_password(uri: str) -> str:
@@ -50,18 +108,20 @@ def without_password(uri: str) -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
-def _check_answers(uri: str) -> None:
-    """MLflow itself would try for minutes, without a word."""
-    address = without_password(uri)
-    try:
-        urlopen(f"{address}/health", timeout=20).close()
-    except HTTPError:  # Whatever it thinks of the question, it is there.
-        pass
-    except OSError as error:
-        raise ValueError(
-            f"MLFLOW_TRACKING_URI: no server answers at {address} ({error}); start it, or unset "
-            "the variable to keep the runs in the storage"
-        ) from None
+_ILLEGAL = re.compile(r"[^A-Za-z0-9_. -]")
+_MAX_NAME = 80
+
+
+def legal_key(name: str) -> str:
+    """A name as a part of MLflow's keys, which allow few characters.
+
+    Legal names stay as they are. In others each illegal character becomes `_`, and a hash is
+    appended, so that different names have different keys: `garden(1)` gives `garden_1_-46f1693b`.
+    """
+    legal = _ILLEGAL.sub("_", name)[:_MAX_NAME].strip(". ")
+    if legal == name:
+        return name
+    return f"{legal}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _make_database(storage: Path) -> None:
@@ -74,7 +134,40 @@ def _make_database(storage: Path) -> None:
             for left in storage.glob(f".{file.name}.*"):  # by one that was killed
                 left.unlink()
             with whole(file) as unfinished:
-                MlflowClient(f"sqlite:///{unfinished}").search_experiments()
+                MlflowClient(_sqlite_uri(unfinished)).search_experiments()
+
+
+def _artifact_location(storage: Path, experiment: str) -> str:
+    return (storage / "mlartifacts" / experiment).as_uri()
+
+
+def _follow_storage(storage: Path) -> None:
+    """Point experiments and runs to the artifacts of this storage, after it was moved or copied.
+
+    MLflow stores absolute locations, and has no call to change them.
+    """
+    engine = create_engine(_sqlite_uri(storage / "mlflow.db"))
+    try:
+        with engine.begin() as database:
+            rows = database.execute(
+                text("SELECT experiment_id, name, artifact_location FROM experiments")
+            )
+            for number, name, before in rows.all():
+                now = _artifact_location(storage, name)
+                ending = now.removeprefix(storage.as_uri())
+                if before and before != now and before.endswith(ending):
+                    about = {"id": number, "now": now, "before": before, "length": len(before)}
+                    for update in _UPDATES_OF_LOCATIONS:
+                        database.execute(text(update), about)
+    finally:
+        engine.dispose()
+
+
+_UPDATES_OF_LOCATIONS = (
+    "UPDATE experiments SET artifact_location = :now WHERE experiment_id = :id",
+    "UPDATE runs SET artifact_uri = :now || substr(artifact_uri, :length + 1) "
+    "WHERE experiment_id = :id AND substr(artifact_uri, 1, :length) = :before",
+)
 
 
 def open_experiment(client: MlflowClient, name: str, storage: Path, tags: dict[str, str]) -> str:
@@ -84,9 +177,7 @@ def open_experiment(client: MlflowClient, name: str, storage: Path, tags: dict[s
         if found.lifecycle_stage == "deleted":
             client.restore_experiment(found.experiment_id)
         return found.experiment_id
-    artifacts = None
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
-        artifacts = (storage / "mlartifacts" / name).as_uri()
+    artifacts = _artifact_location(storage, name) if is_embedded() else None
     return client.create_experiment(name, artifact_location=artifacts, tags=tags)
 
 
@@ -121,8 +212,7 @@ class Tracker:
         self._fields[scene] = run
         self._log(run, {}, params={"scene": scene, **flatten_field(self._plan.base)})
         self._log_once(run, metrics, self._plan.base.field.optim.steps)
-        for name in (CONFIG_FILE, FIELD_FILE):
-            self._client.log_artifact(run, str(folder / name))
+        self._log_stage(run, folder, "field")
         self._client.set_terminated(run)
 
     def start_unit(self, unit: Unit) -> None:
@@ -162,16 +252,15 @@ class Tracker:
         if unit.rung < self._plan.rungs - 1:
             return
         folder = self._plan.trial_folder(unit.configuration, unit.scene)
-        parent = self._runs[_configuration_key(unit.configuration)]
+        parent, scene = self._runs[_configuration_key(unit.configuration)], legal_key(unit.scene)
         if (folder / STRIP_FILE).exists():  # stage 2 alone makes one
             strip = iio.imread(folder / STRIP_FILE)
-            self._client.log_image(run, strip, key=f"{unit.scene}/strip", step=0)
-            self._client.log_image(parent, strip, key=f"{unit.scene}/strip", step=0)
-        about = {f"{unit.scene}/{name}": metrics[f"val/{name}"]
+            self._client.log_image(run, strip, key=f"{scene}/strip", step=0)
+            self._client.log_image(parent, strip, key=f"{scene}/strip", step=0)
+        about = {f"{scene}/{name}": metrics[f"val/{name}"]
                  for name in ("psnr", "gain") if f"val/{name}" in metrics}  # fmt: skip
         self._log_once(parent, about, 0)
-        for name in (CONFIG_FILE, CHECKPOINT_FILES[self._plan.stage]):
-            self._client.log_artifact(run, str(folder / name))
+        self._log_stage(run, folder, self._plan.stage)
         self._client.set_terminated(run)
         self._ended.add(key)
 
@@ -258,6 +347,15 @@ class Tracker:
             params=[Param(name, str(value)) for name, value in (params or {}).items()],
             tags=[RunTag(name, value) for name, value in (tags or {}).items()],
         )
+
+    def _log_stage(self, run: str, folder: Path, stage: Stage) -> None:
+        """Configuration and weights of a trained stage; Adam's state is twice as large and stays in
+        the storage."""
+        self._client.log_artifact(run, str(folder / CONFIG_FILE))
+        with TemporaryDirectory() as temporary:
+            weights = Path(temporary) / CHECKPOINT_FILES[stage]
+            save_weights(folder / CHECKPOINT_FILES[stage], stage, weights)
+            self._client.log_artifact(run, str(weights))
 
     def _log_once(self, run: str, metrics: dict[str, float], step: int) -> None:
         """Closing values, which a killed study may have logged in its first life already."""

@@ -43,6 +43,12 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
         torch.save(content, file)
 
 
+def save_weights(path: Path, stage: Stage, target: Path) -> None:
+    """Copy a checkpoint without the state of its optimizer: enough to load the model."""
+    checkpoint = load_checkpoint(path, stage, torch.device("cpu"))
+    save_checkpoint(checkpoint._replace(optimizer={}), target)
+
+
 def load_checkpoint(path: Path, stage: Stage, device: torch.device) -> Checkpoint:
     """Read a checkpoint of the given stage."""
     try:

@@ -10,11 +10,13 @@ from typing import Any
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 
 from cbnerf.config import save_config, with_overrides
 from cbnerf.data.library import DATA_VARIABLE
 from cbnerf.search.plan import Plan, make_plan
 from cbnerf.search.spec import parse_spec
+from cbnerf.training.checkpoint import Checkpoint, save_checkpoint
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # Ray's workers inherit it.
 
@@ -73,7 +75,11 @@ def leave_unit() -> Callable[..., dict[str, float]]:
         folder.mkdir(parents=True)
         metrics = {"val/psnr": psnr, "val/ssim": 0.5, "val/gain": 0.25, "seconds": 1.5}
         save_config(with_overrides(plan.base, overrides), folder / "config.yaml")
-        (folder / "refiner.pt").write_bytes(b"weights")
+        weights = {"weight": torch.full((3,), float(number))}
+        checkpoint = Checkpoint(
+            "refiner", scene, 10, plan.base, weights, {"state": {0: weights}}, {}, metrics
+        )
+        save_checkpoint(checkpoint, folder / "refiner.pt")
         iio.imwrite(folder / "strip.png", np.full((8, 24, 3), 99, np.uint8))
         (folder / "metrics.json").write_text(json.dumps(metrics))
         return metrics
