@@ -80,7 +80,7 @@ class TrainField:
             metrics = run_field(
                 self.config, scene, self.output, device=device, report=_print_report
             )
-        _print_metrics(self.output, metrics)
+            _print_metrics(self.output, metrics)
 
 
 @dataclass(kw_only=True)
@@ -113,7 +113,7 @@ class TrainRefiner:
                 self.config, scene, renders, self.output,
                 device=device, report=_print_report, beside=beside,
             )  # fmt: skip
-        _print_metrics(self.output, metrics)
+            _print_metrics(self.output, metrics)
 
     def _load(self, name: str, field: Path) -> tuple[Scene, Renders]:
         scene = _load_scene(name, self.config)

@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from cbnerf.config import METHODS, RESOLUTIONS, Config, cast, knob_type, load_yaml, with_overrides
 
+MIN_GPU = 0.01
+"""The smallest part of a GPU that a process may be given."""
 Value = bool | int | float | str
 
 
@@ -48,13 +50,33 @@ class Resources:
     """Processes of one run; two and more train through Ray Train with DistributedDataParallel."""
     cpus_per_worker: int | float = 1
     gpus_per_worker: int | float | Literal["auto"] = "auto"
-    """`auto`: a quarter of a GPU where the cluster has GPUs, none elsewhere."""
+    """A whole GPU or, of a single worker, a part of one; `auto`: where the cluster has GPUs a whole
+    one for each of several workers and a quarter for a single one, none elsewhere."""
+    one_machine: bool = False
+    """Several workers train on one machine, which a cluster may have to start for them; else on
+    several machines where none of the present ones can hold them all."""
 
     def __post_init__(self):
         if self.workers < 1 or self.cpus_per_worker <= 0:
             raise ValueError("resources need at least 1 worker with some CPU")
-        if self.gpus_per_worker != "auto" and self.gpus_per_worker < 0:
-            raise ValueError("resources.gpus_per_worker must not be negative")
+        if self.gpus_per_worker != "auto":
+            _check_gpus(self.gpus_per_worker, self.workers)
+
+
+def _check_gpus(gpus: int | float, workers: int) -> None:
+    """A process trains on one GPU; several share one only where they do not talk over NCCL, which
+    refuses that."""
+    given = f"resources.gpus_per_worker (--gpus) = {gpus}"
+    if gpus != 0 and not MIN_GPU <= gpus <= 1:
+        raise ValueError(
+            f"{given} must be 0, 1 or a part of 1 (at least {MIN_GPU}): a process trains on one "
+            "GPU; for more GPUs a training run give more resources.workers"
+        )
+    if workers > 1 and gpus not in (0, 1):
+        raise ValueError(
+            f"{given}, and resources.workers = {workers}: workers that train together need a whole "
+            "GPU each; give 1, or 0 for none"
+        )
 
 
 Rule = Literal["race", "asha", "wilcoxon", "none"]
@@ -271,7 +293,11 @@ def _known(record: type, content: Any, where: str) -> dict[str, Any]:
 
 def _parse_resources(content: Any) -> Resources:
     entries = _known(Resources, content, "resources")
+    if not isinstance(entries.get("one_machine", False), bool):
+        raise ValueError(f"resources.one_machine = {entries['one_machine']!r} is not true or false")
     for name, value in entries.items():
+        if name == "one_machine":
+            continue
         kind = int if name == "workers" else int | float
         is_auto = name == "gpus_per_worker" and value == "auto"
         if not is_auto and not _is_number(value, kind):
