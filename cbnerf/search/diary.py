@@ -15,6 +15,7 @@ from cbnerf.search.judge import Metrics
 from cbnerf.search.ledger import Ledger
 from cbnerf.search.plan import Unit
 from cbnerf.search.searcher import unit_metrics
+from cbnerf.search.tasks import reason
 from cbnerf.search.tracking import Tracker
 from cbnerf.search.writer import Writer
 
@@ -58,9 +59,9 @@ class Diary(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         # `trial.get_error` reads a copy in the storage, which Tune makes later.
-        *_, last_line = Path(trial.error_file).read_text().strip().splitlines()
+        why = reason(Path(trial.error_file).read_text())
         if units := [unit for unit in _units(trial) if _place(unit) in self._begun]:
-            self._explain(units, last_line)
+            self._explain(units, why)
 
     def end_unit(self, unit: Unit, metrics: Metrics | None) -> None:
         """Book a unit; what the ledger has booked is never done again.

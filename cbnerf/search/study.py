@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
-import ray
 from mlflow.exceptions import MlflowException
 from ray import tune
 from tqdm import tqdm
@@ -19,10 +18,12 @@ from cbnerf.config import Config, with_overrides
 from cbnerf.files import write_whole
 from cbnerf.search.diary import Diary, catch_up
 from cbnerf.search.ledger import Ledger
+from cbnerf.search.machines import num_slots, worker_resources
 from cbnerf.search.plan import Plan
 from cbnerf.search.report import SceneScores, write_report
 from cbnerf.search.searcher import TuneSearcher
 from cbnerf.search.spec import QUALITIES
+from cbnerf.search.tasks import for_each_scene
 from cbnerf.search.tracking import Tracker
 from cbnerf.search.trial import MAX_FAILURES, run_base_field, run_units, score_best
 from cbnerf.search.writer import Writer
@@ -88,23 +89,9 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = time.monotonic() - started
 
 
-def num_slots(plan: Plan) -> int:
-    """Training runs that the cluster's present machines hold at the same time."""
-    resources, spec = ray.cluster_resources(), plan.spec.resources
-    slots = resources.get("CPU", 0) / (spec.cpus_per_worker * spec.workers)
-    if plan.gpus_per_worker:
-        slots = min(slots, resources.get("GPU", 0) / (plan.gpus_per_worker * spec.workers))
-    return int(slots)
-
-
 def _train_fields(plan: Plan, ledger: Ledger, tracker: Tracker) -> None:
-    run = _remote(plan, run_base_field, trains=True)
-    pending = {run.remote(plan, scene): scene for scene in plan.scenes}
-    with _progress(len(pending), "stage 1", "scene") as bar:
-        while pending:
-            (done,), _ = ray.wait(list(pending))
-            folder, metrics = ray.get(done)
-            scene = pending.pop(done)
+    with _progress(len(plan.scenes), "stage 1", "scene") as bar:
+        for scene, (folder, metrics) in for_each_scene(plan, run_base_field, trains=True):
             ledger.note_field(scene, folder.name, metrics["seconds"])
             tracker.log_field(scene, folder, metrics)
             bar.update()
@@ -151,34 +138,19 @@ class _Room:
 
 
 def _trial_resources(plan: Plan) -> dict[str, float]:
-    spec = plan.spec.resources
-    if spec.workers > 1:
+    if plan.spec.resources.workers > 1:
         # The trainer inside opens a placement group of its own; the trial itself needs none, and
         # a CPU held here could starve it. Ray refuses {"CPU": 0}.
         return {"node:__internal_head__": 0.001}
-    resources = {"cpu": float(spec.cpus_per_worker)}
-    return resources | ({"gpu": plan.gpus_per_worker} if plan.gpus_per_worker else {})
-
-
-def _remote(plan: Plan, function: Callable[..., Any], *, trains: bool) -> Any:
-    """The function as a Ray task with the resources of one process; with none where it trains on
-    several, which have their own."""
-    spec = plan.spec.resources
-    alone = spec.workers == 1 or not trains
-    return ray.remote(function).options(
-        num_cpus=spec.cpus_per_worker if alone else 0,
-        num_gpus=plan.gpus_per_worker if alone else 0,
-        max_retries=MAX_FAILURES,
-    )
+    return {name.lower(): float(amount) for name, amount in worker_resources(plan).items()}
 
 
 def _score_once(plan: Plan, config: Config, number: int) -> SceneScores:
     """Scores of the best configuration; the test views of a configuration are scored once."""
     file = _scores_file(plan, number)
     if not file.exists():
-        score = _remote(plan, score_best, trains=False)
-        answers = [score.remote(plan, config, number, scene) for scene in plan.scenes]
-        scores = dict(zip(plan.scenes, ray.get(answers), strict=True))
+        scores = dict(for_each_scene(plan, score_best, config, number, trains=False))
+        scores = {scene: scores[scene] for scene in plan.scenes}
         write_whole(file, json.dumps(scores, indent=1))
     return json.loads(file.read_text())
 

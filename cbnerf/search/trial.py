@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from ray import train, tune
-from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
-from ray.train.torch import TorchTrainer, get_device
+from ray.train import FailureConfig, RunConfig, WorkerGroupError
+from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from cbnerf.config import Config, DataConfig, KnobError, with_overrides
@@ -24,6 +24,7 @@ from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
+from cbnerf.search.machines import TorchGroup, device_of_worker, worker_group
 from cbnerf.search.plan import Plan, Unit
 from cbnerf.training.checkpoint import Checkpoint, knobs_of_stage
 from cbnerf.training.evaluation import mean_scores, refine_views
@@ -103,20 +104,6 @@ def load_scene(plan: Plan, name: str, data: DataConfig) -> Scene:
     return read_scene(name, plan.data, plan.storage, data)
 
 
-def worker_group(plan: Plan) -> ScalingConfig:
-    """Ray Train's description of the processes that train together: each has a GPU of its own
-    where there are GPUs, and all lie on one machine where one can hold them."""
-    resources = {"CPU": plan.spec.resources.cpus_per_worker}
-    if plan.gpus_per_worker:
-        resources["GPU"] = plan.gpus_per_worker
-    return ScalingConfig(
-        num_workers=plan.spec.resources.workers,
-        use_gpu=plan.gpus_per_worker > 0,
-        resources_per_worker=resources,
-        placement_strategy="STRICT_PACK" if on_one_machine(plan) else "PACK",
-    )
-
-
 def _run_unit(
     plan: Plan, index: int, unit: Unit, device: torch.device, tell: Callable[[dict], None]
 ) -> None:
@@ -188,6 +175,7 @@ def _train_together(
     trainer = TorchTrainer(
         function,
         train_loop_config={"plan": plan, **about},
+        torch_config=TorchGroup(),
         scaling_config=worker_group(plan),
         run_config=RunConfig(
             name=f"{what}-{uuid.uuid4().hex[:8]}",
@@ -208,18 +196,13 @@ def _train_together(
 def _walk_in_worker(about: dict[str, Any]) -> None:
     """All units by one group of workers, which starts once."""
     for index, unit in enumerate(about["units"]):
-        _run_unit(about["plan"], index, Unit(**unit), _device_of_worker(), train.report)
-
-
-def _device_of_worker() -> torch.device:
-    """That of Ray Train, which gives a GPU where Ray only believes that there is one."""
-    return get_device() if torch.cuda.is_available() else torch.device("cpu")
+        _run_unit(about["plan"], index, Unit(**unit), device_of_worker(), train.report)
 
 
 def _field_in_worker(about: dict[str, Any]) -> None:
     plan, config = about["plan"], about["config"]
     scene = from_rank_0(lambda: load_scene(plan, about["scene"], config.data))
-    run_field(config, scene, about["folder"], device=_device_of_worker(), report=_train_report)
+    run_field(config, scene, about["folder"], device=device_of_worker(), report=_train_report)
 
 
 def _train_report(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:

@@ -1,0 +1,97 @@
+"""Work for each scene on a real Ray whose memory is nearly full from the start."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+from ray import tune
+
+from cbnerf.search.plan import Plan
+from cbnerf.search.tasks import for_each_scene, reason
+
+pytestmark = pytest.mark.search
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find this file
+ROOM = 1.5e9
+"""Bytes that all processes of the machine may take beyond what is taken now."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_ray() -> Iterator[None]:
+    memory = psutil.virtual_memory()
+    limit = (memory.used + ROOM) / memory.total
+    ray.init(
+        num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error",
+        _system_config={"memory_usage_threshold": limit, "memory_monitor_refresh_ms": 100},
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+def take_memory() -> None:
+    """Too much of it; where nobody minds, an error."""
+    taken = []
+    for _ in range(int(3 * ROOM / 1e8)):
+        taken.append(np.ones(12_500_000))
+        time.sleep(0.05)
+    raise AssertionError("nobody minds")
+
+
+def work(plan: Plan, log: Path, scene: str) -> str:
+    with log.open("a") as file:
+        file.write(f"{scene}\n")
+    if scene == "arcade":
+        take_memory()
+    if scene == "mosaic":
+        raise ValueError("mosaic: no such photograph")
+    return scene.upper()
+
+
+def test_a_scene_that_needs_too_much_memory_is_given_up_and_the_others_are_done(
+    tiny_plan: Callable[..., Plan], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    plan, answers = tiny_plan("arcade,blinds"), {}
+    with pytest.raises(ValueError, match=r"^arcade: the memory of .* was nearly full \(.*3 times"):
+        for scene, answer in for_each_scene(plan, work, tmp_path / "log", trains=True):
+            answers[scene] = answer
+    assert answers == {"blinds": "BLINDS"}
+    assert (tmp_path / "log").read_text().split().count("arcade") == 3
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  arcade: ")]
+    assert len(told) == 3 and all("resources.cpus_per_worker" in line for line in told)
+
+
+def test_what_the_function_raises_is_raised_once_and_last(
+    tiny_plan: Callable[..., Plan], tmp_path: Path
+):
+    plan, answers = replace(tiny_plan("arcade"), scenes=("mosaic", "blinds", "room")), {}
+    with pytest.raises(ValueError, match="mosaic: no such photograph"):
+        answers |= for_each_scene(plan, work, tmp_path / "log", trains=True)
+    assert sorted((tmp_path / "log").read_text().split()) == ["blinds", "mosaic", "room"]
+
+
+def test_a_unit_that_needs_too_much_memory_ends_as_failed_with_its_reason(tmp_path: Path):
+    def train(about: dict[str, Any]) -> None:
+        take_memory()
+
+    tuner = tune.Tuner(
+        tune.with_resources(train, {"cpu": 1}),
+        run_config=tune.RunConfig(
+            storage_path=str(tmp_path), verbose=0, failure_config=tune.FailureConfig(max_failures=1)
+        ),
+        tune_config=tune.TuneConfig(reuse_actors=True),
+    )
+    (result,) = tuner.fit()
+    assert result.error is not None
+    (file,) = tmp_path.glob("*/*/error.txt")
+    line = reason(file.read_text())
+    assert "nearly full (" in line and "\n" not in line
+
+
+def test_any_other_reason_is_the_last_line():
+    assert reason("Traceback:\n  File x\nValueError:   no such\tfile\n") == "ValueError: no such file"
