@@ -83,6 +83,14 @@ class Diary(tune.Callback):
         if self._ledger.num_told > told:
             self._end_configuration(unit)
 
+    def lose_unit(self, unit: Unit, why: str) -> None:
+        """Hand a unit out anew that has lost its process with all of Tune, if not too often."""
+        self._bar.write(f"  #{unit.configuration:02d}  {unit.scene}: {why}")
+        if self._losses[_place(unit)] >= _LOSSES:
+            self._write(self._tracker.explain_failure, unit, why)
+        self._begun.discard(_place(unit))
+        self.end_unit(unit, None)
+
     def _end_configuration(self, unit: Unit) -> None:
         self._write(*_closing(self._ledger, self._tracker, unit.configuration))
         self._bar.update(self._ledger.num_told - self._bar.n)

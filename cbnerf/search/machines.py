@@ -54,9 +54,7 @@ def _room(plan: Plan) -> list[int]:
     return [processes_on(machine, needed) for machine in machines]
 
 
-def processes_on(
-    machine: Mapping[str, int | float], needed: Mapping[str, int | float]
-) -> int:
+def processes_on(machine: Mapping[str, int | float], needed: Mapping[str, int | float]) -> int:
     """Processes that a machine's resources hold where each needs so much."""
     return min(int(machine.get(name, 0) / amount + 1e-6) for name, amount in needed.items())
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from traceback import format_exception
 from typing import Any, NamedTuple
 
 import optuna
@@ -23,7 +24,7 @@ from cbnerf.search.plan import Plan
 from cbnerf.search.report import SceneScores, write_report
 from cbnerf.search.searcher import TuneSearcher
 from cbnerf.search.spec import QUALITIES
-from cbnerf.search.tasks import for_each_scene
+from cbnerf.search.tasks import for_each_scene, is_of_memory, reason
 from cbnerf.search.tracking import Tracker
 from cbnerf.search.trial import MAX_FAILURES, run_base_field, run_units, score_best
 from cbnerf.search.writer import Writer
@@ -100,27 +101,44 @@ def _train_fields(plan: Plan, ledger: Ledger, tracker: Tracker) -> None:
 
 
 def _search(plan: Plan, ledger: Ledger, tracker: Tracker, concurrency: int | None) -> None:
-    workers = plan.spec.resources.workers
     limit = _Room(plan) if concurrency is None else lambda: concurrency
     bar = _progress(plan.spec.trials, "search", "configuration", done=ledger.num_told)
     with bar, Writer() as write:
         diary = Diary(ledger, tracker, write, bar)
-        tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(run_units, plan=plan), _trial_resources(plan)),
-            tune_config=tune.TuneConfig(
-                search_alg=TuneSearcher(ledger, diary.end_unit, limit=limit, walk=workers > 1),
-                num_samples=-1,  # The searcher ends it.
-                reuse_actors=workers == 1,
-            ),
-            run_config=tune.RunConfig(
-                name="ray_tune",
-                storage_path=str(plan.folder),
-                failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
-                callbacks=[diary],
-                verbose=0,
-            ),
-        )
-        tuner.fit()
+        while True:
+            walks = plan.spec.resources.workers > 1
+            searcher = TuneSearcher(ledger, diary.end_unit, limit=limit, walk=walks)
+            try:
+                return _tune(plan, searcher, diary)
+            except Exception as error:
+                # Where Ray ends a trial's process for memory, Tune itself ends: with RuntimeError.
+                trouble = "".join(format_exception(error))
+                if not is_of_memory(trouble):
+                    raise
+                named, others = searcher.left(trouble)
+                for unit in others:
+                    ledger.take_back(unit)
+                for unit in named:
+                    diary.lose_unit(unit, reason(trouble))
+
+
+def _tune(plan: Plan, searcher: TuneSearcher, diary: Diary) -> None:
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(run_units, plan=plan), _trial_resources(plan)),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=-1,  # The searcher ends it.
+            reuse_actors=plan.spec.resources.workers == 1,
+        ),
+        run_config=tune.RunConfig(
+            name="ray_tune",
+            storage_path=str(plan.folder),
+            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+            callbacks=[diary],
+            verbose=0,
+        ),
+    )
+    tuner.fit()
 
 
 class _Room:

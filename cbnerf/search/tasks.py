@@ -58,9 +58,17 @@ def for_each_scene(
         raise errors[0]
 
 
+_MEMORY = re.compile(r"low on memory\. .*?IP: ([^,]+).*? was (.*? limit)")
+
+
+def is_of_memory(trouble: str) -> bool:
+    """Whether Ray has ended a process for memory, by the text of an error or traceback."""
+    return _MEMORY.search(trouble) is not None
+
+
 def reason(trouble: str) -> str:
     """Why a process of Ray has failed, in one line, from the text of its error or traceback."""
-    if found := re.search(r"low on memory\. .*?IP: ([^,]+).*? was (.*? limit)", trouble):
+    if found := _MEMORY.search(trouble):
         machine, memory = found.groups()
         return (
             f"the memory of {machine} was nearly full ({memory}), so Ray ended the process; "

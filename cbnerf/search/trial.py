@@ -109,6 +109,7 @@ def _run_unit(
 ) -> None:
     config, folder = _config(plan, unit), plan.trial_folder(unit.configuration, unit.scene)
     until = plan.steps(config, unit.rung)
+    tell({"unit": index, "begun": True})  # by which process
 
     def report(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
         tell({**metrics, "unit": index, "step": step})

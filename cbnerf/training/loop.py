@@ -140,9 +140,7 @@ def _evaluate(task: Task) -> dict[str, float]:
     return metrics
 
 
-def _resume(
-    task: Task, optimizer: torch.optim.Optimizer, path: Path, device: torch.device
-) -> int:
+def _resume(task: Task, optimizer: torch.optim.Optimizer, path: Path, device: torch.device) -> int:
     """Take over the state of a checkpoint; returns its step."""
     # A checkpoint that is sent to other processes must not lie on the GPU of rank 0.
     place = device if num_processes() == 1 else torch.device("cpu")

@@ -15,6 +15,7 @@ import pytest
 import ray
 import torch
 import torch.distributed as dist
+from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
 from cbnerf.search.machines import (
@@ -29,7 +30,7 @@ from cbnerf.search.tasks import _remote
 from cbnerf.search.trial import _train_together
 
 pytestmark = pytest.mark.search
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find this file
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find this file
 CARDS = 4
 PATIENCE = 300
 """Seconds to wait for another group."""
@@ -37,12 +38,10 @@ PATIENCE = 300
 
 @pytest.fixture(scope="module")
 def two_machines() -> Iterator[None]:
-    about = {"num_cpus": 4, "num_gpus": 2}
-    cluster = Cluster(
-        initialize_head=True, connect=True, head_node_args={**about, "include_dashboard": False}
-    )
+    head = {"num_cpus": 4, "num_gpus": 2, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, connect=True, head_node_args=head)
     try:
-        cluster.add_node(**about)
+        cluster.add_node(num_cpus=4, num_gpus=2)
         cluster.wait_for_nodes()
         yield
     finally:

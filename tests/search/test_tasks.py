@@ -1,5 +1,7 @@
 """Work for each scene on a real Ray whose memory is nearly full from the start."""
 
+import logging
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,13 +13,19 @@ import numpy as np
 import psutil
 import pytest
 import ray
-from ray import tune
+from optuna.trial import TrialState
+from ray import cloudpickle, tune
 
+from cbnerf.search import study
+from cbnerf.search.ledger import Ledger
 from cbnerf.search.plan import Plan
 from cbnerf.search.tasks import for_each_scene, reason
 
-pytestmark = pytest.mark.search
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find this file
+pytestmark = [
+    pytest.mark.search,
+    pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),  # MLflow's
+]
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find this file
 ROOM = 1.5e9
 """Bytes that all processes of the machine may take beyond what is taken now."""
 
@@ -27,7 +35,7 @@ def small_ray() -> Iterator[None]:
     memory = psutil.virtual_memory()
     limit = (memory.used + ROOM) / memory.total
     ray.init(
-        num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error",
+        num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
         _system_config={"memory_usage_threshold": limit, "memory_monitor_refresh_ms": 100},
     )  # fmt: skip
     yield
@@ -75,23 +83,38 @@ def test_what_the_function_raises_is_raised_once_and_last(
     assert sorted((tmp_path / "log").read_text().split()) == ["blinds", "mosaic", "room"]
 
 
-def test_a_unit_that_needs_too_much_memory_ends_as_failed_with_its_reason(tmp_path: Path):
-    def train(about: dict[str, Any]) -> None:
+def train_or_take_memory(about: dict[str, Any], plan: Plan) -> None:
+    """In place of training: the units of the first configuration take too much memory."""
+    (unit,) = about["units"]
+    tune.report({"unit": 0, "begun": True})
+    if unit["configuration"] == 0:
         take_memory()
+    scores = {"val/psnr": 20.0 + unit["configuration"], "val/ssim": 0.5, "val/gain": 0.1}
+    tune.report({"unit": 0, "ended": True, "seconds": 1.0, **scores})
 
-    tuner = tune.Tuner(
-        tune.with_resources(train, {"cpu": 1}),
-        run_config=tune.RunConfig(
-            storage_path=str(tmp_path), verbose=0, failure_config=tune.FailureConfig(max_failures=1)
-        ),
-        tune_config=tune.TuneConfig(reuse_actors=True),
-    )
-    (result,) = tuner.fit()
-    assert result.error is not None
-    (file,) = tmp_path.glob("*/*/error.txt")
-    line = reason(file.read_text())
-    assert "nearly full (" in line and "\n" not in line
+
+@pytest.mark.slow
+def test_a_configuration_that_needs_too_much_memory_fails_and_the_search_goes_on(
+    tiny_plan: Callable[..., Plan], empty_store: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    plan = tiny_plan("arcade", method="nerf", trials=3, stopping={"rule": "none"},
+                     space={"field.optim.lr": {"low": 1e-3, "high": 1e-1}})  # fmt: skip
+    plan.storage.mkdir(exist_ok=True)
+    shutil.copy(empty_store, plan.storage / "mlflow.db")
+    ledger = Ledger(plan)
+    monkeypatch.setattr(study, "run_units", train_or_take_memory)
+    monkeypatch.setattr(study.Tracker, "end_unit", lambda *about: None)  # there are no files
+    study._search(plan, ledger, study.Tracker(plan, ledger.id), concurrency=2)
+    states = [trial.state for trial in ledger.study.get_trials()]
+    assert states == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
+    best = ledger.best()
+    assert ledger.is_over and best is not None and best.value == 22
+    told = [line for line in capsys.readouterr().out.splitlines() if "nearly full (" in line]
+    assert told and all(line.startswith("  #00  arcade: the memory of ") for line in told)
 
 
 def test_any_other_reason_is_the_last_line():
-    assert reason("Traceback:\n  File x\nValueError:   no such\tfile\n") == "ValueError: no such file"
+    assert (
+        reason("Traceback:\n  File x\nValueError:   no such\tfile\n") == "ValueError: no such file"
+    )

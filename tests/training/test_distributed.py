@@ -73,7 +73,10 @@ def test_two_processes_train_as_one(
     for report, expected in zip(reports, expected_reports, strict=True):
         assert report["val/psnr"] == pytest.approx(expected["val/psnr"], abs=0.02)
 
-def run_stages(config: Config, scene: Scene, renders: Renders, folder: Path, until: int | None):
+
+def run_stages(
+    config: Config, scene: Scene, renders: Renders, folder: Path, until: int | None
+) -> list[dict[str, float]]:
     """Both stages in folders of their names; their metrics but for the seconds."""
     about = {"device": CPU, "until": until}
     metrics = [
@@ -83,16 +86,18 @@ def run_stages(config: Config, scene: Scene, renders: Renders, folder: Path, unt
     return [{name: v for name, v in of_stage.items() if name != "seconds"} for of_stage in metrics]
 
 
-def resume_on_rank(rank: int, views: list[Path], *job) -> None:
+def resume_on_rank(
+    rank: int, views: list[Path], config: Config, scene: Scene, renders: Renders
+) -> None:
     """Half of a training, the rest of it, and once more; `views` is where each process looks."""
     join(rank, views[0])
-    run_stages(*job, views[0], 3)
+    run_stages(config, scene, renders, views[0], 3)
     dist.barrier()  # what has been written is now hidden from a process that looks elsewhere
-    told = [run_stages(*job, views[rank], until) for until in (None, None)]
+    told = [run_stages(config, scene, renders, views[rank], None) for _ in range(2)]
     torch.save(told, views[0] / f"{rank}.pt")
-    other_seed = with_overrides(job[0], {"seed": 1})
+    other_seed = with_overrides(config, {"seed": 1})
     with pytest.raises(ValueError, match="finished with other knobs"):
-        run_field(other_seed, job[1], views[rank] / "field", device=CPU)
+        run_field(other_seed, scene, views[rank] / "field", device=CPU)
     leave()
 
 
@@ -102,7 +107,7 @@ def test_processes_go_by_what_rank_0_sees(
     """On NFS a machine may not see yet what another has written: rank 1 looks into a folder that
     stays empty, and all ends bit for bit as if it saw everything."""
     config = with_overrides(tiny_config, SCHEDULE)
-    for name, looks in (("all", ["all", "all"]), ("one", ["one", "nothing"])):
+    for looks in (["all", "all"], ["one", "nothing"]):
         views = [tmp_path / look for look in looks]
         for view in views:
             view.mkdir(exist_ok=True)
