@@ -72,24 +72,26 @@ def test_trainings_never_run_on_the_head_of_a_cloud_and_spot_comes_first():
             assert "spot" not in str(fallback["node_config"]).lower()
 
 
-ONE, GROUP = {"CPU": 1, "GPU": 0.25}, {"CPU": 1, "GPU": 1}
+ONE, WORKER = {"CPU": 1, "GPU": 0.25}, {"CPU": 1, "GPU": 1}
 
 
 @pytest.mark.parametrize("kind", ["aws", "gcp"])
 @pytest.mark.parametrize(
-    ("units", "group", "strategy", "started"),
+    ("units", "groups", "started"),
     [
-        (8, 0, "PACK", {"gpu_spot": 2}),
-        (32, 0, "PACK", {"gpu_spot": 8}),
-        (0, 4, "STRICT_PACK", {"four_gpus_spot": 1}),
-        (0, 4, "PACK", {"gpu_spot": 4}),
-        (4, 4, "STRICT_PACK", {"gpu_spot": 1, "four_gpus_spot": 1}),
+        (1, [], {"gpu_spot": 1}),
+        (8, [], {"gpu_spot": 2}),
+        (99, [], {"gpu_spot": 8}),
+        (0, [2], {"four_gpus_spot": 1}),
+        (0, [4], {"four_gpus_spot": 1}),
+        (0, [4, 4, 4], {"four_gpus_spot": 2, "four_gpus_on_demand": 1}),
+        (0, [8], {"four_gpus_spot": 2}),
     ],
 )
 def test_the_autoscaler_starts_the_machines_that_readme_names(
-    kind: str, units: int, group: int, strategy: str, started: dict[str, int]
+    kind: str, units: int, groups: list[int], started: dict[str, int]
 ):
-    """Asked as Ray's own scheduler of machines is: single workers and one group of workers."""
+    """By Ray's own scheduler of machines, for single workers and groups of workers."""
     from ray.autoscaler._private.util import prepare_config
     from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
     from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
@@ -98,16 +100,14 @@ def test_the_autoscaler_starts_the_machines_that_readme_names(
 
     cluster = merged(OVERLAYS[kind])
     config = AutoscalingConfig(prepare_config(cluster), skip_content_hash=True)
-    constraint = ResourceRequestUtil.PlacementConstraintType
-    affinity = [(constraint.AFFINITY, "group", "1")] if strategy == "STRICT_PACK" else []
-    bundles = [ResourceRequestUtil.make(GROUP, affinity) for _ in range(group)]
+    make = ResourceRequestUtil.make
     request = SchedulingRequest(
         node_type_configs=config.get_node_type_configs(),
         max_num_nodes=config.get_max_num_worker_nodes(),
-        resource_requests=ResourceRequestUtil.group_by_count(
-            [ResourceRequestUtil.make(ONE) for _ in range(units)]
-        ),
-        gang_resource_requests=[GangResourceRequest(requests=bundles)] if group else [],
+        resource_requests=ResourceRequestUtil.group_by_count([make(ONE) for _ in range(units)]),
+        gang_resource_requests=[
+            GangResourceRequest(requests=[make(WORKER)] * workers) for workers in groups
+        ],
         disable_launch_config_check=True,
     )
     reply = ResourceDemandScheduler().schedule(request)

@@ -25,10 +25,9 @@ def num_slots(plan: Plan) -> int:
 
 
 def on_one_machine(plan: Plan) -> bool:
-    """Whether the workers of a training run must lie on one machine: where one can hold them all,
-    and where the specification says that one will."""
-    resources = plan.spec.resources
-    return resources.one_machine or max(_room(plan), default=0) >= resources.workers
+    """Whether a machine can hold all workers of a training run, which then wait for one that is
+    free; else they lie on as few machines as are needed."""
+    return max(_room(plan), default=0) >= plan.spec.resources.workers
 
 
 def worker_resources(plan: Plan) -> dict[str, int | float]:

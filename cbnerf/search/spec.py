@@ -52,9 +52,6 @@ class Resources:
     gpus_per_worker: int | float | Literal["auto"] = "auto"
     """A whole GPU or, of a single worker, a part of one; `auto`: where the cluster has GPUs a whole
     one for each of several workers and a quarter for a single one, none elsewhere."""
-    one_machine: bool = False
-    """Several workers train on one machine, which a cluster may have to start for them; else on
-    several machines where none of the present ones can hold them all."""
 
     def __post_init__(self):
         if self.workers < 1 or self.cpus_per_worker <= 0:
@@ -293,11 +290,7 @@ def _known(record: type, content: Any, where: str) -> dict[str, Any]:
 
 def _parse_resources(content: Any) -> Resources:
     entries = _known(Resources, content, "resources")
-    if not isinstance(entries.get("one_machine", False), bool):
-        raise ValueError(f"resources.one_machine = {entries['one_machine']!r} is not true or false")
     for name, value in entries.items():
-        if name == "one_machine":
-            continue
         kind = int if name == "workers" else int | float
         is_auto = name == "gpus_per_worker" and value == "auto"
         if not is_auto and not _is_number(value, kind):

@@ -110,7 +110,8 @@ def test_groups_at_a_time_have_a_card_for_each_process_and_a_machine_for_each_gr
     gpu_plan: Callable[..., Plan], tmp_path: Path
 ):
     plan = gpu_plan(2)
-    assert num_slots(plan) == 2
+    assert num_slots(plan) == 2 and on_one_machine(plan)
+    assert worker_group(plan).placement_strategy == "STRICT_PACK"
     found = train_groups(plan, tmp_path / "found", groups=2)
     assert len(places(found)) == len(found) == CARDS
     for group in range(2):
@@ -128,13 +129,6 @@ def test_a_group_that_no_machine_holds_lies_on_several(
     found = train_groups(plan, tmp_path / "found", groups=1)
     assert len(places(found)) == len(found) == CARDS
     assert {one["sum"] for one in found} == {0 + 1 + 2 + 3}
-
-
-@pytest.mark.usefixtures("two_machines")
-def test_a_group_that_must_have_one_machine_waits_for_one(gpu_plan: Callable[..., Plan]):
-    plan = gpu_plan(CARDS, one_machine=True)
-    assert num_slots(plan) == 0
-    assert worker_group(plan).placement_strategy == "STRICT_PACK"
 
 
 @pytest.mark.usefixtures("two_machines")

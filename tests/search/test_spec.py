@@ -110,7 +110,6 @@ BAD = {
     "workers that share a GPU": (
         "resources: {workers: 2, gpus_per_worker: 0.25}\n" + SPACE, "need a whole GPU each"
     ),
-    "a doubtful machine": ("resources: {one_machine: 1}\n" + SPACE, "resources.one_machine = 1"),
     "unknown method": ("method: nerf2\n" + SPACE, "'nerf2' is not one of nerf, nerf-sr"),
     "method is a list": ("method: [nerf]\n" + SPACE, "method = ['nerf']"),
     "unknown resolution": ("resolution: x3\n" + SPACE, "'x3' is not one of auto"),
