@@ -51,7 +51,8 @@ class Resources:
     cpus_per_worker: int | float = 1
     gpus_per_worker: int | float | Literal["auto"] = "auto"
     """A whole GPU or, of a single worker, a part of one; `auto`: where the cluster has GPUs a whole
-    one for each of several workers and a quarter for a single one, none elsewhere."""
+    one for each of several workers and for a single one the part that a few steps are measured to
+    need (a quarter where that fails, and at least); none elsewhere."""
 
     def __post_init__(self):
         if self.workers < 1 or self.cpus_per_worker <= 0:

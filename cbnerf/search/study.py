@@ -4,13 +4,15 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from traceback import format_exception
 from typing import Any, NamedTuple
 
 import optuna
+import torch
 from mlflow.exceptions import MlflowException
 from ray import tune
 from tqdm import tqdm
@@ -18,16 +20,18 @@ from tqdm import tqdm
 from cbnerf.config import Config, with_overrides
 from cbnerf.files import write_whole
 from cbnerf.search.diary import Diary, catch_up
+from cbnerf.search.estimate import measure_share, part_of_gpu
 from cbnerf.search.ledger import Ledger
 from cbnerf.search.machines import num_slots, worker_resources
 from cbnerf.search.plan import Plan
 from cbnerf.search.report import SceneScores, write_report
 from cbnerf.search.searcher import TuneSearcher
 from cbnerf.search.spec import QUALITIES
-from cbnerf.search.tasks import for_each_scene, is_of_memory, reason
+from cbnerf.search.tasks import call, for_each_scene, is_of_memory, reason
 from cbnerf.search.tracking import Tracker
 from cbnerf.search.trial import MAX_FAILURES, run_base_field, run_units, score_best
 from cbnerf.search.writer import Writer
+from cbnerf.training.checkpoint import Stage
 
 _FIRST_WAITING = 8
 """Training runs that wait while no machine has joined."""
@@ -63,9 +67,12 @@ def run_study(
         if not ledger.is_over:
             if plan.shares_fields:
                 with _timed(seconds, "stage 1"):
-                    _train_fields(plan, ledger, tracker)
+                    _train_fields(_sharing_gpus(plan, ("field",)), ledger, tracker)
+            stages: tuple[Stage, ...] = (
+                ("refiner",) if plan.shares_fields else ("field", plan.stage)
+            )
             with _timed(seconds, "search"):
-                _search(plan, ledger, tracker, concurrency)
+                _search(_sharing_gpus(plan, (*own, plan.stage)), ledger, tracker, concurrency)
         else:
             say("all configurations of this study are done; nothing is trained again")
         best = ledger.best()
@@ -88,6 +95,19 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     started = time.monotonic()
     yield
     seconds[phase] = time.monotonic() - started
+
+
+def _sharing_gpus(plan: Plan, stages: Sequence[Stage]) -> Plan:
+    """The plan with as much of a GPU for a training of these stages as one was measured to need,
+    where the specification leaves that open; a quarter stays where there is nothing to measure."""
+    resources = plan.spec.resources
+    if not plan.gpus_per_worker or resources.workers > 1 or resources.gpus_per_worker != "auto":
+        return plan
+    try:
+        share = call(replace(plan, gpus_per_worker=1), measure_share, stages)
+    except torch.OutOfMemoryError:
+        share = 1.0  # Of a whole GPU, and more: its trainings will say so.
+    return plan if share is None else replace(plan, gpus_per_worker=part_of_gpu(share))
 
 
 def _train_fields(plan: Plan, ledger: Ledger, tracker: Tracker) -> None:

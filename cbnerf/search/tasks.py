@@ -58,6 +58,11 @@ def for_each_scene(
         raise errors[0]
 
 
+def call(plan: Plan, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function(plan, *arguments)` gives as a Ray task with the resources of one process."""
+    return ray.get(_remote(plan, function, trains=False).remote(plan, *arguments))
+
+
 _MEMORY = re.compile(r"low on memory\. .*?IP: ([^,]+).*? was (.*? limit)")
 
 

@@ -29,6 +29,7 @@ from cbnerf.search.plan import Plan, Unit
 from cbnerf.training.checkpoint import Checkpoint, knobs_of_stage
 from cbnerf.training.evaluation import mean_scores, refine_views
 from cbnerf.training.keys import field_key
+from cbnerf.training.memory import free_gpu_memory
 from cbnerf.training.processes import choose_device, from_rank_0
 from cbnerf.training.refiner import load_refiner
 from cbnerf.training.stages import (
@@ -56,7 +57,9 @@ def run_units(about: Mapping[str, Any], plan: Plan) -> None:
     try:
         if plan.spec.resources.workers == 1:
             for index, unit in enumerate(units):
+                tune.report({"unit": index, "begun": True})  # Tune adds by which process.
                 _run_unit(plan, index, unit, choose_device(), tune.report)
+                free_gpu_memory()  # The process stays, and others share its GPU.
         else:
             for unit in units if plan.stage == "refiner" else ():
                 for scene in plan.scenes_of(unit.scene):
@@ -109,7 +112,6 @@ def _run_unit(
 ) -> None:
     config, folder = _config(plan, unit), plan.trial_folder(unit.configuration, unit.scene)
     until = plan.steps(config, unit.rung)
-    tell({"unit": index, "begun": True})  # by which process
 
     def report(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
         tell({**metrics, "unit": index, "step": step})

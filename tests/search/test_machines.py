@@ -26,6 +26,7 @@ from cbnerf.search.machines import (
     worker_group,
 )
 from cbnerf.search.plan import Plan
+from cbnerf.search.study import _sharing_gpus
 from cbnerf.search.tasks import _remote
 from cbnerf.search.trial import _train_together
 
@@ -129,6 +130,15 @@ def test_a_group_that_no_machine_holds_lies_on_several(
     found = train_groups(plan, tmp_path / "found", groups=1)
     assert len(places(found)) == len(found) == CARDS
     assert {one["sum"] for one in found} == {0 + 1 + 2 + 3}
+
+
+@pytest.mark.usefixtures("two_machines")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU to measure")
+def test_where_nothing_can_be_measured_a_single_worker_has_a_quarter(
+    gpu_plan: Callable[..., Plan],
+):
+    plan = gpu_plan(1)
+    assert _sharing_gpus(plan, ("field", "refiner")) == plan and plan.gpus_per_worker == 0.25
 
 
 @pytest.mark.usefixtures("two_machines")
