@@ -68,9 +68,7 @@ def run_study(
             if plan.shares_fields:
                 with _timed(seconds, "stage 1"):
                     _train_fields(_sharing_gpus(plan, ("field",)), ledger, tracker)
-            stages: tuple[Stage, ...] = (
-                ("refiner",) if plan.shares_fields else ("field", plan.stage)
-            )
+            own: tuple[Stage, ...] = () if plan.shares_fields else ("field",)
             with _timed(seconds, "search"):
                 _search(_sharing_gpus(plan, (*own, plan.stage)), ledger, tracker, concurrency)
         else:
