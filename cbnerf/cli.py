@@ -44,7 +44,13 @@ from cbnerf.training.checkpoint import Checkpoint, load_checkpoint
 from cbnerf.training.evaluation import Score, mean_score, refine_views, score_views
 from cbnerf.training.field import load_field
 from cbnerf.training.inspection import inspect_codebook
-from cbnerf.training.processes import choose_device, joined_processes, process_rank
+from cbnerf.training.processes import (
+    choose_device,
+    from_rank_0,
+    is_launched,
+    joined_processes,
+    process_rank,
+)
 from cbnerf.training.refiner import load_refiner
 from cbnerf.training.stages import (
     CONFIG_FILE,
@@ -75,8 +81,8 @@ class TrainField:
     """Image size and schedule."""
 
     def run(self) -> None:
-        scene = _load_scene(self.scene, self.config)
         with joined_processes() as device:
+            scene = from_rank_0(lambda: _load_scene(self.scene, self.config))
             metrics = run_field(
                 self.config, scene, self.output, device=device, report=_print_report
             )
@@ -107,8 +113,10 @@ class TrainRefiner:
             )
         if len(self.scene) > 1 and not self.config.codebook.shared:
             raise ValueError("--scene: several scenes share a refiner with --codebook.shared only")
-        (scene, renders), *beside = map(self._load, self.scene, self.field)
         with joined_processes() as device:
+            (scene, renders), *beside = from_rank_0(
+                lambda: list(map(self._load, self.scene, self.field))
+            )
             metrics = run_refiner(
                 self.config, scene, renders, self.output,
                 device=device, report=_print_report, beside=beside,
@@ -330,7 +338,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line; bad input ends in one line and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        parse_command(arguments).run()
+        command = parse_command(arguments)
+        if is_launched() and not isinstance(command, TrainField | TrainRefiner):
+            raise ValueError("torchrun is for train-field and train-refiner; start this without it")
+        command.run()
     except KeyboardInterrupt:
         print("cbnerf: interrupted; the same command goes on from its checkpoint", file=sys.stderr)
         sys.exit(130)

@@ -83,6 +83,7 @@ ONE, WORKER = {"CPU": 1, "GPU": 0.25}, {"CPU": 1, "GPU": 1}
         (8, [], {"gpu_spot": 2}),
         (99, [], {"gpu_spot": 8}),
         (0, [2], {"four_gpus_spot": 1}),
+        (0, [2, 2], {"four_gpus_spot": 1}),
         (0, [4], {"four_gpus_spot": 1}),
         (0, [4, 4, 4], {"four_gpus_spot": 2, "four_gpus_on_demand": 1}),
         (0, [8], {"four_gpus_spot": 2}),

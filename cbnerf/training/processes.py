@@ -47,17 +47,21 @@ def choose_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
+def is_launched() -> bool:
+    """Whether `torchrun` has started this process, perhaps beside others."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 @contextmanager
 def joined_processes() -> Iterator[torch.device]:
     """Join the group that `torchrun` started, if it did; gives this process's device."""
     device = choose_device()
-    launched = "TORCHELASTIC_RUN_ID" in os.environ
-    if launched:
+    if is_launched():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
     finally:
-        if launched:
+        if is_launched():
             dist.destroy_process_group()
