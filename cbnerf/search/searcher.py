@@ -46,7 +46,8 @@ class TuneSearcher(Searcher):
         return {"units": [unit._asdict() for unit in units]}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        self._processes[trial_id] = result["pid"], result["node_ip"]
+        if "begun" in result:
+            self._processes[trial_id] = result["pid"], result["node_ip"]
         # Once for each unit, however often it is told: a restarted trial tells again.
         if result.get("ended") and result["unit"] not in self._ended_units[trial_id]:
             self._ended_units[trial_id].add(result["unit"])
