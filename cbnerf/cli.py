@@ -43,7 +43,13 @@ from cbnerf.nerf.path import spiral_path
 from cbnerf.scenes import BUILT_IN_SCENES
 from cbnerf.training.cache import StageCache
 from cbnerf.training.checkpoint import Checkpoint, load_checkpoint
-from cbnerf.training.distributed import choose_device, joined_processes, process_rank
+from cbnerf.training.distributed import (
+    choose_device,
+    from_rank_0,
+    is_launched,
+    joined_processes,
+    process_rank,
+)
 from cbnerf.training.evaluation import Score, mean_score, refine_views, score_views
 from cbnerf.training.inspection import inspect_codebook
 from cbnerf.training.models import load_field, load_refiner
@@ -76,13 +82,13 @@ class TrainField:
     """Image size and schedule."""
 
     def run(self) -> None:
-        scene = _load_training_scene(self.scene, self.config)
         with joined_processes() as device:
+            scene = from_rank_0(lambda: _load_training_scene(self.scene, self.config))
             _say(_describe_scene(self.scene, self.config))
             metrics = run_field(
                 self.config, scene, self.output, device=device, report=_print_report
             )
-        _print_metrics(self.output, metrics)
+            _print_metrics(self.output, metrics)
 
 
 @dataclass(kw_only=True)
@@ -109,15 +115,17 @@ class TrainRefiner:
             )
         if len(self.scene) > 1 and not self.config.codebook.shared:
             raise ValueError("--scene: several scenes share a refiner with --codebook.shared only")
-        (scene, renders), *beside = map(self._load, self.scene, self.field)
         with joined_processes() as device:
+            (scene, renders), *beside = from_rank_0(
+                lambda: list(map(self._load, self.scene, self.field))
+            )
             for name in self.scene:
                 _say(_describe_scene(name, self.config))
             metrics = run_refiner(
                 self.config, scene, renders, self.output,
                 device=device, report=_print_report, beside=beside,
             )  # fmt: skip
-        _print_metrics(self.output, metrics)
+            _print_metrics(self.output, metrics)
 
     def _load(self, name: str, field: Path) -> tuple[Scene, Renders]:
         scene = _load_training_scene(name, self.config)
@@ -338,6 +346,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         command = parse_command(arguments)
         _expand_homes(command)
+        if is_launched() and not isinstance(command, TrainField | TrainRefiner):
+            raise ValueError("torchrun is for train-field and train-refiner; start this without it")
         command.run()
     except KeyboardInterrupt:
         print("cbnerf: interrupted; the same command goes on from its checkpoint", file=sys.stderr)

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -311,3 +314,27 @@ def test_help_shows_knobs_with_their_docstrings_and_preset(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "--codebook.size" in text and "Number of codes" in text
     assert "(default: 16)" in text  # codebook.dim of this preset
+
+
+def torchrun(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Two processes of a command line."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [sys.executable, *command, "-m", "cbnerf", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+
+
+def test_of_two_processes_one_prints(tmp_path: Path):
+    knobs = ["--resolution", "tiny", "--field.optim.steps", "4", "--field.optim.evaluations", "2"]
+    ran = torchrun("train-field", "--scene", "mosaic", "--output", str(tmp_path), *knobs)
+    assert ran.returncode == 0, ran.stderr
+    *steps, last = ran.stdout.splitlines()
+    assert [step.split("  ")[0] for step in steps] == ["step 2", "step 4"]
+    assert all("val/psnr" in line for line in (*steps, last)) and last.startswith(f"{tmp_path}: {{")
+
+
+def test_what_does_not_train_refuses_several_processes(tmp_path: Path):
+    ran = torchrun("make-scenes", "--output", str(tmp_path / "scenes"), "--width", "64")
+    assert ran.returncode != 0 and "cbnerf: torchrun is for train-field" in ran.stderr
+    assert ran.stdout == "" and not (tmp_path / "scenes").exists()

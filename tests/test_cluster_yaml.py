@@ -62,13 +62,57 @@ def test_trainings_never_run_on_the_head_of_a_cloud_and_spot_comes_first():
     for kind in ("aws", "gcp"):
         nodes = merged(OVERLAYS[kind])["available_node_types"]
         assert nodes["head"]["resources"] == {"CPU": 0}
-        spot, fallback = nodes["gpu_spot"], nodes["gpu_on_demand"]
-        assert spot["resources"] == fallback["resources"]
-        assert spot["resources"]["GPU"] == 1
-        assert spot["priority"] > fallback["priority"]
-        assert spot["min_workers"] == fallback["min_workers"] == 0
-        assert "spot" in str(spot["node_config"]).lower()
-        assert "spot" not in str(fallback["node_config"]).lower()
+        for kind_of_machine, gpus in (("gpu", 1), ("four_gpus", 4)):
+            spot, fallback = (nodes[f"{kind_of_machine}_{x}"] for x in ("spot", "on_demand"))
+            assert spot["resources"] == fallback["resources"]
+            assert spot["resources"]["GPU"] == gpus
+            assert spot["priority"] > fallback["priority"]
+            assert spot["min_workers"] == fallback["min_workers"] == 0
+            assert "spot" in str(spot["node_config"]).lower()
+            assert "spot" not in str(fallback["node_config"]).lower()
+
+
+ONE, WORKER = {"CPU": 1, "GPU": 0.25}, {"CPU": 1, "GPU": 1}
+
+
+@pytest.mark.parametrize("kind", ["aws", "gcp"])
+@pytest.mark.parametrize(
+    ("units", "groups", "started"),
+    [
+        (1, [], {"gpu_spot": 1}),
+        (8, [], {"gpu_spot": 2}),
+        (99, [], {"gpu_spot": 8}),
+        (0, [2], {"four_gpus_spot": 1}),
+        (0, [2, 2], {"four_gpus_spot": 1}),
+        (0, [4], {"four_gpus_spot": 1}),
+        (0, [4, 4, 4], {"four_gpus_spot": 2, "four_gpus_on_demand": 1}),
+        (0, [8], {"four_gpus_spot": 2}),
+    ],
+)
+def test_the_autoscaler_starts_the_machines_that_readme_names(
+    kind: str, units: int, groups: list[int], started: dict[str, int]
+):
+    """By Ray's own scheduler of machines, for single workers and groups of workers."""
+    from ray.autoscaler._private.util import prepare_config
+    from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+    from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+    from ray.autoscaler.v2.utils import ResourceRequestUtil
+    from ray.core.generated.autoscaler_pb2 import GangResourceRequest
+
+    cluster = merged(OVERLAYS[kind])
+    config = AutoscalingConfig(prepare_config(cluster), skip_content_hash=True)
+    make = ResourceRequestUtil.make
+    request = SchedulingRequest(
+        node_type_configs=config.get_node_type_configs(),
+        max_num_nodes=config.get_max_num_worker_nodes(),
+        resource_requests=ResourceRequestUtil.group_by_count([make(ONE) for _ in range(units)]),
+        gang_resource_requests=[
+            GangResourceRequest(requests=[make(WORKER)] * workers) for workers in groups
+        ],
+        disable_launch_config_check=True,
+    )
+    reply = ResourceDemandScheduler().schedule(request)
+    assert {launch.instance_type: launch.count for launch in reply.to_launch} == started
 
 
 def test_aws_would_understand_its_machines():

@@ -31,12 +31,12 @@ from cbnerf.files import expand_home, write_whole
 from cbnerf.report.tables import to_markdown
 from cbnerf.search.estimate import calibrate
 from cbnerf.search.ledger import Ledger
+from cbnerf.search.machines import num_slots
 from cbnerf.search.plan import FULL, Plan, make_plan
 from cbnerf.search.report import scene_table, write_report
 from cbnerf.search.spec import parse_spec
 from cbnerf.search.study import (
     known_scores,
-    num_slots,
     quieten_libraries,
     run_study,
 )

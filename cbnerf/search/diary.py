@@ -15,6 +15,7 @@ from cbnerf.search.judge import Metrics
 from cbnerf.search.ledger import Ledger
 from cbnerf.search.plan import Unit
 from cbnerf.search.searcher import unit_metrics
+from cbnerf.search.tasks import reason
 from cbnerf.search.tracking import Tracker
 from cbnerf.search.writer import Writer
 
@@ -58,9 +59,9 @@ class Diary(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         # `trial.get_error` reads a copy in the storage, which Tune makes later.
-        *_, last_line = Path(trial.error_file).read_text().strip().splitlines()
+        why = reason(Path(trial.error_file).read_text())
         if units := [unit for unit in _units(trial) if _place(unit) in self._begun]:
-            self._explain(units, last_line)
+            self._explain(units, why)
 
     def end_unit(self, unit: Unit, metrics: Metrics | None) -> None:
         """Book a unit; what the ledger has booked is never done again.
@@ -81,6 +82,14 @@ class Diary(tune.Callback):
         self._ledger.book(unit, metrics)
         if self._ledger.num_told > told:
             self._end_configuration(unit)
+
+    def lose_unit(self, unit: Unit, why: str) -> None:
+        """Hand a unit out anew that has lost its process with all of Tune, if not too often."""
+        self._bar.write(f"  #{unit.configuration:02d}  {unit.scene}: {why}")
+        if self._losses[_place(unit)] >= _LOSSES:
+            self._write(self._tracker.explain_failure, unit, why)
+        self._begun.discard(_place(unit))
+        self.end_unit(unit, None)
 
     def _end_configuration(self, unit: Unit) -> None:
         self._write(*_closing(self._ledger, self._tracker, unit.configuration))

@@ -1,22 +1,31 @@
-"""What a study will cost, from a short calibration on the machine at hand."""
+"""What a study will cost, in time and GPU memory, from a few steps on the machine at hand."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
-from cbnerf.config import Config, OptimConfig, with_overrides
+from cbnerf.config import Config, KnobError, OptimConfig, with_overrides
+from cbnerf.data.llff import find_photographs
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
 from cbnerf.search.plan import Plan
+from cbnerf.search.spec import Choices, Range
+from cbnerf.search.trial import load_scene
+from cbnerf.training.checkpoint import Stage
+from cbnerf.training.distributed import choose_device
 from cbnerf.training.evaluation import render_views
 from cbnerf.training.field import scene_cameras, train_field
+from cbnerf.training.memory import gpu_share
 from cbnerf.training.refiner import train_refiner
 from cbnerf.training.stages import ignore
 
 _SHORT, _LONG = 3, 15
+_HEADROOM = 1.2
+_MOST_PARTS = 4
+"""More processes than this on one GPU wait for each other."""
 
 
 class Estimate(NamedTuple):
@@ -55,15 +64,10 @@ def calibrate(
     as are `num_together` share a refiner, which is evaluated at the end of each rung, too."""
 
     def field(steps: int) -> None:
-        short = _shortened(config, "field", steps)
-        train_field(short, scene, device=device, report=ignore)
-
-    blank = Renders(scene.images, torch.zeros(scene.images.shape[:3], dtype=torch.float16))
+        _try_field(config, scene, device, steps)
 
     def refiner(steps: int) -> None:
-        short = _shortened(config, "refiner", steps)
-        beside = [(scene, blank)] * (num_together - 1)
-        train_refiner(short, scene, blank, device=device, report=ignore, beside=beside)
+        _try_refiner(config, scene, device, steps, num_together)
 
     one_step = with_overrides(
         _shortened(config, "field", 1), {"data.validation": False, "field.optim.batch_size": 64}
@@ -81,6 +85,60 @@ def calibrate(
             else _total(refiner, config.refiner.optim, num_rungs - 1)
         ),
     )
+
+
+def measure_share(plan: Plan, stages: Sequence[Stage]) -> float | None:
+    """The part of this machine's GPU that a training of some stages needs, with the largest values
+    of the space and on the scene with the most views; None without a GPU."""
+    device, width = choose_device(), plan.base.data.width
+    if gpu_share() is None:
+        return None
+    scenes = plan.scenes
+    if plan.data:
+        folders = {name: plan.scene_folder(name, width) for name in scenes}
+        scenes = sorted(scenes, key=lambda s: len(find_photographs(folders[s], width).files))
+    scene = load_scene(plan, scenes[-1], plan.base.data)
+    config = largest(plan)
+    if "field" in stages:
+        _try_field(config, scene, device, _SHORT)
+    if "refiner" in stages:
+        _try_refiner(config, scene, device, _SHORT, len(plan.scenes) // len(plan.trainings))
+    return gpu_share()
+
+
+def largest(plan: Plan) -> Config:
+    """The base with the largest value of each number of the space; the base itself where these do
+    not go together."""
+    tops = {
+        name: max(domain.choices) if isinstance(domain, Choices) else domain.high
+        for name, domain in plan.spec.space.items()
+        if isinstance(domain, Range) or not any(isinstance(v, str) for v in domain.choices)
+    }
+    try:
+        return with_overrides(plan.base, tops)
+    except KnobError:
+        return plan.base
+
+
+def part_of_gpu(share: float) -> float:
+    """The GPU that Ray gives a process which needs this share: one of equal parts, four at most,
+    with room for what a few steps do not show."""
+    return 1 / min(max(int(1 / (share * _HEADROOM)), 1), _MOST_PARTS)
+
+
+def _try_field(config: Config, scene: Scene, device: torch.device, steps: int) -> None:
+    short = _shortened(config, "field", steps)
+    train_field(short, scene, device=device, report=ignore)
+
+
+def _try_refiner(
+    config: Config, scene: Scene, device: torch.device, steps: int, num_together: int
+) -> None:
+    """Train on photographs in place of renders; the scene stands in for others beside it."""
+    pair = scene, Renders(scene.images, torch.zeros(scene.images.shape[:3], dtype=torch.float16))
+    short = _shortened(config, "refiner", steps)
+    beside = [pair] * (num_together - 1)
+    train_refiner(short, *pair, device=device, report=ignore, beside=beside)
 
 
 def _shortened(config: Config, stage: str, steps: int) -> Config:

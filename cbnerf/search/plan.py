@@ -137,7 +137,7 @@ def make_plan(
     """Settle what `auto` means, find the scenes, and check all of it."""
     gpus = spec.resources.gpus_per_worker
     if gpus == "auto":
-        gpus = 0.25 if has_gpu else 0
+        gpus = (1 if spec.resources.workers > 1 else 0.25) if has_gpu else 0
     resolution = spec.resolution
     if resolution == "auto":
         resolution = "x2-504" if gpus else "x2-128"

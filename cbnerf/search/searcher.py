@@ -32,6 +32,8 @@ class TuneSearcher(Searcher):
         self._walk = walk
         self._units: dict[str, list[Unit]] = {}
         self._ended_units: dict[str, set[int]] = {}
+        self._processes: dict[str, tuple[int, str]] = {}
+        """Number and address of the process of a trial, once it has been heard of."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TuneSearcher":
         return self  # Tune copies searchers; there is only one study.
@@ -44,6 +46,8 @@ class TuneSearcher(Searcher):
         return {"units": [unit._asdict() for unit in units]}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        if "begun" in result:
+            self._processes[trial_id] = result["pid"], result["node_ip"]
         # Once for each unit, however often it is told: a restarted trial tells again.
         if result.get("ended") and result["unit"] not in self._ended_units[trial_id]:
             self._ended_units[trial_id].add(result["unit"])
@@ -55,9 +59,21 @@ class TuneSearcher(Searcher):
         if result:
             self.on_trial_result(trial_id, result)
         ended = self._ended_units.pop(trial_id)
+        self._processes.pop(trial_id, None)
         for index, unit in enumerate(self._units.pop(trial_id)):
             if index not in ended:
                 self._ended(unit, None)
+
+    def left(self, trouble: str) -> tuple[list[Unit], list[Unit]]:
+        """Of the units that have not ended those of the processes that an error of Ray names (or,
+        where it names none that is known, all of them), and the others."""
+        named, others = [], []
+        for trial_id, units in self._units.items():
+            ended, process = self._ended_units[trial_id], self._processes.get(trial_id)
+            is_named = process and f"pid={process[0]}," in trouble and process[1] in trouble
+            left = [unit for index, unit in enumerate(units) if index not in ended]
+            (named if is_named else others).extend(left)
+        return (named, others) if named else (others, [])
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the study is the state."""

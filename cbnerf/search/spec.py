@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from cbnerf.config import METHODS, RESOLUTIONS, Config, cast, knob_type, load_yaml, with_overrides
 
+MIN_GPU = 0.01
+"""The smallest part of a GPU that a process may be given."""
 Value = bool | int | float | str
 
 
@@ -57,13 +59,31 @@ class Resources:
     """Processes of one run; two and more train through Ray Train with DistributedDataParallel."""
     cpus_per_worker: int | float = 1
     gpus_per_worker: int | float | Literal["auto"] = "auto"
-    """`auto`: a quarter of a GPU where the cluster has GPUs, none elsewhere."""
+    """A whole GPU or, of a single worker, a part of one; `auto`: where the cluster has GPUs a whole
+    one for each of several workers and for a single one the part that a few steps are measured to
+    need (a quarter where that fails, and at least); none elsewhere."""
 
     def __post_init__(self):
         if self.workers < 1 or self.cpus_per_worker <= 0:
             raise ValueError("resources need at least 1 worker with some CPU")
-        if self.gpus_per_worker != "auto" and self.gpus_per_worker < 0:
-            raise ValueError("resources.gpus_per_worker must not be negative")
+        if self.gpus_per_worker != "auto":
+            _check_gpus(self.gpus_per_worker, self.workers)
+
+
+def _check_gpus(gpus: int | float, workers: int) -> None:
+    """A process trains on one GPU; several share one only where they do not talk over NCCL, which
+    refuses that."""
+    given = f"resources.gpus_per_worker (--gpus) = {gpus}"
+    if gpus != 0 and not MIN_GPU <= gpus <= 1:
+        raise ValueError(
+            f"{given} must be 0, 1 or a part of 1 (at least {MIN_GPU}): a process trains on one "
+            "GPU; for more GPUs a training run give more resources.workers"
+        )
+    if workers > 1 and gpus not in (0, 1):
+        raise ValueError(
+            f"{given}, and resources.workers = {workers}: workers that train together need a whole "
+            "GPU each; give 1, or 0 for none"
+        )
 
 
 Rule = Literal["race", "asha", "wilcoxon", "none"]

@@ -4,13 +4,15 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from traceback import format_exception
 from typing import Any, NamedTuple
 
 import optuna
-import ray
+import torch
 from mlflow.exceptions import MlflowException
 from ray import tune
 from tqdm import tqdm
@@ -18,14 +20,18 @@ from tqdm import tqdm
 from cbnerf.config import Config, with_overrides
 from cbnerf.files import write_whole
 from cbnerf.search.diary import Diary, catch_up
+from cbnerf.search.estimate import measure_share, part_of_gpu
 from cbnerf.search.ledger import Ledger
+from cbnerf.search.machines import num_slots, worker_resources
 from cbnerf.search.plan import Plan
 from cbnerf.search.report import SceneScores, write_report
 from cbnerf.search.searcher import TuneSearcher
 from cbnerf.search.spec import QUALITIES
+from cbnerf.search.tasks import call, for_each_scene, is_of_memory, reason
 from cbnerf.search.tracking import Tracker
 from cbnerf.search.trial import MAX_FAILURES, run_base_field, run_units, score_best
 from cbnerf.search.writer import Writer
+from cbnerf.training.checkpoint import Stage
 
 _FIRST_WAITING = 8
 """Training runs that wait while no machine has joined."""
@@ -61,9 +67,10 @@ def run_study(
         if not ledger.is_over:
             if plan.shares_fields:
                 with _timed(seconds, "stage 1"):
-                    _train_fields(plan, ledger, tracker)
+                    _train_fields(_sharing_gpus(plan, ("field",)), ledger, tracker)
+            own: tuple[Stage, ...] = () if plan.shares_fields else ("field",)
             with _timed(seconds, "search"):
-                _search(plan, ledger, tracker, concurrency)
+                _search(_sharing_gpus(plan, (*own, plan.stage)), ledger, tracker, concurrency)
         else:
             say("all configurations of this study are done; nothing is trained again")
         best = ledger.best()
@@ -88,23 +95,22 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = time.monotonic() - started
 
 
-def num_slots(plan: Plan) -> int:
-    """Training runs that the cluster's present machines hold at the same time."""
-    resources, spec = ray.cluster_resources(), plan.spec.resources
-    slots = resources.get("CPU", 0) / (spec.cpus_per_worker * spec.workers)
-    if plan.gpus_per_worker:
-        slots = min(slots, resources.get("GPU", 0) / (plan.gpus_per_worker * spec.workers))
-    return int(slots)
+def _sharing_gpus(plan: Plan, stages: Sequence[Stage]) -> Plan:
+    """The plan with as much of a GPU for a training of these stages as one was measured to need,
+    where the specification leaves that open; a quarter stays where there is nothing to measure."""
+    resources = plan.spec.resources
+    if not plan.gpus_per_worker or resources.workers > 1 or resources.gpus_per_worker != "auto":
+        return plan
+    try:
+        share = call(replace(plan, gpus_per_worker=1), measure_share, stages)
+    except torch.OutOfMemoryError:
+        share = 1.0  # Of a whole GPU, and more: its trainings will say so.
+    return plan if share is None else replace(plan, gpus_per_worker=part_of_gpu(share))
 
 
 def _train_fields(plan: Plan, ledger: Ledger, tracker: Tracker) -> None:
-    run = _remote(plan, run_base_field, trains=True)
-    pending = {run.remote(plan, scene): scene for scene in plan.scenes}
-    with _progress(len(pending), "stage 1", "scene") as bar:
-        while pending:
-            (done,), _ = ray.wait(list(pending))
-            folder, metrics = ray.get(done)
-            scene = pending.pop(done)
+    with _progress(len(plan.scenes), "stage 1", "scene") as bar:
+        for scene, (folder, metrics) in for_each_scene(plan, run_base_field, trains=True):
             ledger.note_field(scene, folder.name, metrics["seconds"])
             tracker.log_field(scene, folder, metrics)
             bar.update()
@@ -113,27 +119,44 @@ def _train_fields(plan: Plan, ledger: Ledger, tracker: Tracker) -> None:
 
 
 def _search(plan: Plan, ledger: Ledger, tracker: Tracker, concurrency: int | None) -> None:
-    workers = plan.spec.resources.workers
     limit = _Room(plan) if concurrency is None else lambda: concurrency
     bar = _progress(plan.spec.trials, "search", "configuration", done=ledger.num_told)
     with bar, Writer() as write:
         diary = Diary(ledger, tracker, write, bar)
-        tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(run_units, plan=plan), _trial_resources(plan)),
-            tune_config=tune.TuneConfig(
-                search_alg=TuneSearcher(ledger, diary.end_unit, limit=limit, walk=workers > 1),
-                num_samples=-1,  # The searcher ends it.
-                reuse_actors=workers == 1,
-            ),
-            run_config=tune.RunConfig(
-                name="ray_tune",
-                storage_path=str(plan.folder),
-                failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
-                callbacks=[diary],
-                verbose=0,
-            ),
-        )
-        tuner.fit()
+        while True:
+            walks = plan.spec.resources.workers > 1
+            searcher = TuneSearcher(ledger, diary.end_unit, limit=limit, walk=walks)
+            try:
+                return _tune(plan, searcher, diary)
+            except Exception as error:
+                # Where Ray ends a trial's process for memory, Tune itself ends: with RuntimeError.
+                trouble = "".join(format_exception(error))
+                if not is_of_memory(trouble):
+                    raise
+                named, others = searcher.left(trouble)
+                for unit in others:
+                    ledger.take_back(unit)
+                for unit in named:
+                    diary.lose_unit(unit, reason(trouble))
+
+
+def _tune(plan: Plan, searcher: TuneSearcher, diary: Diary) -> None:
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(run_units, plan=plan), _trial_resources(plan)),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=-1,  # The searcher ends it.
+            reuse_actors=plan.spec.resources.workers == 1,
+        ),
+        run_config=tune.RunConfig(
+            name="ray_tune",
+            storage_path=str(plan.folder),
+            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+            callbacks=[diary],
+            verbose=0,
+        ),
+    )
+    tuner.fit()
 
 
 class _Room:
@@ -151,34 +174,19 @@ class _Room:
 
 
 def _trial_resources(plan: Plan) -> dict[str, float]:
-    spec = plan.spec.resources
-    if spec.workers > 1:
+    if plan.spec.resources.workers > 1:
         # The trainer inside opens a placement group of its own; the trial itself needs none, and
         # a CPU held here could starve it. Ray refuses {"CPU": 0}.
         return {"node:__internal_head__": 0.001}
-    resources = {"cpu": float(spec.cpus_per_worker)}
-    return resources | ({"gpu": plan.gpus_per_worker} if plan.gpus_per_worker else {})
-
-
-def _remote(plan: Plan, function: Callable[..., Any], *, trains: bool) -> Any:
-    """The function as a Ray task with the resources of one process; with none where it trains on
-    several, which have their own."""
-    spec = plan.spec.resources
-    alone = spec.workers == 1 or not trains
-    return ray.remote(function).options(
-        num_cpus=spec.cpus_per_worker if alone else 0,
-        num_gpus=plan.gpus_per_worker if alone else 0,
-        max_retries=MAX_FAILURES,
-    )
+    return {name.lower(): float(amount) for name, amount in worker_resources(plan).items()}
 
 
 def _score_once(plan: Plan, config: Config, number: int) -> SceneScores:
     """Scores of the best configuration; the test views of a configuration are scored once."""
     file = _scores_file(plan, number)
     if not file.exists():
-        score = _remote(plan, score_best, trains=False)
-        answers = [score.remote(plan, config, number, scene) for scene in plan.scenes]
-        scores = dict(zip(plan.scenes, ray.get(answers), strict=True))
+        scores = dict(for_each_scene(plan, score_best, config, number, trains=False))
+        scores = {scene: scores[scene] for scene in plan.scenes}
         write_whole(file, json.dumps(scores, indent=1))
     return json.loads(file.read_text())
 

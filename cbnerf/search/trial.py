@@ -5,6 +5,7 @@ stand in folders of the shared storage, so a killed job goes on where its last c
 """
 
 import os
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -13,8 +14,8 @@ from typing import Any
 
 import torch
 from ray import train, tune
-from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
-from ray.train.torch import TorchTrainer, get_device
+from ray.train import FailureConfig, RunConfig, WorkerGroupError
+from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from cbnerf.config import Config, DataConfig, KnobError, with_overrides
@@ -23,11 +24,13 @@ from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
+from cbnerf.search.machines import TorchGroup, device_of_worker, worker_group
 from cbnerf.search.plan import Plan, Unit
 from cbnerf.training.checkpoint import Checkpoint, knobs_of_stage
-from cbnerf.training.distributed import choose_device
+from cbnerf.training.distributed import choose_device, from_rank_0
 from cbnerf.training.evaluation import mean_scores, refine_views
 from cbnerf.training.keys import field_key
+from cbnerf.training.memory import free_gpu_memory
 from cbnerf.training.models import load_refiner
 from cbnerf.training.stages import (
     REFINER_FILE,
@@ -39,6 +42,8 @@ from cbnerf.training.stages import (
 
 MAX_FAILURES = 2
 """Of a training run, by accidents; then its configuration has failed."""
+_SECONDS_TO_SEE = 120
+"""Twice what NFS keeps the listing of a folder for, by default."""
 _LASTING = (FloatingPointError, KnobError)
 """What divergence and knobs that do not fit each other raise; all else may be the machine's."""
 
@@ -52,7 +57,9 @@ def run_units(about: Mapping[str, Any], plan: Plan) -> None:
     try:
         if plan.spec.resources.workers == 1:
             for index, unit in enumerate(units):
+                tune.report({"unit": index, "begun": True})  # Tune adds by which process.
                 _run_unit(plan, index, unit, choose_device(), tune.report)
+                free_gpu_memory()  # The process stays, and others share its GPU.
         else:
             for unit in units if plan.stage == "refiner" else ():
                 for scene in plan.scenes_of(unit.scene):
@@ -100,18 +107,6 @@ def load_scene(plan: Plan, name: str, data: DataConfig) -> Scene:
     return read_scene(name, plan.data, plan.storage, data)
 
 
-def worker_group(plan: Plan) -> ScalingConfig:
-    """Ray Train's description of the processes that train together."""
-    resources = {"CPU": plan.spec.resources.cpus_per_worker}
-    if plan.gpus_per_worker:
-        resources["GPU"] = plan.gpus_per_worker
-    return ScalingConfig(
-        num_workers=plan.spec.resources.workers,
-        use_gpu=plan.gpus_per_worker > 0,
-        resources_per_worker=resources,
-    )
-
-
 def _run_unit(
     plan: Plan, index: int, unit: Unit, device: torch.device, tell: Callable[[dict], None]
 ) -> None:
@@ -122,21 +117,23 @@ def _run_unit(
         tell({**metrics, "unit": index, "step": step})
 
     if plan.stage == "field":
-        scene = load_scene(plan, unit.scene, config.data)
+        scene = from_rank_0(lambda: load_scene(plan, unit.scene, config.data))
         metrics = run_field(config, scene, folder, device=device, report=report, until=until)
     else:
-        (scene, renders), *beside = [
-            (
-                load_scene(plan, name, config.data),
-                _read_renders(_complete_field(plan, config, name) / RENDERS_FILE),
-            )
-            for name in plan.scenes_of(unit.scene)
-        ]
+        (scene, renders), *beside = from_rank_0(
+            lambda: [_load_pair(plan, config, name) for name in plan.scenes_of(unit.scene)]
+        )
         metrics = run_refiner(
             config, scene, renders, folder,
             device=device, report=report, beside=beside, until=until,
         )  # fmt: skip
     tell({**metrics, "unit": index, "ended": True})
+
+
+def _load_pair(plan: Plan, config: Config, scene_name: str) -> tuple[Scene, Renders]:
+    """A scene and what its field renders."""
+    entry = _complete_field(plan, config, scene_name)
+    return load_scene(plan, scene_name, config.data), _read_renders(entry / RENDERS_FILE)
 
 
 def _complete_field(plan: Plan, config: Config, scene_name: str) -> Path:
@@ -150,11 +147,22 @@ def _complete_field(plan: Plan, config: Config, scene_name: str) -> Path:
         else:
             about = {"config": config, "scene": scene_name, "folder": folder}
             _train_together(plan, "field", _field_in_worker, about, [])
+            _wait_to_see(folder)
 
     entry = plan.cache.path(
         "field", scene_name, _field_key(plan.data, plan.storage, stage_1, scene_name)
     )
     return plan.cache.complete(entry, train)
+
+
+def _wait_to_see(folder: Path) -> None:
+    """Wait until a finished folder that another machine has written can be seen from this one."""
+    for _ in range(_SECONDS_TO_SEE):
+        if read_metrics(folder) is not None:  # it is written last
+            return
+        time.sleep(1)
+    raise OSError(f"{folder}: trained by another machine, and this one does not see its files; "
+                  "--storage must be a folder that all machines share")  # fmt: skip
 
 
 def _train_together(
@@ -170,6 +178,7 @@ def _train_together(
     trainer = TorchTrainer(
         function,
         train_loop_config={"plan": plan, **about},
+        torch_config=TorchGroup(),
         scaling_config=worker_group(plan),
         run_config=RunConfig(
             name=f"{what}-{uuid.uuid4().hex[:8]}",
@@ -190,13 +199,13 @@ def _train_together(
 def _walk_in_worker(about: dict[str, Any]) -> None:
     """All units by one group of workers, which starts once."""
     for index, unit in enumerate(about["units"]):
-        _run_unit(about["plan"], index, Unit(**unit), get_device(), train.report)
+        _run_unit(about["plan"], index, Unit(**unit), device_of_worker(), train.report)
 
 
 def _field_in_worker(about: dict[str, Any]) -> None:
     plan, config = about["plan"], about["config"]
-    scene = load_scene(plan, about["scene"], config.data)
-    run_field(config, scene, about["folder"], device=get_device(), report=_train_report)
+    scene = from_rank_0(lambda: load_scene(plan, about["scene"], config.data))
+    run_field(config, scene, about["folder"], device=device_of_worker(), report=_train_report)
 
 
 def _train_report(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:

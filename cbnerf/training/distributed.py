@@ -1,11 +1,14 @@
 """The processes that train together: one, or those of an initialised `torch.distributed`."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+Answer = TypeVar("Answer")
 
 
 def process_rank() -> int:
@@ -16,6 +19,27 @@ def num_processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def from_rank_0(ask: Callable[[], Answer]) -> Answer:
+    """What `ask` gives on rank 0, sent to all processes, which must all call this.
+
+    So all go by one view of a shared file system: what one machine has just written another may
+    see a minute later. What `ask` raises there is raised on all. Tensors should lie on the CPU.
+    """
+    if num_processes() == 1:
+        return ask()
+    sent: list[Any] = [None, None]
+    if process_rank() == 0:
+        try:
+            sent[0] = ask()
+        except Exception as error:
+            sent[1] = error
+    dist.broadcast_object_list(sent)
+    answer, error = sent
+    if error is not None:
+        raise error
+    return answer
+
+
 def choose_device() -> torch.device:
     """This process's GPU if there is one, else the CPU."""
     if not torch.cuda.is_available():
@@ -23,17 +47,21 @@ def choose_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
+def is_launched() -> bool:
+    """Whether `torchrun` has started this process, perhaps beside others."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 @contextmanager
 def joined_processes() -> Iterator[torch.device]:
     """Join the group that `torchrun` started, if it did; gives this process's device."""
     device = choose_device()
-    launched = "TORCHELASTIC_RUN_ID" in os.environ
-    if launched:
+    if is_launched():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
     finally:
-        if launched:
+        if is_launched():
             dist.destroy_process_group()

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cbnerf.config import Config, KnobError, OptimConfig
 from cbnerf.rng import Rng
 from cbnerf.training.checkpoint import Checkpoint, Stage, knobs_of_stage, load_checkpoint
-from cbnerf.training.distributed import num_processes, process_rank
+from cbnerf.training.distributed import from_rank_0, num_processes, process_rank
 
 Report = Callable[[int, dict[str, float], Checkpoint], None]
 """Called with (step, metrics, checkpoint) on every process after every evaluation; metrics are
@@ -72,7 +72,7 @@ def fit(
             f"{world_size} processes"
         )
     optimizer = torch.optim.Adam(task.param_groups, fused=True)
-    first_step = _resume(task, optimizer, resume_from, device)
+    first_step = _resume(task, optimizer, resume_from, device) if resume_from else 0
     model: nn.Module = task.model.train()
     if world_size > 1:
         model = DistributedDataParallel(task.model)
@@ -140,12 +140,11 @@ def _evaluate(task: Task) -> dict[str, float]:
     return metrics
 
 
-def _resume(
-    task: Task, optimizer: torch.optim.Optimizer, path: Path | None, device: torch.device
-) -> int:
-    if path is None:
-        return 0
-    checkpoint = load_checkpoint(path, task.stage, device)
+def _resume(task: Task, optimizer: torch.optim.Optimizer, path: Path, device: torch.device) -> int:
+    """Take over the state of a checkpoint; returns its step."""
+    # A checkpoint that is sent to other processes must not lie on the GPU of rank 0.
+    place = device if num_processes() == 1 else torch.device("cpu")
+    checkpoint = from_rank_0(lambda: load_checkpoint(path, task.stage, place))
     before, now = (knobs_of_stage(c, task.stage) for c in (checkpoint.config, task.config))
     if before != now or checkpoint.scene != task.scene:
         raise ValueError(f"{path}: cannot resume, it was trained with other knobs or another scene")

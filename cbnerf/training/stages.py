@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import imageio.v3 as iio
 import torch
@@ -26,7 +27,7 @@ from cbnerf.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from cbnerf.training.distributed import process_rank
+from cbnerf.training.distributed import from_rank_0, process_rank
 from cbnerf.training.evaluation import image_strip, refine_views, render_views
 from cbnerf.training.field import scene_cameras, train_field
 from cbnerf.training.loop import Report
@@ -66,7 +67,7 @@ def run_field(
             save_renders(renders, folder / RENDERS_FILE)
         return model
 
-    return _run(config, "field", scene.name, folder, train, report, device, until)
+    return _run(config, "field", scene.name, folder, train, report, until)
 
 
 def run_refiner(
@@ -102,7 +103,7 @@ def run_refiner(
         return refiner
 
     scenes = trained_on(scene, beside, others)
-    return _run(config, "refiner", scenes, folder, train, report, device, until)
+    return _run(config, "refiner", scenes, folder, train, report, until)
 
 
 def read_metrics(folder: Path) -> dict[str, float] | None:
@@ -123,17 +124,13 @@ def _run(
     folder: Path,
     train: Callable[[Report, Path | None], nn.Module],
     report: Report,
-    device: torch.device,
     until: int | None,
 ) -> dict[str, float]:
-    finished = read_metrics(folder)
-    if finished is not None:
-        _check_finished(config, stage, scenes, folder)
-        return finished
-    folder.mkdir(parents=True, exist_ok=True)
+    found = from_rank_0(lambda: _look(config, stage, scenes, folder))
+    if found.finished is not None:
+        return found.finished
     path = folder / CHECKPOINT_FILES[stage]
-    # A folder may have been left at any of its checkpoints, at the last one, too.
-    last = load_checkpoint(path, stage, device).metrics if path.exists() else {}
+    last = found.begun or {}
     before, started = last.get("seconds", 0.0), time.monotonic()
 
     def keep(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
@@ -143,9 +140,7 @@ def _run(
             save_checkpoint(checkpoint._replace(metrics=last), path)
         report(step, metrics, checkpoint)
 
-    if process_rank() == 0 and not path.exists():
-        save_config(config, folder / CONFIG_FILE)
-    model = train(keep, path if path.exists() else None)
+    model = train(keep, None if found.begun is None else path)
     optim = config.field.optim if stage == "field" else config.refiner.optim
     if process_rank() == 0 and _is_whole(until, optim):
         last = last | {
@@ -154,6 +149,29 @@ def _run(
         }
         write_whole(folder / METRICS_FILE, json.dumps(last, indent=1))
     return last
+
+
+class _Found(NamedTuple):
+    """What a folder holds."""
+
+    finished: dict[str, float] | None = None
+    """Metrics of a finished training."""
+    begun: dict[str, float] | None = None
+    """Metrics of the last checkpoint of one that is not."""
+
+
+def _look(config: Config, stage: Stage, scenes: str, folder: Path) -> _Found:
+    """What to go on with in a folder, which is made and given its configuration if it is new."""
+    finished = read_metrics(folder)
+    if finished is not None:
+        _check_finished(config, stage, scenes, folder)
+        return _Found(finished=finished)
+    path = folder / CHECKPOINT_FILES[stage]
+    if path.exists():  # A folder may have been left at any of its checkpoints, the last one, too.
+        return _Found(begun=load_checkpoint(path, stage, torch.device("cpu")).metrics)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(config, folder / CONFIG_FILE)
+    return _Found()
 
 
 def _is_whole(until: int | None, optim: OptimConfig) -> bool:

@@ -59,6 +59,13 @@ def test_auto_follows_the_machine(tiny_plan: Callable[..., Plan]):
     assert (told.resolution, told.gpus_per_worker) == ("tiny", 1)
 
 
+@pytest.mark.parametrize(("workers", "gpus"), [(1, 0.25), (2, 1), (4, 1)])
+def test_workers_that_train_together_have_a_whole_gpu_each(tiny_plan, workers: int, gpus: float):
+    about = {"resources": {"workers": workers}, "fixed": {"refiner.optim.batch_size": 8}}
+    assert tiny_plan(has_gpu=True, **about).gpus_per_worker == gpus
+    assert tiny_plan(has_gpu=False, **about).gpus_per_worker == 0
+
+
 def test_a_study_is_named_by_what_it_computes():
     assert plan_of().name == "cb-nerf-x2-128-all"
     assert plan_of(scenes="arcade, blinds").name == "cb-nerf-x2-128-arcade-blinds"

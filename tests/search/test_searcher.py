@@ -131,3 +131,21 @@ def test_a_failed_unit_tells_why_and_the_search_goes_on(
         "configuration/0": None, "unit/0/arcade": "train/loss not finite",
         "unit/0/blinds": "RuntimeError: out of luck",
     }  # fmt: skip
+
+
+def test_units_whose_processes_are_named_are_told_from_others(tiny_plan):
+    plan = tiny_plan("arcade,blinds", trials=6, stopping=NO_STOPPING)
+    ledger = Ledger(plan)
+    searcher = TuneSearcher(ledger, ledger.book, limit=lambda: 9)
+    units = {}
+    for pid, trial_id in enumerate("abc", start=70):
+        about = searcher.suggest(trial_id)
+        assert isinstance(about, dict)
+        units[trial_id] = Unit(**about["units"][0])
+        searcher.on_trial_result(trial_id, {"begun": True, "pid": pid, "node_ip": "10.0.0.1"})
+    a, b, c = units["a"], units["b"], units["c"]
+    assert searcher.left("IP: 10.0.0.1 ... pid=71, actual memory") == ([b], [a, c])
+    assert searcher.left("IP: 10.0.0.2 ... pid=71, actual memory") == ([a, b, c], [])
+    assert searcher.left("IP: 10.0.0.1 ... pid=7, pid=710, ") == ([a, b, c], [])
+    searcher.on_trial_complete("b", {"val/psnr": 20.0, "val/ssim": 0.5, "unit": 0, "ended": True})
+    assert searcher.left("IP: 10.0.0.1 ... pid=70, pid=71, ") == ([a], [c])

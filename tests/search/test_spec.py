@@ -112,6 +112,12 @@ BAD = {
     "no worker": ("resources: {workers: 0}\n" + SPACE, "at least 1 worker"),
     "no CPU": ("resources: {cpus_per_worker: 0}\n" + SPACE, "some CPU"),
     "negative GPUs": ("resources: {gpus_per_worker: -1}\n" + SPACE, "gpus_per_worker"),
+    "one GPU and a half": ("resources: {gpus_per_worker: 1.5}\n" + SPACE, "trains on one GPU"),
+    "two GPUs a process": ("resources: {gpus_per_worker: 2}\n" + SPACE, "more resources.workers"),
+    "next to no GPU": ("resources: {gpus_per_worker: 1.0e-6}\n" + SPACE, "at least 0.01"),
+    "workers that share a GPU": (
+        "resources: {workers: 2, gpus_per_worker: 0.25}\n" + SPACE, "need a whole GPU each"
+    ),
     "unknown method": ("method: nerf2\n" + SPACE, "'nerf2' is not one of nerf, nerf-sr"),
     "method is a list": ("method: [nerf]\n" + SPACE, "method = ['nerf']"),
     "unknown resolution": ("resolution: x3\n" + SPACE, "'x3' is not one of auto"),

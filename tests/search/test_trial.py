@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 
 from cbnerf.config import KnobError
 from cbnerf.search import trial
 from cbnerf.search.ledger import Ledger
 from cbnerf.search.plan import Plan, Unit
-from cbnerf.search.trial import _run_unit, run_units, score_best
+from cbnerf.search.trial import _run_unit, run_base_field, run_units, score_best
 
 pytestmark = pytest.mark.search
 
@@ -36,6 +38,7 @@ def test_scenes_that_share_a_codebook_are_trained_once_and_each_is_scored(
     assert mean == pytest.approx(best.value) and mean == pytest.approx(told[-1]["val/psnr"])
 
 
+BEGUN = {"unit": 0, "begun": True}
 UNIT = {"units": [Unit(0, "arcade", 0, {})._asdict()]}
 
 
@@ -44,22 +47,22 @@ def test_what_would_fail_again_is_told_and_not_tried_again(tiny_plan, monkeypatc
     def fail(*args: Any) -> None:
         raise error
 
-    told: list[dict[str, str]] = []
+    told: list[dict[str, Any]] = []
     monkeypatch.setattr(trial, "_run_unit", fail)
     monkeypatch.setattr(trial.tune, "report", told.append)
     run_units(UNIT, tiny_plan())
-    assert told == [{"failure": str(error)}]
+    assert told == [BEGUN, {"failure": str(error)}]
 
 
 def test_what_may_be_the_machines_fault_is_raised_for_another_machine_to_try(
     tiny_plan, monkeypatch, tmp_path: Path
 ):
-    told: list[dict[str, str]] = []
+    told: list[dict[str, Any]] = []
     monkeypatch.setattr(trial.tune, "report", told.append)
     nowhere = replace(tiny_plan(), data=tmp_path / "not mounted")
     with pytest.raises(ValueError, match="no such file"):
         run_units(UNIT, nowhere)
-    assert told == []
+    assert told == [BEGUN]
 
 
 @pytest.mark.parametrize(("method", "before"), [("nerf", []), ("cb-nerf", ["field"])])
@@ -72,7 +75,7 @@ def test_workers_train_no_field_beforehand_where_fields_are_searched(
         trained.append(what)
         if what == "field":
             about["folder"].mkdir(parents=True)
-            (about["folder"] / "field.pt").write_bytes(b"")
+            (about["folder"] / "metrics.json").write_text("{}")
 
     monkeypatch.setattr(trial, "_train_together", train)
     monkeypatch.setattr(trial, "TuneReportCallback", object)  # needs Tune around it
@@ -80,3 +83,48 @@ def test_workers_train_no_field_beforehand_where_fields_are_searched(
     plan = tiny_plan(method=method, resources={"workers": 2}, space=space)
     run_units(UNIT, plan)
     assert trained == [*before, "units"]
+
+
+def test_a_field_is_sealed_once_all_that_another_machine_has_written_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    naps: list[float] = []
+
+    def appear(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            (tmp_path / "metrics.json").write_text("{}")
+
+    monkeypatch.setattr(trial.time, "sleep", appear)
+    trial._wait_to_see(tmp_path)
+    assert len(naps) == 3
+    with pytest.raises(OSError, match=r"elsewhere: trained by another machine, and this one does"):
+        trial._wait_to_see(tmp_path / "elsewhere")
+    assert sum(naps) > 60, "NFS may keep the listing of a folder for a minute"
+
+
+def look_on_rank(rank: int, plans: list[Plan], told: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{told}/store", rank=rank, world_size=2)
+    heard: list[dict[str, Any]] = []
+    _run_unit(plans[rank], 0, Unit(0, "arcade", 0, {}), torch.device("cpu"), heard.append)
+    (told / str(rank)).write_text(str(heard[-1]["ended"]))
+    dist.barrier()  # nobody leaves while another still talks
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", ["cb-nerf", "nerf"])
+def test_workers_take_scenes_and_fields_from_the_view_of_rank_0(
+    tiny_plan: Callable[..., Plan], tmp_path: Path, method: str
+):
+    space = {"field.optim.lr": {"low": 1e-3, "high": 1e-1}}
+    plan = tiny_plan("arcade", method=method, space=space, stopping={"rule": "none"})
+    if plan.stage == "refiner":  # a group starts when its fields are there
+        run_base_field(plan, "arcade")
+    told = tmp_path / "told"
+    told.mkdir()
+    blind = replace(plan, storage=tmp_path / "blind")
+    spawn(look_on_rank, ([plan, blind], told), nprocs=2)
+    assert {(told / rank).read_text() for rank in "01"} == {"True"}
+    assert (plan.trial_folder(0, "arcade") / "metrics.json").exists()
+    assert not blind.storage.exists()

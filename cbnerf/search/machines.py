@@ -1,0 +1,83 @@
+"""Machines of the cluster: how many training runs they hold, and how the workers of one are placed.
+
+A training run is one process or, with `resources.workers` of 2 and more, a group of them that
+train together through Ray Train.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+import torch
+from ray.train import ScalingConfig
+from ray.train.torch import TorchConfig, get_device
+
+from cbnerf.search.plan import Plan
+
+
+def num_slots(plan: Plan) -> int:
+    """Training runs that the cluster's present machines hold at the same time."""
+    workers, room = plan.spec.resources.workers, _room(plan)
+    if on_one_machine(plan):
+        return sum(count // workers for count in room)
+    return sum(room) // workers
+
+
+def on_one_machine(plan: Plan) -> bool:
+    """Whether a machine can hold all workers of a training run, which then wait for one that is
+    free; else they lie on as few machines as are needed."""
+    return max(_room(plan), default=0) >= plan.spec.resources.workers
+
+
+def worker_resources(plan: Plan) -> dict[str, int | float]:
+    """What Ray reserves for each process that trains."""
+    resources = {"CPU": plan.spec.resources.cpus_per_worker, "GPU": plan.gpus_per_worker}
+    return {name: amount for name, amount in resources.items() if amount}
+
+
+def worker_group(plan: Plan) -> ScalingConfig:
+    """Ray Train's description of the workers of a training run."""
+    return ScalingConfig(
+        num_workers=plan.spec.resources.workers,
+        use_gpu=plan.gpus_per_worker > 0,
+        resources_per_worker=worker_resources(plan),
+        placement_strategy="STRICT_PACK" if on_one_machine(plan) else "PACK",
+    )
+
+
+def _room(plan: Plan) -> list[int]:
+    """Processes that each present machine holds, were it empty."""
+    needed = worker_resources(plan)
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [processes_on(machine, needed) for machine in machines]
+
+
+def processes_on(machine: Mapping[str, int | float], needed: Mapping[str, int | float]) -> int:
+    """Processes that a machine's resources hold where each needs so much."""
+    return min(int(machine.get(name, 0) / amount + 1e-6) for name, amount in needed.items())
+
+
+def device_of_worker() -> torch.device:
+    """The device of a process of a worker group."""
+    # Ray Train names a GPU wherever Ray was told of one.
+    return get_device() if torch.cuda.is_available() else torch.device("cpu")
+
+
+@dataclass
+class TorchGroup(TorchConfig):
+    """Workers that see one GPU each, and talk over NCCL where all of them have one."""
+
+    @property
+    def backend_cls(self) -> type:
+        return _Backend
+
+
+class _Backend(TorchConfig().backend_cls):
+    share_cuda_visible_devices = False
+    """Of the other workers of a machine: what asks for `cuda` cannot get the GPU of another."""
+
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        have_gpus = worker_group.execute(torch.cuda.is_available)
+        backend = "nccl" if all(have_gpus) else "gloo"
+        super().on_start(worker_group, replace(backend_config, backend=backend))

@@ -1,0 +1,94 @@
+"""Work that is done once for each scene, on whatever machine has room for it."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+from tqdm import tqdm
+
+from cbnerf.search.machines import worker_resources
+from cbnerf.search.plan import Plan
+from cbnerf.search.trial import MAX_FAILURES
+
+
+def for_each_scene(
+    plan: Plan, function: Callable[..., Any], *arguments: Any, trains: bool
+) -> Iterator[tuple[str, Any]]:
+    """Call `function(plan, *arguments, scene)` as a Ray task for each scene; gives the scene and
+    its answer, in the order in which they come.
+
+    A process that dies, of memory or with its machine, is tried again `MAX_FAILURES` times. A scene
+    that fails for good ends nothing but itself: its error is raised when the others have ended.
+    """
+    task = _remote(plan, function, trains=trains)
+    pending: dict[Any, str] = {}
+    waiting, losses, errors = [], Counter(), []
+
+    def start(scene: str) -> None:
+        pending[task.remote(plan, *arguments, scene)] = scene
+
+    for scene in plan.scenes:
+        start(scene)
+    while pending:
+        (done,), _ = ray.wait(list(pending))
+        scene = pending.pop(done)
+        try:
+            answer = ray.get(done)
+        except RayTaskError as error:  # the function's own, which it would raise again
+            errors.append(error)
+        except RayError as error:
+            losses[scene] += 1
+            tqdm.write(f"  {scene}: {reason(str(error))}")
+            if losses[scene] > MAX_FAILURES:
+                errors.append(ValueError(f"{scene}: {reason(str(error))} ({losses[scene]} times)"))
+            elif isinstance(error, OutOfMemoryError):
+                waiting.append(scene)  # until another one has given its memory back
+                if pending:
+                    continue
+            else:
+                start(scene)
+        else:
+            yield scene, answer
+        if waiting:
+            start(waiting.pop(0))
+    if errors:
+        raise errors[0]
+
+
+def call(plan: Plan, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function(plan, *arguments)` gives as a Ray task with the resources of one process."""
+    return ray.get(_remote(plan, function, trains=False).remote(plan, *arguments))
+
+
+_MEMORY = re.compile(r"low on memory\. .*?IP: ([^,]+).*? was (.*? limit)")
+
+
+def is_of_memory(trouble: str) -> bool:
+    """Whether Ray has ended a process for memory, by the text of an error or traceback."""
+    return _MEMORY.search(trouble) is not None
+
+
+def reason(trouble: str) -> str:
+    """Why a process of Ray has failed, in one line, from the text of its error or traceback."""
+    if found := _MEMORY.search(trouble):
+        machine, memory = found.groups()
+        return (
+            f"the memory of {machine} was nearly full ({memory}), so Ray ended the process; "
+            "with more resources.cpus_per_worker fewer trainings run at a time"
+        )
+    return " ".join(trouble.strip().splitlines()[-1].split())[-300:]
+
+
+def _remote(plan: Plan, function: Callable[..., Any], *, trains: bool) -> Any:
+    """The function as a Ray task with the resources of one process; with none where it trains on
+    several, which have their own."""
+    alone = plan.spec.resources.workers == 1 or not trains
+    needed = worker_resources(plan) if alone else {}
+    return ray.remote(function).options(
+        num_cpus=needed.get("CPU", 0),
+        num_gpus=needed.get("GPU", 0),
+        max_retries=0,  # Of memory Ray would try for ever.
+    )

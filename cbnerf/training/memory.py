@@ -1,0 +1,23 @@
+"""GPU memory of this process."""
+
+import gc
+
+import torch
+
+_CONTEXT = 600_000_000
+"""Bytes that CUDA itself takes for a process, which torch does not count."""
+
+
+def gpu_share() -> float | None:
+    """The largest part of its GPU that this process has held so far; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    held = torch.cuda.max_memory_reserved() + _CONTEXT
+    return held / torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+
+def free_gpu_memory() -> None:
+    """Give back what nothing refers to any more, for other processes to take."""
+    gc.collect()  # cycles hold tensors, too
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
