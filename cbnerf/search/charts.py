@@ -25,14 +25,19 @@ _ENOUGH = 4
 
 
 def html_report(
-    ledger: Ledger, best_yaml: str, number: int, scenes: Table, configurations: Table
+    ledger: Ledger,
+    best_yaml: str,
+    number: int,
+    precision: str,
+    scenes: Table,
+    configurations: Table,
 ) -> str:
     """The whole page; plotly's script stands in it, so it can be mailed and read offline."""
     plan = ledger.plan
     parts = [
         f"<h1>Study {escape(plan.name)}</h1>",
         f"<p>{escape(plan.method)} at {plan.resolution}, protocol holdout, {escape(plan.source)}; "
-        f"{len(ledger.told)} configurations, {len(ledger.stopped)} of them stopped. Stopped ones "
+        f"{precision}; {len(ledger.told)} configurations, {len(ledger.stopped)} of them stopped. Stopped ones "
         "stand in the charts with the objectives that they were expected to reach.</p>",
         f"<h2>Best configuration: number {number}</h2>",
         to_html(scenes),

@@ -39,12 +39,14 @@ def write_report(ledger: Ledger, best: Config, number: int, scores: SceneScores)
     page = plan.folder / "report.html"
     save_config(best, best_file)
     tables = scene_table(scores), configuration_table(ledger)
-    page.write_text(html_report(ledger, best_file.read_text(), number, *tables))
+    precision = f"precision of stage 1: {best.field.precision}"
+    page.write_text(html_report(ledger, best_file.read_text(), number, precision, *tables))
     scenes, configurations = map(to_markdown, tables)
     warning = "" if plan.data else f"\n**{NOT_COMPARABLE}**\n"
     report_file.write_text(
         f"# Study {plan.name}\n\n"
-        f"{plan.method} at {plan.resolution}, protocol holdout, {plan.source}\n{warning}\n"
+        f"{plan.method} at {plan.resolution}, protocol holdout, {plan.source}; {precision}\n"
+        f"{warning}\n"
         f"## Best configuration: number {number}\n\n{scenes}\n\n"
         f"val selects, test is scored once; PSNR in dB, gain = refined - stage 1.\n\n"
         f"## Configurations\n\n{configurations}\n"

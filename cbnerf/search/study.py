@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from cbnerf.config import Config, with_overrides
 from cbnerf.files import write_whole
+from cbnerf.nerf.model import AUTO_PRECISION, Precision
 from cbnerf.search.diary import Diary, catch_up
 from cbnerf.search.ledger import Ledger
 from cbnerf.search.plan import Plan
@@ -24,7 +25,13 @@ from cbnerf.search.report import SceneScores, write_report
 from cbnerf.search.searcher import TuneSearcher
 from cbnerf.search.spec import QUALITIES
 from cbnerf.search.tracking import Tracker
-from cbnerf.search.trial import MAX_FAILURES, run_base_field, run_units, score_best
+from cbnerf.search.trial import (
+    MAX_FAILURES,
+    find_precision_here,
+    run_base_field,
+    run_units,
+    score_best,
+)
 from cbnerf.search.writer import Writer
 
 _FIRST_WAITING = 8
@@ -95,6 +102,16 @@ def num_slots(plan: Plan) -> int:
     if plan.gpus_per_worker:
         slots = min(slots, resources.get("GPU", 0) / (plan.gpus_per_worker * spec.workers))
     return int(slots)
+
+
+def find_precision(plan: Plan) -> Precision:
+    """What `field.precision` is where trainings run. A study keeps to it on whatever machine: else
+    its configurations would not refine the same renders."""
+    field = plan.base.field
+    if field.precision != "auto" or AUTO_PRECISION in os.environ:
+        return find_precision_here(field)
+    ask = _remote(plan, find_precision_here, trains=False)
+    return ray.get(ask.remote(field))
 
 
 def _train_fields(plan: Plan, ledger: Ledger, tracker: Tracker) -> None:

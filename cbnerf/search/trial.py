@@ -17,12 +17,13 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer, get_device
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from cbnerf.config import Config, DataConfig, KnobError, with_overrides
+from cbnerf.config import Config, DataConfig, FieldConfig, KnobError, with_overrides
 from cbnerf.data.library import read_scene
 from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
+from cbnerf.nerf.model import Precision, resolve_precision, settle_precision
 from cbnerf.search.plan import Plan, Unit
 from cbnerf.training.checkpoint import Checkpoint, knobs_of_stage
 from cbnerf.training.evaluation import mean_scores, refine_views
@@ -68,6 +69,11 @@ def run_base_field(plan: Plan, scene_name: str) -> tuple[Path, dict[str, float]]
     """The stage-1 entry that all configurations share, and its metrics."""
     entry = _complete_field(plan, plan.base, scene_name)
     return entry, read_metrics(entry) or {}
+
+
+def find_precision_here(field: FieldConfig) -> Precision:
+    """What `field.precision` is on the machine that it runs on."""
+    return resolve_precision(field, choose_device())
 
 
 def score_best(
@@ -141,6 +147,7 @@ def _run_unit(
 
 def _complete_field(plan: Plan, config: Config, scene_name: str) -> Path:
     """The cache entry of a trained field; trained now if nobody has trained it."""
+    config = settle_precision(config, choose_device())
     stage_1 = knobs_of_stage(config, "field")
 
     def train(folder: Path) -> None:
@@ -154,7 +161,7 @@ def _complete_field(plan: Plan, config: Config, scene_name: str) -> Path:
     entry = plan.cache.path(
         "field", scene_name, _field_key(plan.data, plan.storage, stage_1, scene_name)
     )
-    return plan.cache.complete(entry, train)
+    return plan.cache.complete(entry, train, config.field.precision)
 
 
 def _train_together(

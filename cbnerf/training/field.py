@@ -10,7 +10,7 @@ from cbnerf.config import Config
 from cbnerf.data.pixels import PixelSampler
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
-from cbnerf.nerf.model import FieldModel, build_field
+from cbnerf.nerf.model import FieldModel, build_field, resolve_precision
 from cbnerf.nerf.rays import Cameras, make_sub_pixel_rays
 from cbnerf.nerf.rendering import super_sampling_loss
 from cbnerf.nerf.sampling import choose_sub_pixels
@@ -71,6 +71,7 @@ def train_field(
         stage="field",
         scene=scene.name,
         config=config,
+        precision=resolve_precision(config.field, device),
         optim=config.field.optim,
         model=model,
         param_groups=_param_groups(model, config),

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cbnerf.config import Config, KnobError, OptimConfig
+from cbnerf.nerf.model import Precision
 from cbnerf.noise import Noise
-from cbnerf.training.checkpoint import Checkpoint, Stage, knobs_of_stage, load_checkpoint
+from cbnerf.training.checkpoint import Checkpoint, Stage, is_trained_with, load_checkpoint
 from cbnerf.training.processes import num_processes, process_rank
 
 Report = Callable[[int, dict[str, float], Checkpoint], None]
@@ -41,6 +42,8 @@ class Task(NamedTuple):
     stage: Stage
     scene: str
     config: Config
+    precision: Precision
+    """Of the networks' matrix products."""
     optim: OptimConfig
     model: nn.Module
     param_groups: list[dict[str, Any]]
@@ -146,9 +149,13 @@ def _resume(
     if path is None:
         return 0
     checkpoint = load_checkpoint(path, task.stage, device)
-    before, now = (knobs_of_stage(c, task.stage) for c in (checkpoint.config, task.config))
-    if before != now or checkpoint.scene != task.scene:
+    if not is_trained_with(checkpoint, task.config) or checkpoint.scene != task.scene:
         raise ValueError(f"{path}: cannot resume, it was trained with other knobs or another scene")
+    if checkpoint.precision != task.precision:
+        raise ValueError(
+            f"{path}: cannot resume, it was begun in {checkpoint.precision} and `auto` is "
+            f"{task.precision} here; give --field.precision {checkpoint.precision}"
+        )
     task.model.load_state_dict(checkpoint.model)
     optimizer.load_state_dict(checkpoint.optimizer)
     return checkpoint.step
@@ -162,6 +169,7 @@ def _checkpoint(
         scene=task.scene,
         step=step,
         config=task.config,
+        precision=task.precision,
         model=task.model.state_dict(),
         optimizer=optimizer.state_dict(),
         cameras=task.cameras,

@@ -112,7 +112,8 @@ def train_refiner(
     if isinstance(refiner, LinearRefiner):
         metrics = evaluate()
         steps, found = config.refiner.optim.steps, refiner.eval().state_dict()
-        report(steps, metrics, Checkpoint("refiner", scenes, steps, config, found, {}, {}, metrics))
+        whole = "refiner", scenes, steps, config, "float32", found, {}, {}, metrics
+        report(steps, metrics, Checkpoint(*whole))
         return refiner
     if health is not None:
         patches = PatchSampler(seen, wanted, config.refiner.patch_size, device)
@@ -126,6 +127,7 @@ def train_refiner(
         stage="refiner",
         scene=scenes,
         config=config,
+        precision="float32",
         optim=config.refiner.optim,
         model=refiner,
         param_groups=[{"params": list(refiner.parameters()), "lr": config.refiner.optim.lr}],

@@ -27,7 +27,9 @@ def run(ledger: Ledger, score: Callable[[Unit], float]) -> None:
 def page_of(ledger: Ledger) -> str:
     best = ledger.best()
     assert best is not None
-    return html_report(ledger, "codebook: {size: 64}\n", best.number, TABLE, TABLE)
+    return html_report(
+        ledger, "codebook: {size: 64}\n", best.number, "precision of stage 1: float32", TABLE, TABLE
+    )
 
 
 def headings(page: str) -> list[str]:
@@ -76,7 +78,7 @@ def test_several_objectives_have_histories_and_a_pareto_front(tiny_plan, objecti
 def test_a_name_cannot_break_the_page(tiny_plan):
     ledger = Ledger(tiny_plan("arcade", trials=1, stopping=ALONE))
     run(ledger, beta)
-    page = html_report(ledger, "<script>", 0, TABLE, TABLE)
+    page = html_report(ledger, "<script>", 0, "", TABLE, TABLE)
     assert "<pre>&lt;script&gt;</pre>" in page and page.count("<th>&lt;b&gt;</th>") == 2
 
 
