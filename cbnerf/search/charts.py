@@ -36,9 +36,10 @@ def html_report(
     plan = ledger.plan
     parts = [
         f"<h1>Study {escape(plan.name)}</h1>",
-        f"<p>{escape(plan.method)} at {plan.resolution}, protocol holdout, {escape(plan.source)}; "
-        f"{precision}; {len(ledger.told)} configurations, {len(ledger.stopped)} of them stopped. Stopped ones "
-        "stand in the charts with the objectives that they were expected to reach.</p>",
+        f"<p>{escape(plan.method)} at {plan.resolution}, protocol holdout, {escape(plan.source)}, "
+        f"{precision}; {len(ledger.told)} configurations, {len(ledger.stopped)} of them stopped. "
+        "Stopped ones stand in the charts with the objectives that they were expected to "
+        "reach.</p>",
         f"<h2>Best configuration: number {number}</h2>",
         to_html(scenes),
         f"<details><summary>best.yaml</summary><pre>{escape(best_yaml)}</pre></details>",

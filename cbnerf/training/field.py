@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cbnerf.config import Config
 from cbnerf.data.pixels import PixelSampler
@@ -16,8 +16,12 @@ from cbnerf.nerf.rendering import super_sampling_loss
 from cbnerf.nerf.sampling import choose_sub_pixels
 from cbnerf.noise import Noise
 from cbnerf.training.checkpoint import load_checkpoint
+from cbnerf.training.divergence import DivergenceCheck
 from cbnerf.training.evaluation import mean_scores, render_views
 from cbnerf.training.loop import Losses, Report, Task, fit, heeding_determinism
+
+_PROBES = 256
+"""Pixels at least by which divergence is told."""
 
 
 @heeding_determinism
@@ -32,7 +36,8 @@ def train_field(
 ) -> FieldModel:
     """Train on low-res photographs only; validation views are scored at high resolution.
 
-    With `until` the training stops after that many of its steps, to be resumed.
+    With `until` the training stops after that many of its steps, to be resumed. One that has
+    diverged raises FloatingPointError.
     Reports `train/loss`, `train/psnr` (of low-res pixels, dB), `val/psnr` (dB) and `val/ssim`.
     """
     split = split_views(scene.num_views, config.data)
@@ -61,6 +66,19 @@ def train_field(
         parts = {"train/loss": total, "train/psnr": -10 * torch.log10(errors[-1].detach())}
         return Losses(total, parts)
 
+    num_probes = max(config.field.optim.batch_size, _PROBES)
+
+    def probe() -> Noise:
+        return Noise(config.seed, 0, device)
+
+    def error() -> Tensor:
+        with torch.no_grad():
+            parts = losses(model, num_probes, probe()).parts
+        return 10 ** (-parts["train/psnr"] / 10)
+
+    probes = pixels.draw(num_probes, probe()).rgb
+    check = DivergenceCheck(error, (probes - pixels.mean()).square().mean())
+
     def evaluate() -> dict[str, float]:
         if not split.val:
             return {}
@@ -78,6 +96,7 @@ def train_field(
         losses=losses,
         evaluate=evaluate,
         cameras=cameras._asdict(),
+        check=check,
     )
     fit(task, device=device, report=report, resume_from=resume_from, until=until)
     return model

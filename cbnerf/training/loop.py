@@ -6,7 +6,8 @@ DistributedDataParallel. `report` is its only seam to the world around it.
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
@@ -52,6 +53,9 @@ class Task(NamedTuple):
     """From the (wrapped) model, this process's batch size and the step's random numbers."""
     evaluate: Callable[[], dict[str, float]]
     cameras: dict[str, Any]
+    check: Callable[[], None] = lambda: None
+    """Called on every process before an evaluation; raises FloatingPointError where the training
+    has diverged."""
 
 
 def fit(
@@ -87,15 +91,17 @@ def fit(
         noise = Noise(task.config.seed, step, device, rank=rank, world_size=world_size)
         for group, base in zip(optimizer.param_groups, base_rates, strict=True):
             group["lr"] = base * learning_rate_factor(step, optim)
-        losses = task.losses(model, optim.batch_size // world_size, noise)
-        optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
-        optimizer.step()
+        with _tf32(task, device):
+            losses = task.losses(model, optim.batch_size // world_size, noise)
+            optimizer.zero_grad(set_to_none=True)
+            losses.total.backward()
+            optimizer.step()
         for name, value in losses.parts.items():
             sums[name] = sums.get(name, 0) + value.detach()
         if is_evaluation_step(step + 1, optim) or step + 1 == last_step:
             averages = {name: float(value) / (step + 1 - since) for name, value in sums.items()}
             _check_finite(averages, task.stage, step + 1)
+            task.check()
             sums, since = {}, step + 1
             metrics = averages | _evaluate(task) if rank == 0 else {}
             report(step + 1, metrics, _checkpoint(task, step + 1, optimizer, metrics))
@@ -121,6 +127,22 @@ def heeding_determinism(
             torch.use_deterministic_algorithms(before)
 
     return run
+
+
+@contextmanager
+def _tf32(task: Task, device: torch.device) -> Iterator[None]:
+    """Let CUDA multiply float32 matrices with the mantissa of TF32 in the steps of stage 2.
+
+    Not in stage 1, whose rays and sums along them are products of matrices, too, nor where filters
+    are solved and images are scored.
+    """
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda" and task.stage == "refiner" and not task.config.deterministic:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def learning_rate_factor(step: int, optim: OptimConfig) -> float:

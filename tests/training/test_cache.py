@@ -121,7 +121,9 @@ def test_one_process_makes_what_several_want_and_another_goes_on_if_it_dies(
     cache: StageCache, die: bool
 ):
     entry = cache.path("field", "fern", "0123")
-    processes = [FORK.Process(target=cache.complete, args=(entry, slow, "float32")) for _ in range(3)]
+    processes = [
+        FORK.Process(target=cache.complete, args=(entry, slow, "float32")) for _ in range(3)
+    ]
     for process in processes:
         process.start()
     until((entry / "progress").exists)
