@@ -29,11 +29,11 @@ class DivergenceCheck:
         now = float(self._error())
         if not now <= _BEYOND_DOUBT * max(self._untrained, self._of_mean_colour):
             raise FloatingPointError(
-                f"field: diverged to a PSNR of {_in_db(now):.1f} dB on training pixels, from "
-                f"{_in_db(self._untrained):.1f} dB untrained and {_in_db(self._of_mean_colour):.1f} "
-                "dB of their mean colour; lower field.optim.lr"
+                f"field: diverged to a PSNR of {_in_db(now):.1f} dB on training pixels; untrained "
+                f"it has {_in_db(self._untrained):.1f} dB, their mean colour "
+                f"{_in_db(self._of_mean_colour):.1f} dB; lower field.optim.lr"
             )
 
 
 def _in_db(error: float) -> float:
-    return -10 * math.log10(error)
+    return -10 * math.log10(max(error, 1e-10))
