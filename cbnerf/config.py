@@ -154,7 +154,8 @@ class FieldConfig:
     """Samples per ray of the second pass; the fine network also gets the coarse ones."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the matrix products in the networks; positions, densities and sums stay float32. `auto` is
-    bfloat16 where the device has instructions for it, else float32."""
+    bfloat16 where the device has instructions for it, else float32; $CBNERF_AUTO_PRECISION, either
+    of them, decides otherwise."""
     planes: PlanesConfig = PlanesConfig()
     mlp: MLPConfig = MLPConfig()
     optim: OptimConfig = OptimConfig(steps=10_000, batch_size=4096, lr=4e-2)
@@ -331,7 +332,6 @@ class Config:
 
 _MLP_FIELD = FieldConfig(
     kind="mlp",
-    precision="float32",
     sub_rays=0,
     num_fine_samples=64,
     # NeRF-SR: 512 pixels a step; about 30 epochs of fern at 504x378.
@@ -396,7 +396,6 @@ RESOLUTIONS: dict[str, dict[str, Any]] = {
 """Overrides by name: image size and, below 504 pixels, a schedule for CPUs."""
 
 _PUBLISHED_CPU_SIZE = {
-    "field.precision": "auto",
     "field.optim.batch_size": 128,
     # A render by the MLP takes as long as twenty of its steps.
     "field.optim.evaluations": 2,

@@ -7,7 +7,7 @@ counts for its share, towards the one filter that serves all codes, so that a co
 corrects as the others do. Images are `[3 height width]` in [-1, 1].
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -25,6 +25,12 @@ _JURY = 4
 _RIDGE = 1e-5
 _CODES = 256
 """Regressions that are solved at once."""
+_SUMMED = 1024
+"""Codes whose sums are taken at once."""
+_GROUP = 2**20
+"""Pixels, of one view at least, that are sorted by their codes at once."""
+_HELD = 2**22
+"""Pixels, of all parts together, that stay sorted; more are sorted again for each sum."""
 
 
 class Corrections(NamedTuple):
@@ -64,8 +70,10 @@ class CodeFilters(nn.Module):
     def fit(self, parts: Sequence[Sequence[Corrections]], held_out: Sequence[int]) -> float:
         """Set the filters to the regression over all parts; returns the weight of the common
         filter: the one of `PRIORS` with which filters of the other parts correct those parts best
-        that are `held_out`, each in its turn; without any, the greatest."""
-        pixels = [_Pixels(views) for views in parts]
+        that are `held_out`, each in its turn; without any, the greatest.
+
+        Views may be made on demand: memory is that of a few, however many there are."""
+        pixels = [_Part(views, _HELD // len(parts)) for views in parts]
         totals = [part.total() for part in pixels]
         common = _Common(_add(totals))
         codes = torch.cat([part.codes for part in pixels]).unique()
@@ -73,9 +81,12 @@ class CodeFilters(nn.Module):
         weight = _choose_weight(pixels, totals, common, jury, held_out) if held_out else PRIORS[-1]
         self.table.copy_(common.filter)
         centre = common.enter(common.filter)
-        for some in codes.split(_CODES):
-            own = _add([part.sums(some, common) for part in pixels])
-            self.table[some] = common.leave(own.solve(centre, weight))
+        for summed in codes.split(_SUMMED):
+            sums = common.no_sums(len(summed))
+            for part in pixels:
+                part.add_to(sums, summed, common)
+            for some, *own in zip(*(x.split(_CODES) for x in (summed, *sums)), strict=True):
+                self.table[some] = common.leave(_Sums(*own).solve(centre, weight))
         return weight
 
 
@@ -115,6 +126,11 @@ class _Common:
         self._factor = factor.float()
         self._inverse = torch.linalg.solve_triangular(factor, eye, upper=False).float()
 
+    def no_sums(self, codes: int) -> _Sums:
+        """Those of so many codes, before a pixel is added."""
+        gram = self.filter.new_zeros(codes, INPUTS, INPUTS)
+        return _Sums(gram, self.filter.new_zeros(codes, INPUTS, 3))
+
     def whiten(self, rows: Float[Tensor, "pixels inputs"]) -> Float[Tensor, "pixels inputs"]:
         return rows @ self._inverse.T
 
@@ -127,8 +143,53 @@ class _Common:
         return self._inverse.T @ filters
 
 
+class _Part:
+    """All pixels of a part, group by group; they are held where there is `room` for all."""
+
+    def __init__(self, views: Sequence[Corrections], room: int):
+        self._views, self._room = views, room
+        self._held: list[_Pixels] = []
+        self.codes: Tensor
+        """Those that its pixels have, once the total has been taken."""
+
+    def __iter__(self) -> Iterator["_Pixels"]:
+        if self._held:
+            yield from self._held
+            return
+        kept, count = [], 0
+        for pixels in self._sort():
+            count += pixels.count
+            kept = [*kept, pixels] if count <= self._room else []
+            yield pixels
+        self._held = kept
+
+    def _sort(self) -> Iterator["_Pixels"]:
+        group: list[Corrections] = []
+        for view in self._views:
+            group.append(view)
+            if len(group) * view.sr[0].numel() >= _GROUP:
+                yield _Pixels(group)
+                group.clear()
+        if group:
+            yield _Pixels(group)
+
+    def total(self) -> _Sums:
+        """Over all pixels, in float64."""
+        totals, codes = [], []
+        for pixels in self:
+            totals.append(pixels.total())
+            codes.append(pixels.codes)
+        self.codes = torch.cat(codes).unique()
+        return _add(totals)
+
+    def add_to(self, sums: _Sums, codes: Int[Tensor, " codes"], common: _Common) -> None:
+        """Add the whitened pixels of each of these codes, each as much as its share."""
+        for pixels in self:
+            pixels.add_to(sums, codes, common)
+
+
 class _Pixels:
-    """All pixels of some views, sorted by their codes: a pixel stands with each of them."""
+    """The pixels of some views, sorted by their codes: a pixel stands with each of them."""
 
     def __init__(self, views: Sequence[Corrections]):
         self._around = Neighbourhoods([view.sr for view in views])
@@ -137,10 +198,11 @@ class _Pixels:
             torch.cat([part.flatten(0, 1) for part in parts])
             for parts in zip(*(view.codes for view in views), strict=True)
         )
-        self._places = torch.arange(len(indices), device=indices.device)
-        codes, order = indices.flatten().sort()
+        self.count = len(indices)
+        self._places = torch.arange(len(indices), dtype=torch.int32, device=indices.device)
+        codes, order = indices.flatten().int().sort()
         self.codes, counts = codes.unique_consecutive(return_counts=True)
-        pixels = (order // indices.shape[1]).split(counts.tolist())
+        pixels = (order // indices.shape[1]).int().split(counts.tolist())
         counted = shares.flatten()[order].split(counts.tolist())
         members = zip(pixels, counted, strict=True)
         self._members = dict(zip(self.codes.tolist(), members, strict=True))
@@ -156,10 +218,7 @@ class _Pixels:
             moments += rows.T @ self._wanted[places]
         return _Sums(gram, moments)
 
-    def sums(self, codes: Int[Tensor, " codes"], common: _Common) -> _Sums:
-        """Over the whitened pixels of each of these codes, each as much as its share."""
-        gram = self._wanted.new_zeros(len(codes), INPUTS, INPUTS)
-        moments = self._wanted.new_zeros(len(codes), INPUTS, 3)
+    def add_to(self, sums: _Sums, codes: Int[Tensor, " codes"], common: _Common) -> None:
         members = [self._members.get(code, self._nobody) for code in codes.tolist()]
         own, shares = zip(*members, strict=True)
         slots = torch.arange(len(codes)).repeat_interleave(torch.tensor([len(o) for o in own]))
@@ -172,20 +231,21 @@ class _Pixels:
             for slot, of_code, target in zip(
                 met, rows.split(counts), wanted.split(counts), strict=True
             ):
-                gram[slot].addmm_(of_code.T, of_code)
-                moments[slot].addmm_(of_code.T, target)
-        return _Sums(gram, moments)
+                sums.gram[slot].addmm_(of_code.T, of_code)
+                sums.moments[slot].addmm_(of_code.T, target)
 
 
 def _choose_weight(
-    pixels: Sequence[_Pixels],
+    pixels: Sequence[_Part],
     totals: Sequence[_Sums],
     common: _Common,
     codes: Int[Tensor, " codes"],
     held_out: Sequence[int],
 ) -> float:
     """With which of `PRIORS` filters of these codes do best where they have not been fitted."""
-    own = [part.sums(codes, common) for part in pixels]
+    own = [common.no_sums(len(codes)) for _ in pixels]
+    for part, sums in zip(pixels, own, strict=True):
+        part.add_to(sums, codes, common)
     errors = own[0].gram.new_zeros(len(PRIORS))
     for i in held_out:
         others, total = (_add([*sums[:i], *sums[i + 1 :]]) for sums in (own, totals))

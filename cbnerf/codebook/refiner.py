@@ -6,7 +6,7 @@ in [-1, 1] as in the paper: an L1 there is twice, an MSE four times that of [0, 
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from cbnerf.codebook.encoders import (
 )
 from cbnerf.codebook.filters import CodeFilters, Corrections
 from cbnerf.codebook.quantizer import Neighbours, VectorQuantizer
+from cbnerf.codebook.views import Images, MadeOnDemand
 from cbnerf.config import Config, LossConfig
 
 DEFAULT_TILE = 1024
@@ -108,7 +109,7 @@ class Refiner(nn.Module, ABC):
         """The refined image, from the render and the decoded features of its codes."""
 
     @torch.no_grad()
-    def start_from(self, photographs: Float[Tensor, "views 3 height width"]) -> None:
+    def start_from(self, photographs: Images) -> None:
         """With `codebook.kmeans_init`, let the codes begin as the commonest of what they will
         describe; all processes must bring the same photographs."""
         quantizer = self.autoencoder.quantizer
@@ -116,7 +117,7 @@ class Refiner(nn.Module, ABC):
             of_a_view = -(-_LATENTS_PER_CODE * quantizer.num_codes // len(photographs))
             generator = torch.Generator().manual_seed(0)
             some: list[Tensor] = []
-            for image in photographs.split(1):
+            for image in photographs:
                 latents = self.autoencoder.encode(self._select_coded(_pad(image))).flatten(0, -2)
                 chosen = torch.randperm(len(latents), generator=generator)[:of_a_view]
                 some.append(latents[chosen.to(latents.device)])
@@ -213,11 +214,11 @@ class ResidualRefiner(Refiner):
         # 1 cell of the smooth image, 3 pixels of its encoder.
         self.halo = STRIDE * max(blocks + 1, 3)
 
-    def start_from(self, photographs: Float[Tensor, "views 3 height width"]) -> None:
+    def start_from(self, photographs: Images) -> None:
         """Let encoders and codes begin with what photographs are made of."""
         encoder, sr_encoder = self.autoencoder.encoder, self.autoencoder.sr_encoder
         assert isinstance(encoder, LightEncoder)
-        coded = (self._select_coded(_pad(image)) for image in photographs.split(1))
+        coded = (self._select_coded(_pad(image)) for image in photographs)
         # Finite scalars have few features, and one that is constant would halve them or worse.
         learned = isinstance(self.autoencoder.quantizer, VectorQuantizer)
         encoder.start_from(coded, constant=learned)
@@ -228,39 +229,49 @@ class ResidualRefiner(Refiner):
     @torch.no_grad()
     def fit_filters(
         self,
-        renders: Float[Tensor, "views 3 height width"],
-        photographs: Float[Tensor, "views 3 height width"],
+        renders: Images,
+        photographs: Images,
         parts: Sequence[int],
         held_out: Sequence[int],
     ) -> None:
         """Solve the filters of all codes, for views that belong to these `parts`, counted from 0.
 
-        The parts that are `held_out`, each in its turn, choose how much codes may differ.
+        The parts that are `held_out`, each in its turn, choose how much codes may differ. Views are
+        asked for several times where they are too many to be held.
         """
-        found = self._look_up(renders)
-        wanted = [
-            _pad(photograph) - self._sharpen(sr[None], ())
-            for (sr, _), photograph in zip(found, photographs.split(1), strict=True)
-        ]
-        self.filters.fit(_group(found, wanted, parts), held_out)
+
+        def correct(view: int) -> Corrections:
+            sr = _pad(renders[view])
+            wanted = _pad(photographs[view]) - self._sharpen(sr, ())
+            return Corrections(sr[0], self._find_codes(sr[0]), wanted[0])
+
+        self.filters.fit(_group(correct, parts), held_out)
 
     @torch.no_grad()
     def back_project(
         self,
-        renders: Float[Tensor, "views 3 height width"],
-        photographs: Float[Tensor, "views 3 low_height low_width"],
+        renders: Images,
+        photographs: Images,
         parts: Sequence[int],
         held_out: Sequence[int],
     ) -> None:
         """Let codes correct what refined views, shrunk, still lack of low-res photographs, in some
         passes, each of them spread over the pixels of its block; `held_out` as in `fit_filters`."""
-        found, scale = self._look_up(renders), renders.shape[-1] // photographs.shape[-1]
+        scale = renders[0].shape[-1] // photographs[0].shape[-1]
+        missing: list[Tensor] = []
+
+        def correct(view: int) -> Corrections:
+            sr = _pad(renders[view])[0]
+            wanted = _fill(2 * F.interpolate(missing[view], scale_factor=scale))
+            return Corrections(sr, self._find_codes(sr), wanted[0])
+
         for _ in range(_PASSES):
-            refined = torch.cat([self.refine(render) for render in renders.split(1)])
-            missing = photographs - F.avg_pool2d(refined, scale)
-            spread = _fill(2 * F.interpolate(missing, scale_factor=scale))
+            missing[:] = [
+                photograph - F.avg_pool2d(self.refine(render), scale)
+                for render, photograph in zip(renders, photographs, strict=True)
+            ]
             filters = copy.deepcopy(self.filters)
-            filters.fit(_group(found, spread.split(1), parts), held_out)
+            filters.fit(_group(correct, parts), held_out)
             self.filters.table.add_(filters.table)
 
     @torch.no_grad()
@@ -281,11 +292,6 @@ class ResidualRefiner(Refiner):
         corrections = [self.filters(image, self._find_codes(image)) for image in sr]
         return self._sharpen(sr, ()) + torch.stack(corrections)
 
-    def _look_up(self, renders: Float[Tensor, "views 3 _ _"]) -> list[tuple[Tensor, Neighbours]]:
-        """Padded renders, signed, and the codes of their pixels."""
-        images = [_pad(render)[0] for render in renders.split(1)]
-        return [(sr, self._find_codes(sr)) for sr in images]
-
     def _find_codes(self, sr: Float[Tensor, "3 height width"]) -> Neighbours:
         """The nearest codes of each pixel, `[height width neighbours]`."""
         if not self._uses_codes:  # one filter for all
@@ -296,10 +302,10 @@ class ResidualRefiner(Refiner):
 
 
 def _group(
-    found: Sequence[tuple[Tensor, Neighbours]], wanted: Sequence[Tensor], parts: Sequence[int]
-) -> list[list[Corrections]]:
+    correct: Callable[[int], Corrections], parts: Sequence[int]
+) -> list[Sequence[Corrections]]:
     """Views by their parts."""
-    views: list[list[Corrections]] = [[] for _ in range(max(parts) + 1)]
-    for (sr, codes), correction, part in zip(found, wanted, parts, strict=True):
-        views[part].append(Corrections(sr, codes, correction[0]))
-    return views
+    return [
+        MadeOnDemand(correct, [view for view, own in enumerate(parts) if own == part])
+        for part in range(max(parts) + 1)
+    ]

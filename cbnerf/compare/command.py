@@ -17,6 +17,8 @@ from cbnerf.config import (
     with_overrides,
 )
 from cbnerf.data.library import check_scenes, choose_scenes, default_storage, locate_data
+from cbnerf.nerf.model import settle_precision
+from cbnerf.training.distributed import choose_device
 
 
 @dataclass(kw_only=True)
@@ -56,7 +58,8 @@ def settle(request: Request) -> Comparison:
         label = _label(name)
         if label in methods:
             raise ValueError(f"--methods: {label!r} stands there twice")
-        methods[label] = adapt(with_overrides(config, changes), request.protocol)
+        config = adapt(with_overrides(config, changes), request.protocol)
+        methods[label] = settle_precision(config, choose_device())
     first = next(iter(methods.values())).data
     for name, config in methods.items():
         if config.data != first:

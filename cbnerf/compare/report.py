@@ -79,6 +79,7 @@ def to_plain(comparison: Comparison, results: Results, device: torch.device) -> 
             for row in comparison.rows
         },
         "published": published_numbers(comparison),
+        "precision": _precision(comparison),
         "lpips": results.about_lpips,
         "versions": {"cbnerf": cbnerf.__version__, "torch": torch.__version__},
         "device": _device_name(device),
@@ -127,7 +128,8 @@ def _notes(comparison: Comparison, results: Results, device: torch.device) -> li
     )  # fmt: skip
     notes = [
         f"Protocol {comparison.protocol}: {DESCRIPTIONS[comparison.protocol]}",
-        f"Data: {source}. Computed by cbnerf {cbnerf.__version__} on {_device_name(device)}.",
+        f"Data: {source}. Computed by cbnerf {cbnerf.__version__} on {_device_name(device)}. "
+        f"Precision of stage 1: {_precision(comparison)}.",
     ]
     if comparison.protocol == "table1":
         return notes
@@ -142,6 +144,14 @@ def _notes(comparison: Comparison, results: Results, device: torch.device) -> li
             for method in without
         ]
     return notes
+
+
+def _precision(comparison: Comparison) -> str:
+    """How the networks of stage 1 multiply: in one precision, or each method in its own."""
+    found = {name: config.field.precision for name, config in comparison.methods.items()}
+    if len(set(found.values())) == 1:
+        return next(iter(found.values()))
+    return ", ".join(f"{precision} ({name})" for name, precision in found.items())
 
 
 def _device_name(device: torch.device) -> str:

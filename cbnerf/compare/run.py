@@ -194,7 +194,8 @@ def _train_field(
         metrics = run_field(config, scene, folder, device=device)
         say(f"{name}: stage 1 of {method} trained in {metrics['seconds']:.0f} s")
 
-    return comparison.cache.complete(comparison.field_folder(method, name), train)
+    folder = comparison.field_folder(method, name)
+    return comparison.cache.complete(folder, train, config.field.precision)
 
 
 def _train_refiner(
@@ -217,7 +218,8 @@ def _train_refiner(
         )  # fmt: skip
         say(f"{', '.join(served)}: stage 2 of {method} trained in {metrics['seconds']:.0f} s")
 
-    comparison.cache.complete(comparison.refiner_folder(method, name), train)
+    folder = comparison.refiner_folder(method, name)
+    comparison.cache.complete(folder, train, config.field.precision)
 
 
 def _score_images(

@@ -60,6 +60,10 @@ class PixelSampler:
         self._views = torch.tensor(views, device=device)
         self._low_res = low_res.to(device)
 
+    def mean(self) -> Float[Tensor, "3"]:
+        """The mean colour."""
+        return self._low_res.flatten(0, 2).float().mean(0) / 255
+
     def draw(self, batch_size: int, rng: Rng) -> PixelBatch:
         """Uniform over all pixels of all views."""
         num_views, height, width, _ = self._low_res.shape

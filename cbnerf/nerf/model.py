@@ -3,8 +3,10 @@
 Rays are grouped by low-res pixel: `[pixels sub_rays 3]`.
 """
 
+import os
+from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -16,6 +18,10 @@ from cbnerf.nerf.rays import Cameras, Rays, make_sub_pixel_rays, ndc_extent
 from cbnerf.nerf.rendering import Rendering, composite, reaching_to_infinity, render_weights
 from cbnerf.nerf.sampling import prefix_sums, sample_importance, sample_stratified
 from cbnerf.rng import Rng
+
+Precision = Literal["bfloat16", "float32"]
+AUTO_PRECISION = "CBNERF_AUTO_PRECISION"
+"""Variable of the environment that says what `field.precision: auto` is, whatever the device."""
 
 
 class FieldOutput(NamedTuple):
@@ -146,10 +152,27 @@ def build_field(config: Config, cameras: Cameras) -> FieldModel:
 
 def autocast(config: FieldConfig, device: torch.device) -> torch.autocast:
     """The precision of the networks' matrix products."""
-    is_short = config.precision == "bfloat16" or (
-        config.precision == "auto" and multiplies_bfloat16(device)
-    )
+    is_short = resolve_precision(config, device) == "bfloat16"
     return torch.autocast(device.type, torch.bfloat16, enabled=is_short)
+
+
+def resolve_precision(config: FieldConfig, device: torch.device) -> Precision:
+    """`field.precision`, or what `auto` is on a device."""
+    if config.precision != "auto":
+        return config.precision
+    match os.environ.get(AUTO_PRECISION):
+        case None:
+            return "bfloat16" if multiplies_bfloat16(device) else "float32"
+        case "bfloat16" | "float32" as told:
+            return told
+        case other:
+            raise ValueError(f"{AUTO_PRECISION} = {other!r} must be bfloat16 or float32")
+
+
+def settle_precision(config: Config, device: torch.device) -> Config:
+    """The configuration with what `auto` is on a device, so that all others compute the same."""
+    precision = resolve_precision(config.field, device)
+    return replace(config, field=replace(config.field, precision=precision))
 
 
 @cache

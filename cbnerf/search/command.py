@@ -36,6 +36,7 @@ from cbnerf.search.plan import FULL, Plan, make_plan
 from cbnerf.search.report import scene_table, write_report
 from cbnerf.search.spec import parse_spec
 from cbnerf.search.study import (
+    find_precision,
     known_scores,
     quieten_libraries,
     run_study,
@@ -155,7 +156,10 @@ def _run(options: Options, default_config: Path) -> None:
             _check_same_resolution(plan)
             if not (plan.folder / _REQUEST_FILE).exists():
                 plan.check_disk(needed=_bytes_needed(plan, views))
-            settled = request | {"resolution": plan.resolution}
+            plan = plan.with_precision(find_precision(plan))
+            print(f"precision  {plan.base.field.precision} in stage 1", flush=True)
+            settled = request | {"resolution": plan.resolution,
+                                 "precision": plan.base.field.precision}  # fmt: skip
             write_whole(plan.folder / _REQUEST_FILE, yaml.safe_dump(settled, sort_keys=False))
             outcome = run_study(plan, print, concurrency)
     if outcome is None:
@@ -245,7 +249,7 @@ def _settle(
     request["data"] = str(plan.data) if plan.data else None
     request["scene_names"] = list(plan.scenes)
     _check_same_request(plan, request)
-    return plan, _count_views(plan)
+    return _with_same_precision(plan), _count_views(plan)
 
 
 def _check_same_request(plan: Plan, request: dict[str, Any]) -> None:
@@ -272,6 +276,13 @@ def _check_same_resolution(plan: Plan) -> None:
             f"study {plan.name} was started at {before} ({file}), and here `auto` means "
             f"{plan.resolution}; give --resolution {before}, --resume or another --name"
         )
+
+
+def _with_same_precision(plan: Plan) -> Plan:
+    """With what `auto` was where the study was started; on other machines it may be another one."""
+    file = plan.folder / _REQUEST_FILE
+    before = load_yaml(file).get("precision") if file.exists() else None
+    return plan.with_precision(before) if before else plan
 
 
 def _comparable(request: dict[str, Any]) -> dict[str, Any]:

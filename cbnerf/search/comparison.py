@@ -31,7 +31,7 @@ def log_comparison(folder: Path, storage: Path) -> str:
     experiment = open_experiment(client, EXPERIMENT, storage, {})
     run = client.create_run(experiment, run_name=folder.name)
     now = int(time.time() * 1000)
-    about = ("protocol", "resolution", "data", "device")
+    about = ("protocol", "resolution", "data", "device", "precision")
     params = {name: report[name] for name in about}
     params |= {"scenes": ",".join(report["scenes"]), "methods": ",".join(report["methods"])}
     metrics = [

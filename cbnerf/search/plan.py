@@ -1,7 +1,7 @@
 """A plan: everything that is decided before a study starts, small enough to send to any worker."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +46,10 @@ class Plan:
     gpus_per_worker: int | float
     cache_store: str | None = None
     """URI of a store of trained stages that other clusters share, such as s3://bucket/cache."""
+
+    def with_precision(self, precision: str) -> "Plan":
+        """The same study with what `field.precision: auto` is in it."""
+        return replace(self, base=with_overrides(self.base, {"field.precision": precision}))
 
     @property
     def cache(self) -> StageCache:
@@ -185,6 +189,11 @@ def _check_space(base: Config, spec: SearchSpec) -> None:
     idle = [name for name in spec.space if name.startswith(_IDLE.get(base.refiner.kind, ()))]
     if idle and "refiner.kind" not in spec.space:
         raise ValueError(f"space: {idle[0]} changes nothing in {spec.method}")
+    if "auto" in getattr(spec.space.get("field.precision"), "choices", ()):
+        raise ValueError(
+            "space: field.precision: `auto` is another one on another machine; search bfloat16 and "
+            "float32"
+        )
     if "codebook.shared" in spec.space:
         raise ValueError(
             "space: codebook.shared decides what is trained at all; set it under `fixed`, and "

@@ -45,6 +45,7 @@ def study_page(ledger: Ledger, best: Path, number: int, scores: SceneScores) -> 
     plan = ledger.plan
     notes = [
         f"{plan.method} at {plan.resolution}, protocol holdout, {plan.source}",
+        f"precision of stage 1: {plan.base.field.precision}",
         f"{len(ledger.told)} configurations, {len(ledger.stopped)} of them pruned; charts show the "
         "expected objectives of pruned configurations",
         "val selects, test is scored once; PSNR in dB, gain = refined - stage 1",

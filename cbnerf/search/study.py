@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from cbnerf.config import Config, with_overrides
 from cbnerf.files import write_whole
+from cbnerf.nerf.model import AUTO_PRECISION, Precision
 from cbnerf.search.diary import Diary, catch_up
 from cbnerf.search.estimate import measure_share, part_of_gpu
 from cbnerf.search.ledger import Ledger
@@ -29,7 +30,13 @@ from cbnerf.search.searcher import TuneSearcher
 from cbnerf.search.spec import QUALITIES
 from cbnerf.search.tasks import call, for_each_scene, is_of_memory, reason
 from cbnerf.search.tracking import Tracker
-from cbnerf.search.trial import MAX_FAILURES, run_base_field, run_units, score_best
+from cbnerf.search.trial import (
+    MAX_FAILURES,
+    find_precision_here,
+    run_base_field,
+    run_units,
+    score_best,
+)
 from cbnerf.search.writer import Writer
 from cbnerf.training.checkpoint import Stage
 
@@ -106,6 +113,14 @@ def _sharing_gpus(plan: Plan, stages: Sequence[Stage]) -> Plan:
     except torch.OutOfMemoryError:
         share = 1.0  # Of a whole GPU, and more: its trainings will say so.
     return plan if share is None else replace(plan, gpus_per_worker=part_of_gpu(share))
+
+
+def find_precision(plan: Plan) -> Precision:
+    """What `field.precision` is where trainings run. A study keeps to it on whatever machine: else
+    its configurations would not refine the same renders."""
+    if plan.base.field.precision != "auto" or AUTO_PRECISION in os.environ:
+        return find_precision_here(plan)
+    return call(plan, find_precision_here)
 
 
 def _train_fields(plan: Plan, ledger: Ledger, tracker: Tracker) -> None:

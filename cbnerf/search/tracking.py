@@ -210,7 +210,9 @@ class Tracker:
         run = self._run(f"field/{folder.name}", f"stage 1 {scene}", {"cbnerf.kind": "field",
                         "cbnerf.scene": scene, "cbnerf.field": folder.name})  # fmt: skip
         self._fields[scene] = run
-        self._log(run, {}, params={"scene": scene, **flatten_field(self._plan.base)})
+        stage_1 = flatten_field(self._plan.base)
+        precision = {"precision": stage_1["field.precision"]}
+        self._log(run, {}, params={"scene": scene, **stage_1, **precision})
         self._log_once(run, metrics, self._plan.base.field.optim.steps)
         self._log_stage(run, folder, "field")
         self._client.set_terminated(run)
@@ -222,7 +224,8 @@ class Tracker:
         key = _configuration_key(number)
         if key not in self._opened:
             run = self._run(key, f"configuration {number:02d}", {"cbnerf.kind": "configuration"})
-            about = {"method": plan.method, "resolution": plan.resolution}
+            precision = with_overrides(plan.base, unit.overrides).field.precision
+            about = {"method": plan.method, "resolution": plan.resolution, "precision": precision}
             self._log(run, {}, params=about | dict(plan.spec.fixed) | unit.overrides)
         if _unit_key(unit) not in self._opened and _unit_key(unit) not in self._ended:
             child = self._run(

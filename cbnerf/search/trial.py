@@ -24,6 +24,7 @@ from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
+from cbnerf.nerf.model import Precision, resolve_precision, settle_precision
 from cbnerf.search.machines import TorchGroup, device_of_worker, worker_group
 from cbnerf.search.plan import Plan, Unit
 from cbnerf.training.checkpoint import Checkpoint, knobs_of_stage
@@ -75,6 +76,11 @@ def run_base_field(plan: Plan, scene_name: str) -> tuple[Path, dict[str, float]]
     """The stage-1 entry that all configurations share, and its metrics."""
     entry = _complete_field(plan, plan.base, scene_name)
     return entry, read_metrics(entry) or {}
+
+
+def find_precision_here(plan: Plan) -> Precision:
+    """What `field.precision` is on the machine that it runs on."""
+    return resolve_precision(plan.base.field, choose_device())
 
 
 def score_best(
@@ -138,6 +144,7 @@ def _load_pair(plan: Plan, config: Config, scene_name: str) -> tuple[Scene, Rend
 
 def _complete_field(plan: Plan, config: Config, scene_name: str) -> Path:
     """The cache entry of a trained field; trained now if nobody has trained it."""
+    config = settle_precision(config, choose_device())
     stage_1 = knobs_of_stage(config, "field")
 
     def train(folder: Path) -> None:
@@ -152,7 +159,7 @@ def _complete_field(plan: Plan, config: Config, scene_name: str) -> Path:
     entry = plan.cache.path(
         "field", scene_name, _field_key(plan.data, plan.storage, stage_1, scene_name)
     )
-    return plan.cache.complete(entry, train)
+    return plan.cache.complete(entry, train, config.field.precision)
 
 
 def _wait_to_see(folder: Path) -> None:

@@ -56,16 +56,17 @@ class StageCache:
         """The folder of an entry, there or not."""
         return self.folder / f"{stage}-{scene}-{key}"
 
-    def complete(self, entry: Path, train: Callable[[Path], object]) -> Path:
+    def complete(self, entry: Path, train: Callable[[Path], object], precision: str) -> Path:
         """The entry, whole: found, fetched, or made by `train`, which is given the folder.
 
-        Of several processes that want it one makes it and the others wait.
+        Of several processes that want it one makes it and the others wait. The manifest notes
+        `field.precision` as it was settled.
         """
         self._touch(entry)
         if not _is_whole(entry):
             with self._lock(entry):
                 if not _is_whole(entry):
-                    self._make(entry, train)
+                    self._make(entry, train, precision)
         return entry
 
     def entries(self, *, thorough: bool = False) -> Iterator[Entry]:
@@ -103,13 +104,13 @@ class StageCache:
                 total -= entry.num_bytes
         return removed
 
-    def _make(self, entry: Path, train: Callable[[Path], object]) -> None:
+    def _make(self, entry: Path, train: Callable[[Path], object], precision: str) -> None:
         if (entry / _MANIFEST).exists() or not _can_go_on(entry):
             shutil.rmtree(entry)
         if not entry.exists() and self._fetch(entry):
             return
         train(entry)
-        _seal(entry)
+        _seal(entry, precision)
         self._send(entry)
 
     def _state(self, entry: Path, thorough: bool) -> State:
@@ -167,7 +168,7 @@ class StageCache:
         remote, root = fs.FileSystem.from_uri(self.store)
         target = f"{root}/{entry.name}"
         remote.create_dir(target, recursive=True)
-        names = [*_read_manifest(entry), _MANIFEST]
+        names = [*_read_files(entry), _MANIFEST]
         for name in names:
             fs.copy_files(
                 str(entry / name), f"{target}/{name}", fs.LocalFileSystem(), remote
@@ -188,23 +189,23 @@ def _was_hashed(entry: Path, sealed: int) -> bool:
     return _has_its_files(entry, hashed=True)
 
 
-def _seal(entry: Path) -> None:
+def _seal(entry: Path, precision: str) -> None:
     for left in entry.glob(".*"):  # by a save that was killed
         left.unlink()
     files = sorted(file for file in entry.iterdir() if file.name != _MANIFEST)
-    manifest = {
-        file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files
-    }
+    hashed = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+    manifest = {"precision": precision, "files": hashed}
     write_whole(entry / _MANIFEST, json.dumps(manifest, indent=1))
 
 
-def _read_manifest(entry: Path) -> dict[str, dict[str, Any]]:
-    return json.loads((entry / _MANIFEST).read_text())
+def _read_files(entry: Path) -> dict[str, dict[str, Any]]:
+    """What the manifest says of each file."""
+    return json.loads((entry / _MANIFEST).read_text())["files"]
 
 
 def _has_its_files(entry: Path, *, hashed: bool) -> bool:
     try:
-        files = _read_manifest(entry)
+        files = _read_files(entry)
         return bool(files) and all(
             (entry / name).stat().st_size == about["bytes"]
             and (not hashed or _sha256(entry / name) == about["sha256"])

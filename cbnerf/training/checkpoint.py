@@ -8,6 +8,7 @@ import torch
 
 from cbnerf.config import Config, flatten, flatten_field, with_overrides
 from cbnerf.files import whole
+from cbnerf.nerf.model import Precision
 
 Stage = Literal["field", "refiner"]
 
@@ -19,6 +20,8 @@ class Checkpoint(NamedTuple):
     scene: str
     step: int
     config: Config
+    precision: Precision
+    """Of the networks' matrix products in training."""
     model: dict[str, Any]
     """State dict of the network."""
     optimizer: dict[str, Any]
@@ -34,6 +37,17 @@ def knobs_of_stage(config: Config, stage: Stage) -> Config:
     if stage == "refiner":
         return config
     return with_overrides(Config(), flatten_field(config))
+
+
+def is_trained_with(checkpoint: Checkpoint, config: Config) -> bool:
+    """Whether a stage has the knobs of a configuration, where `auto` is any precision."""
+    before, now = (knobs_of_stage(c, checkpoint.stage) for c in (checkpoint.config, config))
+    if checkpoint.stage == "field":
+        settled = {"field.precision": checkpoint.precision}
+        before = with_overrides(before, settled)
+        if now.field.precision == "auto":
+            now = with_overrides(now, settled)
+    return before == now
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
@@ -61,8 +75,11 @@ def load_checkpoint(path: Path, stage: Stage, device: torch.device) -> Checkpoin
         if trouble or isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(f"{path}: not a checkpoint of cbnerf, or a damaged one") from None
-    if not isinstance(content, dict) or set(content) != set(Checkpoint._fields):
+    if not isinstance(content, dict) or not {"stage", "scene", "config"} <= set(content):
         raise ValueError(f"{path}: not a checkpoint of cbnerf")
+    different = ", ".join(sorted(set(content) ^ set(Checkpoint._fields)))
+    if different:
+        raise ValueError(f"{path}: written by another version of cbnerf ({different})")
     if content["stage"] != stage:
         raise ValueError(f"{path}: holds a {content['stage']}, expected a {stage}")
     try:

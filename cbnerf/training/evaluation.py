@@ -1,5 +1,6 @@
 """Trained models on whole views: renders, refined images, scores, strips to look at."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from cbnerf.baselines.nerf_sr import ReferenceRefiner
 from cbnerf.codebook.refiner import DEFAULT_TILE, Refiner
+from cbnerf.codebook.views import MadeOnDemand
 from cbnerf.data.renders import Renders
 from cbnerf.metrics import flip, psnr, ssim, to_8bit
 from cbnerf.nerf.model import FieldModel, render_image
@@ -69,6 +71,13 @@ def to_unit(
     """Channels first, in [0, 1]; a single image becomes a batch of one."""
     batch = images if images.ndim == 4 else images[None]
     return batch.to(device).movedim(-1, 1).float() / 255
+
+
+def unit_views(
+    images: UInt8[Tensor, "views height width 3"], device: torch.device
+) -> Sequence[Float[Tensor, "1 3 height width"]]:
+    """Each view as `to_unit` gives it, made whenever it is asked for."""
+    return MadeOnDemand(lambda view: to_unit(images[view], device), range(len(images)))
 
 
 def score_views(

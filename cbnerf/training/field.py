@@ -4,19 +4,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cbnerf.config import Config
 from cbnerf.data.pixels import PixelSampler
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
-from cbnerf.nerf.model import FieldModel, build_field
+from cbnerf.nerf.model import FieldModel, build_field, resolve_precision
 from cbnerf.nerf.rays import Cameras, make_sub_pixel_rays
 from cbnerf.nerf.rendering import super_sampling_loss
 from cbnerf.nerf.sampling import choose_sub_pixels
 from cbnerf.rng import Rng
+from cbnerf.training.divergence import DivergenceCheck
 from cbnerf.training.evaluation import mean_scores, render_views
 from cbnerf.training.loop import Losses, Report, Task, fit, heeding_determinism
+
+_PROBES = 256
+"""Pixels at least by which divergence is told."""
 
 
 @heeding_determinism
@@ -31,7 +35,8 @@ def train_field(
 ) -> FieldModel:
     """Train on low-res photographs only; validation views are scored at high resolution.
 
-    With `until` the training stops after that many of its steps, to be resumed.
+    With `until` the training stops after that many of its steps, to be resumed. One that has
+    diverged raises FloatingPointError.
     Reports `train/loss`, `train/psnr` (of low-res pixels, dB), `val/psnr` (dB) and `val/ssim`.
     """
     split = split_views(scene.num_views, config.data)
@@ -60,6 +65,19 @@ def train_field(
         parts = {"train/loss": total, "train/psnr": -10 * torch.log10(errors[-1].detach())}
         return Losses(total, parts)
 
+    num_probes = max(config.field.optim.batch_size, _PROBES)
+
+    def probe() -> Rng:
+        return Rng(config.seed, 0, device)
+
+    def error() -> Tensor:
+        with torch.no_grad():
+            parts = losses(model, num_probes, probe()).parts
+        return 10 ** (-parts["train/psnr"] / 10)
+
+    probes = pixels.draw(num_probes, probe()).rgb
+    check = DivergenceCheck(error, (probes - pixels.mean()).square().mean())
+
     def evaluate() -> dict[str, float]:
         if not split.val:
             return {}
@@ -70,12 +88,14 @@ def train_field(
         stage="field",
         scene=scene.name,
         config=config,
+        precision=resolve_precision(config.field, device),
         optim=config.field.optim,
         model=model,
         param_groups=_param_groups(model, config),
         losses=losses,
         evaluate=evaluate,
         cameras=cameras._asdict(),
+        check=check,
     )
     fit(task, device=device, report=report, resume_from=resume_from, until=until)
     return model

@@ -29,7 +29,13 @@ _REFINER_CODE = ("codebook", "data/patches.py", "data/references.py", "training/
 
 
 def field_key(config: Config, scene: Scene) -> str:
-    """Hash of photographs, cameras, the knobs of stage 1 and its code."""
+    """Hash of photographs, cameras, the knobs of stage 1 and its code.
+
+    Machines on which `auto` is not the same precision must not share an entry, so it is refused:
+    see `settle_precision`.
+    """
+    if config.field.precision == "auto":
+        raise ValueError("a key of stage 1 needs the precision really used, not `auto`")
     digest = hashlib.sha256()
     digest.update(scene.images.numpy().tobytes())
     digest.update(scene.camera_to_world.numpy().tobytes())

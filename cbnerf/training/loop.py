@@ -6,7 +6,8 @@ DistributedDataParallel. `report` is its only seam to the world around it.
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
@@ -16,8 +17,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cbnerf.config import Config, KnobError, OptimConfig
+from cbnerf.nerf.model import Precision
 from cbnerf.rng import Rng
-from cbnerf.training.checkpoint import Checkpoint, Stage, knobs_of_stage, load_checkpoint
+from cbnerf.training.checkpoint import (
+    Checkpoint,
+    Stage,
+    is_trained_with,
+    load_checkpoint,
+)
 from cbnerf.training.distributed import from_rank_0, num_processes, process_rank
 
 Report = Callable[[int, dict[str, float], Checkpoint], None]
@@ -41,6 +48,8 @@ class Task(NamedTuple):
     stage: Stage
     scene: str
     config: Config
+    precision: Precision
+    """Of the networks' matrix products."""
     optim: OptimConfig
     model: nn.Module
     param_groups: list[dict[str, Any]]
@@ -49,6 +58,9 @@ class Task(NamedTuple):
     """From the (wrapped) model, this process's batch size and the step's random numbers."""
     evaluate: Callable[[], dict[str, float]]
     cameras: dict[str, Any]
+    check: Callable[[], None] = lambda: None
+    """Called on every process before an evaluation; raises FloatingPointError where the training
+    has diverged."""
 
 
 def fit(
@@ -84,15 +96,17 @@ def fit(
         rng = Rng(task.config.seed, step, device, rank=rank, world_size=world_size)
         for group, base in zip(optimizer.param_groups, base_rates, strict=True):
             group["lr"] = base * learning_rate_factor(step, optim)
-        losses = task.losses(model, optim.batch_size // world_size, rng)
-        optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
-        optimizer.step()
+        with _tf32(task, device):
+            losses = task.losses(model, optim.batch_size // world_size, rng)
+            optimizer.zero_grad(set_to_none=True)
+            losses.total.backward()
+            optimizer.step()
         for name, value in losses.parts.items():
             sums[name] = sums.get(name, 0) + value.detach()
         if is_evaluation_step(step + 1, optim) or step + 1 == last_step:
             averages = {name: float(value) / (step + 1 - since) for name, value in sums.items()}
             _check_finite(averages, task.stage, step + 1)
+            task.check()
             sums, since = {}, step + 1
             metrics = averages | _evaluate(task) if rank == 0 else {}
             report(step + 1, metrics, _checkpoint(task, step + 1, optimizer, metrics))
@@ -120,6 +134,22 @@ def heeding_determinism(
     return run
 
 
+@contextmanager
+def _tf32(task: Task, device: torch.device) -> Iterator[None]:
+    """Let CUDA multiply float32 matrices with the mantissa of TF32 in the steps of stage 2.
+
+    Not in stage 1, whose rays and sums along them are products of matrices, too, nor where filters
+    are solved and images are scored.
+    """
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda" and task.stage == "refiner" and not task.config.deterministic:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def learning_rate_factor(step: int, optim: OptimConfig) -> float:
     """Linear warm-up times cosine decay, as a share of the base rate."""
     warmup = min(1.0, (step + 1) / max(optim.warmup_steps, 1))
@@ -145,9 +175,13 @@ def _resume(task: Task, optimizer: torch.optim.Optimizer, path: Path, device: to
     # A checkpoint that is sent to other processes must not lie on the GPU of rank 0.
     place = device if num_processes() == 1 else torch.device("cpu")
     checkpoint = from_rank_0(lambda: load_checkpoint(path, task.stage, place))
-    before, now = (knobs_of_stage(c, task.stage) for c in (checkpoint.config, task.config))
-    if before != now or checkpoint.scene != task.scene:
+    if not is_trained_with(checkpoint, task.config) or checkpoint.scene != task.scene:
         raise ValueError(f"{path}: cannot resume, it was trained with other knobs or another scene")
+    if checkpoint.precision != task.precision:
+        raise ValueError(
+            f"{path}: cannot resume, it was begun in {checkpoint.precision} and `auto` is "
+            f"{task.precision} here; give --field.precision {checkpoint.precision}"
+        )
     task.model.load_state_dict(checkpoint.model)
     optimizer.load_state_dict(checkpoint.optimizer)
     return checkpoint.step
@@ -161,6 +195,7 @@ def _checkpoint(
         scene=task.scene,
         step=step,
         config=task.config,
+        precision=task.precision,
         model=task.model.state_dict(),
         optimizer=optimizer.state_dict(),
         cameras=task.cameras,

@@ -12,6 +12,7 @@ from cbnerf.baselines.linear import LinearRefiner, fit_filter
 from cbnerf.codebook.consistency import LowResView, fit_consistent_filter
 from cbnerf.codebook.health import CodebookHealth
 from cbnerf.codebook.refiner import Refiner, ResidualRefiner, refiner_losses
+from cbnerf.codebook.views import MadeOnDemand
 from cbnerf.config import Config, KnobError
 from cbnerf.data.patches import PatchSampler
 from cbnerf.data.pixels import downsample
@@ -22,7 +23,7 @@ from cbnerf.data.splits import split_views
 from cbnerf.rng import Rng
 from cbnerf.training.checkpoint import Checkpoint
 from cbnerf.training.distributed import num_processes, process_rank
-from cbnerf.training.evaluation import mean_scores, refine_views, to_unit
+from cbnerf.training.evaluation import mean_scores, refine_views, unit_views
 from cbnerf.training.loop import Losses, Report, Task, fit, heeding_determinism
 from cbnerf.training.models import AnyRefiner, build_refiner
 
@@ -78,16 +79,17 @@ def train_refiner(
     seen, wanted, parts = _training_views(config, others or served, by_scene=bool(others))
     held_out = [part for part in sorted({*parts}) if part or len(others) > 1]
     if isinstance(refiner, Refiner) and resume_from is None:
-        refiner.start_from(to_unit(wanted, device))
+        refiner.start_from(unit_views(wanted, device))
 
     def fit_filters() -> dict[str, float]:
         """Solve what is not descended."""
         losses = {}
         if isinstance(refiner, ResidualRefiner):
-            refiner.fit_filters(to_unit(seen, device), to_unit(wanted, device), parts, held_out)
+            views = unit_views(seen, device), unit_views(wanted, device)
+            refiner.fit_filters(*views, parts, held_out)
         elif isinstance(refiner, LinearRefiner):
-            views = zip(seen.split(1), wanted.split(1), strict=True)
-            pairs = ((to_unit(a, device)[0], to_unit(b, device)[0]) for a, b in views)
+            views = unit_views(seen, device), unit_views(wanted, device)
+            pairs = ((render[0], photograph[0]) for render, photograph in zip(*views, strict=True))
             losses["train/loss"] = fit_filter(refiner, pairs)
         if others and config.refiner.consistency:
             _agree_with_low_res(config, refiner, scene, renders, device)
@@ -107,7 +109,8 @@ def train_refiner(
     if isinstance(refiner, LinearRefiner):
         metrics = evaluate()
         steps, found = config.refiner.optim.steps, refiner.eval().state_dict()
-        report(steps, metrics, Checkpoint("refiner", scenes, steps, config, found, {}, {}, metrics))
+        whole = "refiner", scenes, steps, config, "float32", found, {}, {}, metrics
+        report(steps, metrics, Checkpoint(*whole))
         return refiner
     if health is not None:
         patches = PatchSampler(seen, wanted, config.refiner.patch_size, device)
@@ -121,6 +124,7 @@ def train_refiner(
         stage="refiner",
         scene=scenes,
         config=config,
+        precision="float32",
         optim=config.refiner.optim,
         model=refiner,
         param_groups=[{"params": list(refiner.parameters()), "lr": config.refiner.optim.lr}],
@@ -185,8 +189,10 @@ def _agree_with_low_res(
     views = split_views(scene.num_views, config.data).train
     low_res = downsample(scene.images[views], scene.scale, config.data.low_res_kernel)
     refined = refine_views(refiner, renders.rgb[views], device)
-    seen, tried, known = (to_unit(x, device) for x in (renders.rgb[views], refined, low_res))
-    triples = [LowResView(*view) for view in zip(seen, tried, known, strict=True)]
+    seen, tried, known = (unit_views(x, device) for x in (renders.rgb[views], refined, low_res))
+    triples = MadeOnDemand(
+        lambda i: LowResView(seen[i][0], tried[i][0], known[i][0]), range(len(views))
+    )
     refiner.add_filter(fit_consistent_filter(triples, config.refiner.consistency))
     if isinstance(refiner, ResidualRefiner):
         parts = _parts(len(views))

@@ -23,7 +23,7 @@ from cbnerf.files import write_whole
 from cbnerf.training.checkpoint import (
     Checkpoint,
     Stage,
-    knobs_of_stage,
+    is_trained_with,
     load_checkpoint,
     save_checkpoint,
 )
@@ -180,10 +180,9 @@ def _is_whole(until: int | None, optim: OptimConfig) -> bool:
 
 def _check_finished(config: Config, stage: Stage, scenes: str, folder: Path) -> None:
     checkpoint = load_checkpoint(folder / CHECKPOINT_FILES[stage], stage, torch.device("cpu"))
-    before, now = (knobs_of_stage(c, stage) for c in (checkpoint.config, config))
     if checkpoint.scene != scenes:
         other = f"the scene {checkpoint.scene}, not {scenes}"
-    elif before != now:
+    elif not is_trained_with(checkpoint, config):
         other = "other knobs"
     else:
         return

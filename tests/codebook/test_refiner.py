@@ -143,7 +143,7 @@ def test_control_gets_the_same_gradients():
     for method in ("cb-nerf", "residual-cnn"):
         refiner = make_refiner(method)
         refiner_losses(refiner(sr, high_res), high_res, LossConfig()).total.backward()
-        refiner.eval().fit_filters(sr, high_res, [0, 1, 0, 0], [1])
+        refiner.eval().fit_filters(sr.split(1), high_res.split(1), [0, 1, 0, 0], [1])
         gradients.append({n: p.grad for n, p in refiner.named_parameters() if p.grad is not None})
         assert refiner.filters.table.abs().max() > 1e-3
     assert gradients[0].keys() == gradients[1].keys()
@@ -261,8 +261,10 @@ def test_codes_correct_each_kind_of_place_in_its_own_way():
     left = {}
     for method in ("cb-nerf", "residual-cnn"):
         refiner = make_refiner(method, codebook__dim=16)
-        refiner.start_from(photographs)
-        refiner.eval().fit_filters(renders, photographs, [i // 12 for i in range(16)], [1])
+        refiner.start_from(photographs.split(1))
+        refiner.eval().fit_filters(
+            renders.split(1), photographs.split(1), [i // 12 for i in range(16)], [1]
+        )
         errors = (refiner.refine(unseen) - wanted, unseen - wanted)
         after, before = (error[..., 4:-4, 4:-4].square().mean().item() for error in errors)
         left[method] = after / before
@@ -303,6 +305,8 @@ def test_codes_learn_from_low_res_photographs():
     truth.filters.table[:, -1] = 0.1 * torch.randn(len(truth.filters.table), 3)
     wanted = truth.refine(renders)
     known, parts = slice(1, None), [int(view % 4 == 1) for view in range(7)]
-    refiner.back_project(renders[known], F.avg_pool2d(wanted[known], 2), parts, [1])
+    refiner.back_project(
+        renders[known].split(1), F.avg_pool2d(wanted[known], 2).split(1), parts, [1]
+    )
     before = (renders[0] - wanted[0]).square().mean()
     assert (refiner.refine(renders[:1])[0] - wanted[0]).square().mean() < 0.3 * before

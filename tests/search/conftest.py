@@ -77,7 +77,15 @@ def leave_unit() -> Callable[..., dict[str, float]]:
         save_config(with_overrides(plan.base, overrides), folder / "config.yaml")
         weights = {"weight": torch.full((3,), float(number))}
         checkpoint = Checkpoint(
-            "refiner", scene, 10, plan.base, weights, {"state": {0: weights}}, {}, metrics
+            "refiner",
+            scene,
+            10,
+            plan.base,
+            "float32",
+            weights,
+            {"state": {0: weights}},
+            {},
+            metrics,
         )
         save_checkpoint(checkpoint, folder / "refiner.pt")
         iio.imwrite(folder / "strip.png", np.full((8, 24, 3), 99, np.uint8))

@@ -136,7 +136,8 @@ def test_stage_1_runs_are_linked_to_the_runs_that_use_them(plan: Plan, leave_uni
     weights = {"planes": torch.ones(2)}
     adam = {"state": {0: {"exp_avg": torch.ones(2)}}}
     save_checkpoint(
-        Checkpoint("field", "arcade", 20, plan.base, weights, adam, {}), entry / "field.pt"
+        Checkpoint("field", "arcade", 20, plan.base, "float32", weights, adam, {}),
+        entry / "field.pt",
     )
     for _ in range(2):  # A study that goes on logs the cached field again.
         tracker.log_field("arcade", entry, {"val/psnr": 19.0, "seconds": 3.0})

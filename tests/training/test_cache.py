@@ -40,7 +40,7 @@ def test_an_entry_is_made_once(cache: StageCache):
     log: list[Path] = []
     entry = cache.path("field", "fern", "0123")
     for _ in range(3):
-        assert cache.complete(entry, writer(log=log)) == entry
+        assert cache.complete(entry, writer(log=log), "float32") == entry
     assert log == [entry] and (entry / "renders.npz").read_text() == "weights"
     assert states(cache) == {"field-fern-0123": "whole"}
 
@@ -50,7 +50,7 @@ def test_an_unfinished_entry_is_gone_on_with(cache: StageCache):
     entry.mkdir(parents=True)
     (entry / "progress").write_text("half")
     assert states(cache) == {"field-fern-0123": "unfinished"}
-    cache.complete(entry, writer())
+    cache.complete(entry, writer(), "float32")
     assert (entry / "progress").read_text() == "half"
 
 
@@ -58,7 +58,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_gone_on_with(cache: StageCache)
     entry = cache.path("field", "fern", "0123")
     entry.mkdir(parents=True)
     (entry / "field.pt").write_bytes(b"half a checkpoint")
-    cache.complete(entry, writer())
+    cache.complete(entry, writer(), "float32")
     assert not (entry / "field.pt").exists()
 
 
@@ -66,7 +66,7 @@ def test_what_a_killed_save_has_left_is_no_part_of_an_entry(cache: StageCache):
     entry = cache.path("field", "fern", "0123")
     entry.mkdir(parents=True)
     (entry / ".field.pt.0123").write_bytes(b"half a checkpoint")
-    cache.complete(entry, writer())
+    cache.complete(entry, writer(), "float32")
     assert {file.name for file in entry.iterdir()} == {"renders.npz", "manifest.json"}
 
 
@@ -80,20 +80,20 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_broken_entry_is_made_again(cache: StageCache, how: str):
-    entry = cache.complete(cache.path("field", "fern", "0123"), writer())
+    entry = cache.complete(cache.path("field", "fern", "0123"), writer(), "float32")
     DAMAGES[how](entry)
     assert states(cache) == {"field-fern-0123": "broken"}
     log: list[Path] = []
-    cache.complete(entry, writer(log=log))
+    cache.complete(entry, writer(log=log), "float32")
     assert log == [entry] and states(cache) == {"field-fern-0123": "whole"}
 
 
 def test_a_flipped_bit_is_found_by_the_next_process(cache: StageCache):
-    entry = cache.complete(cache.path("field", "fern", "0123"), writer("weights"))
+    entry = cache.complete(cache.path("field", "fern", "0123"), writer("weights"), "float32")
     (entry / "renders.npz").write_text("Weights")
     assert states(cache) == {"field-fern-0123": "whole"}
     assert states(cache, thorough=True) == {"field-fern-0123": "broken"}
-    process = FORK.Process(target=cache.complete, args=(entry, writer("weights")))
+    process = FORK.Process(target=cache.complete, args=(entry, writer("weights"), "float32"))
     process.start()
     process.join()
     assert (entry / "renders.npz").read_text() == "weights"
@@ -121,7 +121,9 @@ def test_one_process_makes_what_several_want_and_another_goes_on_if_it_dies(
     cache: StageCache, die: bool
 ):
     entry = cache.path("field", "fern", "0123")
-    processes = [FORK.Process(target=cache.complete, args=(entry, slow)) for _ in range(3)]
+    processes = [
+        FORK.Process(target=cache.complete, args=(entry, slow, "float32")) for _ in range(3)
+    ]
     for process in processes:
         process.start()
     until((entry / "progress").exists)
@@ -141,9 +143,9 @@ def test_a_store_brings_an_entry_to_another_cluster(tmp_path: Path):
     pytest.importorskip("pyarrow")
     store = (tmp_path / "store").as_uri()
     here, there = (StageCache(tmp_path / name / "cache", store) for name in ("here", "there"))
-    here.complete(here.path("field", "fern", "0123"), writer())
+    here.complete(here.path("field", "fern", "0123"), writer(), "float32")
     log: list[Path] = []
-    entry = there.complete(there.path("field", "fern", "0123"), writer(log=log))
+    entry = there.complete(there.path("field", "fern", "0123"), writer(log=log), "float32")
     assert not log and (entry / "renders.npz").read_text() == "weights"
     assert states(there, thorough=True) == {"field-fern-0123": "whole"}
 
@@ -153,10 +155,10 @@ def test_a_damaged_store_is_not_believed(tmp_path: Path, damage: str):
     pytest.importorskip("pyarrow")
     store = (tmp_path / "store").as_uri()
     here, there = (StageCache(tmp_path / name / "cache", store) for name in ("here", "there"))
-    here.complete(here.path("field", "fern", "0123"), writer())
+    here.complete(here.path("field", "fern", "0123"), writer(), "float32")
     (tmp_path / "store" / "field-fern-0123" / damage).write_text("{}")
     log: list[Path] = []
-    entry = there.complete(there.path("field", "fern", "0123"), writer(log=log))
+    entry = there.complete(there.path("field", "fern", "0123"), writer(log=log), "float32")
     assert log == [entry]
     assert sorted(f.name for f in there.folder.iterdir()) == [".locks", "field-fern-0123"]
 
@@ -164,7 +166,7 @@ def test_a_damaged_store_is_not_believed(tmp_path: Path, damage: str):
 def test_pruning_takes_broken_then_idle_then_surplus_entries(cache: StageCache):
     entries = {}
     for age, name in enumerate(("new", "old", "older", "broken")):
-        entry = cache.complete(cache.path("field", name, "0"), writer("x" * 1000))
+        entry = cache.complete(cache.path("field", name, "0"), writer("x" * 1000), "float32")
         then = time.time() - 10 * 86_400 * age
         os.utime(cache.folder / ".locks" / f"{entry.name}.lock", (then, then))
         entries[name] = entry
@@ -183,7 +185,7 @@ def test_pruning_takes_broken_then_idle_then_surplus_entries(cache: StageCache):
 
 def test_the_command_lists_verifies_and_prunes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     cache = StageCache(tmp_path / "cache")
-    entry = cache.complete(cache.path("field", "fern", "0123"), writer())
+    entry = cache.complete(cache.path("field", "fern", "0123"), writer(), "float32")
     here = ["--storage", str(tmp_path)]
     main(["cache", "list", *here])
     listed = capsys.readouterr().out
