@@ -26,4 +26,4 @@ def whole(target: Path) -> Iterator[Path]:
 def write_whole(target: Path, text: str) -> None:
     """Write a text file, or replace it."""
     with whole(target) as file:
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")

@@ -25,6 +25,7 @@ from cbnerf.compare.score_tables import (
     view_tables,
 )
 from cbnerf.config import flatten
+from cbnerf.files import write_whole
 from cbnerf.tables import STYLE, Table, to_html, to_latex, to_markdown
 
 REPORT_FILES = (
@@ -62,12 +63,12 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     for name, _, picture in pictures:
         picture.save(folder / f"{name}.png")
-    (folder / "tables.tex").write_text("\n\n".join(map(to_latex, main)) + "\n")
-    (folder / "report.html").write_text(_to_page(title, notes, main, pictures, details))
+    write_whole(folder / "tables.tex", "\n\n".join(map(to_latex, main)) + "\n")
+    write_whole(folder / "report.html", _to_page(title, notes, main, pictures, details))
     content = to_plain(comparison, results, device)
-    (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_whole(folder / "report.json", json.dumps(content, indent=1) + "\n")
     sections = [heading, *tables, *figures, *map(to_markdown, details)]
-    (folder / "report.md").write_text("\n\n".join(sections) + "\n")
+    write_whole(folder / "report.md", "\n\n".join(sections) + "\n")
     return "\n\n".join(tables)
 
 

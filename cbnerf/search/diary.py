@@ -58,7 +58,9 @@ class Diary(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         # `trial.get_error` reads a copy in the storage, which Tune makes later.
-        *_, last_line = Path(trial.error_file).read_text().strip().splitlines()
+        # Ray writes it in the encoding of the locale.
+        text = Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
+        *_, last_line = text.strip().splitlines()
         if units := [unit for unit in _units(trial) if _place(unit) in self._begun]:
             self._explain(units, last_line)
 

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from cbnerf.config import Config, save_config
+from cbnerf.files import write_whole
 from cbnerf.search.charts import html_report
 from cbnerf.search.ledger import Ledger
 from cbnerf.search.tracking import NOT_COMPARABLE
@@ -39,15 +40,16 @@ def write_report(ledger: Ledger, best: Config, number: int, scores: SceneScores)
     page = plan.folder / "report.html"
     save_config(best, best_file)
     tables = scene_table(scores), configuration_table(ledger)
-    page.write_text(html_report(ledger, best_file.read_text(), number, *tables))
+    write_whole(page, html_report(ledger, best_file.read_text(encoding="utf-8"), number, *tables))
     scenes, configurations = map(to_markdown, tables)
     warning = "" if plan.data else f"\n**{NOT_COMPARABLE}**\n"
-    report_file.write_text(
+    write_whole(
+        report_file,
         f"# Study {plan.name}\n\n"
         f"{plan.method} at {plan.resolution}, protocol holdout, {plan.source}\n{warning}\n"
         f"## Best configuration: number {number}\n\n{scenes}\n\n"
         f"val selects, test is scored once; PSNR in dB, gain = refined - stage 1.\n\n"
-        f"## Configurations\n\n{configurations}\n"
+        f"## Configurations\n\n{configurations}\n",
     )
     return [best_file, report_file, page]
 

@@ -180,14 +180,14 @@ def _score_once(plan: Plan, config: Config, number: int) -> SceneScores:
         answers = [score.remote(plan, config, number, scene) for scene in plan.scenes]
         scores = dict(zip(plan.scenes, ray.get(answers), strict=True))
         write_whole(file, json.dumps(scores, indent=1))
-    return json.loads(file.read_text())
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def known_scores(ledger: Ledger, number: int) -> SceneScores:
     """Scores of a configuration; before the end of its study those of the validation views."""
     file = _scores_file(ledger.plan, number)
     if file.exists():
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     scores: SceneScores = {}
     for scene, metrics in ledger.whole_results(number).items():
         metrics = metrics or {}

@@ -199,7 +199,7 @@ def _seal(entry: Path) -> None:
 
 
 def _read_manifest(entry: Path) -> dict[str, dict[str, Any]]:
-    return json.loads((entry / _MANIFEST).read_text())
+    return json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))
 
 
 def _has_its_files(entry: Path, *, hashed: bool) -> bool:
