@@ -31,6 +31,7 @@ from cbnerf.config import (
     load_config,
     preset,
 )
+from cbnerf.console import expand_homes, explain_unforeseen, prepare_output
 from cbnerf.data.library import default_storage
 from cbnerf.data.llff import read_capture, write_capture
 from cbnerf.data.procedural import BUILT_IN_SCENES, NUM_VIEWS, make_capture
@@ -327,16 +328,25 @@ class MakeScenes:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command line; bad input ends in one line and exit status 2."""
+    """Run a command line; bad input ends in one line and exit status 2, anything that nobody
+    foresaw in one that names the file of its traceback, and exit status 1."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    storage = default_storage()
+    prepare_output()
     try:
-        parse_command(arguments).run()
+        command = parse_command(arguments)
+        expand_homes(command)
+        storage = getattr(command, "storage", storage)
+        command.run()
     except KeyboardInterrupt:
         print("cbnerf: interrupted; the same command goes on from its checkpoint", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"cbnerf: {error}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        print(f"cbnerf: {explain_unforeseen(error, storage)}", file=sys.stderr)
+        sys.exit(1)
 
 
 def parse_command(

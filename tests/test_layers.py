@@ -12,7 +12,7 @@ import cbnerf
 
 PACKAGE = Path(cbnerf.__file__).parent
 LEFT_TO_RIGHT = [
-    {"files"}, {"config"}, {"noise", "metrics", "tables"}, {"nerf", "codebook"}, {"data"},
+    {"files", "console"}, {"config"}, {"noise", "metrics", "tables"}, {"nerf", "codebook"}, {"data"},
     {"training"}, {"compare"}, {"search"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 PLACE = {part: place for place, parts in enumerate(LEFT_TO_RIGHT) for part in parts}

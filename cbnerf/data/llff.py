@@ -5,6 +5,7 @@ near and far depth. Its camera axes are (down, right, backwards); those of `Capt
 (right, up, backwards).
 """
 
+import hashlib
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -41,6 +42,16 @@ def read_capture(folder: Path, width: int) -> Capture:
 def count_views(folder: Path, width: int) -> int:
     """Number of views, after all checks that need no pixels."""
     return len(_read_folder(folder, width)[1])
+
+
+def fingerprint(folder: Path, width: int) -> str:
+    """Hash of the files that `read_capture` reads, wherever the folder lies."""
+    _, images = _read_folder(folder, width)
+    digest = hashlib.sha256()
+    for file in (folder / "poses_bounds.npy", *images):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def write_capture(folder: Path, capture: Capture) -> None:
