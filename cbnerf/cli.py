@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -32,6 +32,7 @@ from cbnerf.config import (
     load_config,
     preset,
 )
+from cbnerf.console import expand_homes, explain_unforeseen, prepare_output
 from cbnerf.data.library import NUM_VIEWS, default_storage, describe_photographs, make_capture
 from cbnerf.data.llff import find_photographs, is_scene_folder, read_capture, write_capture
 from cbnerf.data.references import find_references
@@ -341,11 +342,15 @@ class MakeScenes:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command line; bad input ends in one line and exit status 2."""
+    """Run a command line; bad input ends in one line and exit status 2, anything that nobody
+    foresaw in one that names the file of its traceback, and exit status 1."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    storage = default_storage()
+    prepare_output()
     try:
         command = parse_command(arguments)
-        _expand_homes(command)
+        expand_homes(command)
+        storage = getattr(command, "storage", storage)
         if is_launched() and not isinstance(command, TrainField | TrainRefiner):
             raise ValueError("torchrun is for train-field and train-refiner; start this without it")
         command.run()
@@ -355,6 +360,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"cbnerf: {error}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        print(f"cbnerf: {explain_unforeseen(error, storage)}", file=sys.stderr)
+        sys.exit(1)
 
 
 def parse_command(
@@ -402,17 +410,6 @@ def parse_command(
             raise cause from None
         print(boxed.getvalue(), end="", file=sys.stderr)
         raise
-
-
-def _expand_homes(command: object) -> None:
-    """Read `~` at the start of a flag's path as the home folder."""
-    for one in fields(command):  # pyright: ignore[reportArgumentType]
-        value = getattr(command, one.name)
-        if isinstance(value, Path):
-            setattr(command, one.name, expand_home(value))
-        elif isinstance(value, tuple):
-            paths = (expand_home(part) if isinstance(part, Path) else part for part in value)
-            setattr(command, one.name, tuple(paths))
 
 
 def _scene_folder(name: str) -> Path | None:

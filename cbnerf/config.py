@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 import yaml
 
+from cbnerf.files import write_whole
+
 
 class KnobError(ValueError):
     """A knob has a value of the right type that is not allowed, alone or with the other knobs."""
@@ -525,7 +527,7 @@ def _replace_knobs(node: Any, values: Mapping[str, Any], prefix: str = "") -> An
 def save_config(config: Config, path: Path) -> None:
     """Write all knobs as plain YAML."""
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(config).items()}
-    path.write_text(yaml.safe_dump(plain, sort_keys=False))
+    write_whole(path, yaml.safe_dump(plain, sort_keys=False))
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -544,7 +546,7 @@ class _StrictLoader(yaml.SafeLoader):
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping; a ValueError describes what is wrong with the file in one line."""
     try:
-        loaded = yaml.load(path.read_text(), _StrictLoader)
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:

@@ -1,11 +1,41 @@
 """Files and folders that are there whole or not at all, whoever is killed when; paths of users."""
 
+import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_WORDS_OF_NO_SPACE = re.compile(
+    r"no space left on device|disk is full|disk quota exceeded|OutOfDiskError", re.IGNORECASE
+)
+"""Of the operating system, of SQLite and of Ray, in whatever error they come."""
+
+
+def is_about_space(error: BaseException | None) -> bool:
+    """Whether a disk without room has led to an error, by its number or words or its causes."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            return True
+        if _WORDS_OF_NO_SPACE.search(f"{type(error).__name__}: {error}"):
+            return True
+        there = getattr(error, "cause", None)  # Ray: in another process
+        here = error.__cause__ or error.__context__
+        error = there if isinstance(there, BaseException) else here
+    return False
+
+
+def check_may_write(folder: Path) -> None:
+    """Refuse a folder that is none, or that may be neither written nor made."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{existing}: a file, and not a folder to write to")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{existing}: this user may not write there; give another folder")
 
 
 @contextmanager
@@ -34,4 +64,4 @@ def expand_home(path: Path) -> Path:
 def write_whole(target: Path, text: str) -> None:
     """Write a text file, or replace it."""
     with whole(target) as file:
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")

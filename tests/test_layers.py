@@ -12,7 +12,7 @@ import cbnerf
 
 PACKAGE = Path(cbnerf.__file__).parent
 LEFT_TO_RIGHT = [
-    {"config"}, {"rng", "metrics", "files"}, {"nerf", "codebook", "scenes", "report"},
+    {"files"}, {"config", "console"}, {"rng", "metrics"}, {"nerf", "codebook", "scenes", "report"},
     {"baselines"}, {"data"}, {"training"}, {"compare"}, {"search"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 PLACE = {part: place for place, parts in enumerate(LEFT_TO_RIGHT) for part in parts}
@@ -25,7 +25,7 @@ def imports() -> Iterator[tuple[str, str]]:
     """(part of the package, module it imports), also those inside functions."""
     for file in sorted(PACKAGE.rglob("*.py")):
         part = file.relative_to(PACKAGE).with_suffix("").parts[0]
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{file}: relative import"
                 names = [alias.name for alias in node.names]

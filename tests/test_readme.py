@@ -13,7 +13,7 @@ from cbnerf.config import Config, flatten, load_yaml
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
-    str(page.relative_to(ROOT)): page.read_text()
+    str(page.relative_to(ROOT)): page.read_text(encoding="utf-8")
     for page in [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted(ROOT.glob("docs/*.md"))]
 }
 README = PAGES["README.md"]
@@ -61,7 +61,7 @@ def test_the_example_of_a_search_space_is_valid(tmp_path):
 
     found = re.search(r"```yaml\n(.*?)```", PAGES["docs/search.md"], re.DOTALL)
     assert found
-    (tmp_path / "spec.yaml").write_text(found[1])
+    (tmp_path / "spec.yaml").write_text(found[1], encoding="utf-8")
     assert parse_spec(load_yaml(tmp_path / "spec.yaml")).trials == 64
 
 

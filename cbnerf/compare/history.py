@@ -57,4 +57,6 @@ def read_history(folder: Path) -> dict[int, float]:
     path = folder / _HISTORY_FILE
     if not path.exists():
         return {}
-    return {int(step): value for step, value in json.loads(path.read_text()).items()}
+    return {
+        int(step): value for step, value in json.loads(path.read_text(encoding="utf-8")).items()
+    }

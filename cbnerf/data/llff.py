@@ -5,6 +5,7 @@ near and far depth. Its camera axes are (down, right, backwards); those of `Capt
 (right, up, backwards).
 """
 
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -64,6 +65,15 @@ def read_capture(folder: Path, width: int) -> Capture:
 def find_photographs(folder: Path, width: int) -> Photographs:
     """The photographs that `read_capture` reads, after all checks that need no pixels."""
     return _read_folder(folder, width)[1]
+
+
+def fingerprint(folder: Path, width: int) -> str:
+    """Hash of the files that `read_capture` reads, wherever the folder lies."""
+    digest = hashlib.sha256()
+    for file in (folder / POSES_FILE, *find_photographs(folder, width).files):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def write_capture(folder: Path, capture: Capture) -> None:

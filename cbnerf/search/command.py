@@ -2,7 +2,8 @@
 
 import logging
 import os
-import shutil
+import secrets
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from ray.tune import TuneError
 from sqlalchemy.exc import SQLAlchemyError
 
 from cbnerf.config import load_yaml, with_overrides
+from cbnerf.console import expand_homes, explain_unforeseen, one_line, prepare_output
 from cbnerf.data.library import (
     DATA_VARIABLE,
     DEFAULT_DATA,
@@ -27,12 +29,13 @@ from cbnerf.data.library import (
     default_storage,
     describe_photographs,
 )
-from cbnerf.files import expand_home, write_whole
+from cbnerf.data.llff import fingerprint
+from cbnerf.files import check_may_write, is_about_space, write_whole
 from cbnerf.report.tables import to_markdown
 from cbnerf.search.estimate import calibrate
 from cbnerf.search.ledger import Ledger
 from cbnerf.search.machines import num_slots
-from cbnerf.search.plan import FULL, Plan, make_plan
+from cbnerf.search.plan import Plan, make_plan
 from cbnerf.search.report import scene_table, write_report
 from cbnerf.search.spec import parse_spec
 from cbnerf.search.study import (
@@ -96,10 +99,13 @@ class Options:
 
 
 def main(default_config: Path) -> None:
-    """Run a command line; bad input ends in one line and exit status 2."""
+    """Run a command line; bad input ends in one line and exit status 2, anything that nobody
+    foresaw in one that names the file of its traceback, and exit status 1."""
+    prepare_output()
     options = tyro.cli(Options)
     quieten_libraries()
     try:
+        expand_homes(options)
         _run(options, default_config)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on where it stopped", _INTERRUPTED)
@@ -108,26 +114,24 @@ def main(default_config: Path) -> None:
 
 
 def _explain(error: Exception, storage: Path) -> tuple[str, int]:
-    """One line for people and the exit status; an error that is a mistake of ours is raised."""
-    if storage.exists() and shutil.disk_usage(storage).free < FULL:  # whoever met it first
-        return f"{storage}: the disk is full; make room, and the same command goes on", 2
+    """One line for people and the exit status."""
+    if is_about_space(error):
+        return f"the disk is full ({one_line(error)}); make room, and the same command goes on", 2
     match error:
         case RayError() | TuneError():
             # A task's error is an instance of its cause's class, too; the cause is for people.
-            return _last_words(getattr(error, "cause", None) or error), 1
+            cause = one_line(getattr(error, "cause", None) or error)
+            return explain_unforeseen(error, storage, cause), 1
         case MlflowException():
-            return _last_words(f"MLflow: {error.message}"), 1
+            cause = one_line(f"MLflow: {error.message}")
+            return explain_unforeseen(error, storage, cause), 1
         case SQLAlchemyError():
-            what, file = _last_words(str(error).splitlines()[0]), storage / "mlflow.db"
+            what, file = one_line(str(error).splitlines()[0]), storage / "mlflow.db"
             return f"MLflow's database ({what}); a damaged file is to be moved away: {file}", 2
         case ValueError() | OSError():
             return str(error), 2
         case _:
-            raise error
-
-
-def _last_words(message: object) -> str:
-    return " ".join(str(message).split())[-600:]
+            return explain_unforeseen(error, storage), 1
 
 
 def _run(options: Options, default_config: Path) -> None:
@@ -140,7 +144,10 @@ def _run(options: Options, default_config: Path) -> None:
         }
     if options.concurrency is not None and options.concurrency < 1:
         raise ValueError("--concurrency must be at least 1")
-    _settle(request, options, has_gpu=False)  # Mistakes come out before Ray starts.
+    plan, _ = _settle(request, options, has_gpu=False)  # Mistakes come out before Ray starts.
+    if not options.dry_run:
+        check_may_write(plan.storage)
+        request["photographs"] = _know_photographs(plan)
     with _ray(options.address):
         has_gpu = ray.cluster_resources().get("GPU", 0) > 0
         plan, views = _settle(request, options, has_gpu=has_gpu)
@@ -172,22 +179,31 @@ def _run(options: Options, default_config: Path) -> None:
         print(f"{NOT_COMPARABLE}.")
     phases = ", ".join(f"{phase} {spent:.0f} s" for phase, spent in outcome.seconds.items())
     print(f"time       {phases}")
-    print(f"best       configuration {outcome.best}, {plan.folder / 'best.yaml'}")
-    print(f"report     {plan.folder / 'report.html'}")
+    print(f"best       configuration {outcome.best}, {_pasted(plan.folder / 'best.yaml')}")
+    print(f"report     {_pasted(plan.folder / 'report.html')}")
     uri = tracking_uri(plan.storage)
     page = f"#/experiments/{outcome.experiment_id}/runs?{_CHARTS}"
     if uri.startswith("http"):
         print(f"compare    {without_password(uri)}/{page}")
     else:
-        print(f"compare    mlflow ui --backend-store-uri {uri}")
+        print(f"compare    mlflow ui --backend-store-uri {_pasted(uri)}")
         print(f"           and open http://127.0.0.1:5000/{page}")
 
 
+def _pasted(word: object) -> str:
+    """A path or name as it can be pasted into a shell."""
+    return shlex.quote(str(word))
+
+
 def report_study(storage: Path, name: str) -> Path:
-    """Write the report of a study that has a finished configuration, running or not; its page."""
+    """Write the report of a study that has a finished configuration, running or not; its page.
+
+    Neither its photographs nor its machines are asked for. Where nothing has finished nothing is
+    written.
+    """
     quieten_libraries()
     options = Options(storage=storage, name=name, resume=True)
-    plan, _ = _settle(_load_request(options), options, has_gpu=False)
+    plan = _with_same_precision(_plan(_load_request(options), options, has_gpu=False))
     ledger = Ledger(plan, adopt=False)
     best = ledger.best()
     if best is None:
@@ -207,12 +223,12 @@ def _make_request(options: Options, default_config: Path) -> dict[str, Any]:
         parse_spec(content)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    data = str(expand_home(options.data).resolve()) if options.data else None
+    data = str(options.data.resolve()) if options.data else None
     return {"scenes": options.scenes, "data": data, "spec": content}
 
 
 def _load_request(options: Options) -> dict[str, Any]:
-    fixed = ("config", "data", "resolution", "method")
+    fixed = ("config", "resolution", "method")
     repeated = [name for name in fixed if getattr(options, name) is not None]
     repeated += ["scenes"] if options.scenes != "all" else []
     if repeated:
@@ -226,30 +242,86 @@ def _load_request(options: Options) -> dict[str, Any]:
             f"no study {options.name!r} in {studies}; "
             + (f"there are {', '.join(known)}" if known else "it holds none")
         )
-    return load_yaml(studies / options.name / _REQUEST_FILE)
+    request = load_yaml(studies / options.name / _REQUEST_FILE)
+    if options.data and not request["data"]:
+        raise ValueError(f"--data: study {options.name} was started on built-in scenes")
+    return request | ({"data": str(options.data.resolve())} if options.data else {})
 
 
-def _settle(
-    request: dict[str, Any], options: Options, *, has_gpu: bool
-) -> tuple[Plan, dict[str, int]]:
-    """The plan and the number of views of its scenes, everything checked but the pixels."""
+def _plan(request: dict[str, Any], options: Options, *, has_gpu: bool) -> Plan:
+    """The plan of a request; of a study that goes on its scenes are not looked for."""
     content = request["spec"]
     if "resolution" in request:  # of a study that goes on, perhaps on other machines
         content = content | {"resolution": request["resolution"]}
     names = request.get("scene_names")  # more may have come since
-    plan = make_plan(
+    return make_plan(
         parse_spec(content),
-        scenes=",".join(names) if names and options.resume else request["scenes"],
+        scenes=tuple(names) if names and options.resume else request["scenes"],
         data=Path(request["data"]) if request["data"] else None,
         name=options.name,
         storage=options.storage,
         has_gpu=has_gpu,
         cache_store=options.cache,
     )
+
+
+def _settle(
+    request: dict[str, Any], options: Options, *, has_gpu: bool
+) -> tuple[Plan, dict[str, int]]:
+    """The plan and the number of views of its scenes, everything checked but the pixels."""
+    plan = _plan(request, options, has_gpu=has_gpu)
+    _check_names(plan)
+    if options.resume:
+        _check_still_there(plan)
     request["data"] = str(plan.data) if plan.data else None
     request["scene_names"] = list(plan.scenes)
     _check_same_request(plan, request)
     return _with_same_precision(plan), _count_views(plan)
+
+
+def _check_names(plan: Plan) -> None:
+    """What cannot be written into a report or MLflow is refused before anything is trained."""
+    for text in map(str, (plan.storage, plan.name, plan.data, *plan.scenes)):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{ascii(text)}: cannot be read in the encoding of this locale; rename it, or set "
+                "LC_ALL=C.UTF-8"
+            ) from None
+        if any(sign.isascii() and not sign.isprintable() for sign in text):
+            raise ValueError(f"{ascii(text)}: holds characters that cannot be printed; rename it")
+
+
+def _check_still_there(plan: Plan) -> None:
+    if plan.data is None:
+        return
+    lost = [scene for scene in plan.scenes if not (plan.data / scene).is_dir()]
+    if lost:
+        raise ValueError(
+            f"{plan.data / lost[0]}: no such folder; `--resume --name {_pasted(plan.name)} --data "
+            "FOLDER` goes on with photographs that have moved to another folder"
+        )
+
+
+def _know_photographs(plan: Plan) -> dict[str, str]:
+    """Fingerprints of the photographs of each scene; those that have moved since the study was
+    started must be the same."""
+    if plan.data is None:
+        return {}
+    file, width = plan.folder / _REQUEST_FILE, plan.base.data.width
+    before = load_yaml(file) if file.exists() else {}
+    known = before.get("photographs")
+    if known and before["data"] == str(plan.data):
+        return known
+    found = {scene: fingerprint(plan.scene_folder(scene, width), width) for scene in plan.scenes}
+    if before and found != known:
+        other = [scene for scene in plan.scenes if not known or found[scene] != known.get(scene)]
+        raise ValueError(
+            f"{plan.data / other[0]}: not the photographs that study {plan.name} was started with; "
+            f"those were in {before['data']}; give another --name to search on others"
+        )
+    return found
 
 
 def _check_same_request(plan: Plan, request: dict[str, Any]) -> None:
@@ -261,9 +333,10 @@ def _check_same_request(plan: Plan, request: dict[str, Any]) -> None:
     was, now = _comparable(before), _comparable(request)
     different = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
     if different:
+        moved = f"; its photographs were in {before['data']}" if "data" in different else ""
         raise ValueError(
             f"study {plan.name} was started with other {', '.join(different)} "
-            f"({file}); give another --name, or --resume to go on as it was"
+            f"({file}){moved}; give another --name, or --resume to go on as it was"
         )
 
 
@@ -287,7 +360,8 @@ def _with_same_precision(plan: Plan) -> Plan:
 
 def _comparable(request: dict[str, Any]) -> dict[str, Any]:
     spec = {k: v for k, v in request["spec"].items() if k not in ("trials", "resources")}
-    return spec | {"scenes": request.get("scene_names"), "data": request["data"]}
+    # Photographs may move; whether they are the same is asked by their fingerprints.
+    return spec | {"scenes": request.get("scene_names"), "data": request["data"] is not None}
 
 
 def _count_views(plan: Plan) -> dict[str, int]:
@@ -389,6 +463,10 @@ def _ray(address: str | None) -> Iterator[None]:
     """A local Ray for the length of the study, or the cluster at `address`."""
     # Without it a training run that asks for no GPU sees, and takes, all of them.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
+    if address is None and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        # A local Ray has a token of its own. Ray itself would keep one in the home folder, which
+        # a container may not write.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         ray.init(
             address=address or "local",
@@ -397,8 +475,10 @@ def _ray(address: str | None) -> Iterator[None]:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except ConnectionError as error:
-        raise ValueError(f"--address {address}: {' '.join(str(error).split())}") from None
+    except Exception as error:
+        if address is not None:  # None there, or one of another version
+            raise ValueError(f"--address {address}: {one_line(error)}") from None
+        raise RuntimeError(f"Ray did not start on this machine: {one_line(error)}") from error
     try:
         yield
     finally:
@@ -414,8 +494,8 @@ def _alone(plan: Plan) -> Iterator[None]:
             yield
     except Timeout:
         raise ValueError(
-            f"study {plan.name} is under way in another process; `cbnerf report {plan.name}` shows "
-            "how far it is, another --name starts another one"
+            f"study {plan.name} is under way in another process; `cbnerf report "
+            f"{_pasted(plan.name)}` shows how far it is, another --name starts another one"
         ) from None
 
 

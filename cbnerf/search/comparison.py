@@ -26,7 +26,7 @@ def check_mlflow(storage: Path) -> None:
 
 def log_comparison(folder: Path, storage: Path) -> str:
     """Log the report in `folder`; returns the id of its run."""
-    report = json.loads((folder / "report.json").read_text())
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     client = open_client(storage)
     experiment = open_experiment(client, EXPERIMENT, storage, {})
     run = client.create_run(experiment, run_name=folder.name)

@@ -59,7 +59,8 @@ class Diary(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         # `trial.get_error` reads a copy in the storage, which Tune makes later.
-        why = reason(Path(trial.error_file).read_text())
+        # Ray writes it in the encoding of the locale.
+        why = reason(Path(trial.error_file).read_text(encoding="utf-8", errors="replace"))
         if units := [unit for unit in _units(trial) if _place(unit) in self._begun]:
             self._explain(units, why)
 

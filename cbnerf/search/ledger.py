@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from cbnerf.config import KnobError, with_overrides
 from cbnerf.search.judge import Judge, Metrics, Place, Stop
 from cbnerf.search.plan import Plan, Unit
-from cbnerf.search.proposals import make_sampler, open_study, propose, suggest
+from cbnerf.search.proposals import make_sampler, open_study, propose, read_study, suggest
 from cbnerf.training.models import count_parameters
 
 
@@ -37,9 +37,11 @@ class Ledger:
 
     def __init__(self, plan: Plan, study: optuna.Study | None = None, *, adopt: bool = True):
         """With `adopt` it goes on with the configurations that a killed search had open; without
-        it writes nothing, and another process may be at the search."""
+        it writes nothing, and another process may be at the search, which must have begun."""
         self.plan = plan
-        self.study = study if study is not None else open_study(plan, mend=adopt)
+        if study is None:
+            study = open_study(plan) if adopt else read_study(plan)
+        self.study = study
         self.stopped: dict[int, Stop] = {}
         """The configurations that were given up, by number."""
         trials = self.study.get_trials(deepcopy=False)

@@ -131,14 +131,18 @@ class Plan:
 def make_plan(
     spec: SearchSpec,
     *,
-    scenes: str,
+    scenes: str | tuple[str, ...],
     data: Path | None,
     name: str | None,
     storage: Path,
     has_gpu: bool,
     cache_store: str | None = None,
 ) -> Plan:
-    """Settle what `auto` means, find the scenes, and check all of it."""
+    """Settle what `auto` means, find the scenes, and check all of it.
+
+    `scenes` as `--scenes` has them; or a tuple of names that were found when the study was started,
+    which are not looked for: what is only read needs no photographs.
+    """
     gpus = spec.resources.gpus_per_worker
     if gpus == "auto":
         gpus = (1 if spec.resources.workers > 1 else 0.25) if has_gpu else 0
@@ -148,11 +152,14 @@ def make_plan(
     base = with_overrides(preset(spec.method, resolution), spec.fixed)
     _check_space(base, spec)
     _check_batches(base, spec.resources.workers)
-    folder, available = locate_data(data)
-    chosen = choose_scenes(scenes, available, folder)
+    if isinstance(scenes, tuple):
+        folder, chosen = data, scenes
+    else:
+        folder, available = locate_data(data)
+        chosen = choose_scenes(scenes, available, folder)
     some = "all" if scenes == "all" else "-".join(chosen)
     return Plan(
-        name=_check_name(name or f"{spec.method}-{resolution}-{some}"),
+        name=_check_name(f"{spec.method}-{resolution}-{some}" if name is None else name),
         spec=spec,
         base=base,
         method=spec.method,

@@ -2,12 +2,13 @@
 
 import os
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import optuna
 from numpy.random import SeedSequence
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
 from optuna.trial import TrialState
 from scipy.stats import qmc
 
@@ -16,16 +17,44 @@ from cbnerf.search.plan import Plan
 from cbnerf.search.spec import QUALITIES, Choices, Range
 
 
-def open_study(plan: Plan, *, mend: bool = True) -> optuna.Study:
+def open_study(plan: Plan) -> optuna.Study:
     """The study's journal in its folder, created with the points to try first.
 
-    With `mend` a last line that a full disk has cut off is dropped; nobody else may write then.
+    Nobody else may write to it: what a killed driver or a full disk has left there is mended.
     """
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    file = plan.folder / "optuna.journal"
-    if mend and file.exists():
+    file = _journal_file(plan)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.exists():
         _drop_torn_line(file)
-    return make_study(plan, optuna.storages.JournalStorage(JournalFileBackend(str(file))))
+    lock = JournalFileOpenLock(str(file))
+    with suppress(RuntimeError):  # There is none, as a rule.
+        lock.release()
+    return make_study(plan, _open_journal(file, lock))
+
+
+def read_study(plan: Plan) -> optuna.Study:
+    """The study's journal as it stands, to be read alone, while its driver writes or not.
+
+    Raises ValueError where the study has not begun; nothing is made or changed on the disk.
+    """
+    file = _journal_file(plan)
+    try:
+        if file.exists():  # Optuna would make the file.
+            return optuna.load_study(study_name=plan.name, storage=_open_journal(file))
+    except KeyError:  # Its first line has not been written yet.
+        pass
+    raise ValueError(f"study {plan.name}: it has not begun yet")
+
+
+def _journal_file(plan: Plan) -> Path:
+    return plan.folder / "optuna.journal"
+
+
+def _open_journal(file: Path, lock: JournalFileOpenLock | None = None) -> JournalStorage:
+    try:
+        return JournalStorage(JournalFileBackend(str(file), lock_obj=lock))
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged ({error}); bring back a copy of it") from None
 
 
 def _drop_torn_line(file: Path) -> None:

@@ -52,11 +52,12 @@ def study_page(ledger: Ledger, best: Path, number: int, scores: SceneScores) -> 
     ]
     notes += [] if plan.data else [NOT_COMPARABLE]
     configurations = f"Best configuration: number {number}"
+    text = best.read_text(encoding="utf-8")
     return Page(
         f"Study {plan.name}",
         notes,
         [
-            Section(configurations, [scene_table(scores), Code(best.name, best.read_text())]),
+            Section(configurations, [scene_table(scores), Code(best.name, text)]),
             Section("", list(charts(ledger))),
             Section("Configurations", [configuration_table(ledger)]),
         ],

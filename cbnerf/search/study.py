@@ -203,14 +203,14 @@ def _score_once(plan: Plan, config: Config, number: int) -> SceneScores:
         scores = dict(for_each_scene(plan, score_best, config, number, trains=False))
         scores = {scene: scores[scene] for scene in plan.scenes}
         write_whole(file, json.dumps(scores, indent=1))
-    return json.loads(file.read_text())
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def known_scores(ledger: Ledger, number: int) -> SceneScores:
     """Scores of a configuration; before the end of its study those of the validation views."""
     file = _scores_file(ledger.plan, number)
     if file.exists():
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     scores: SceneScores = {}
     for scene, metrics in ledger.whole_results(number).items():
         metrics = metrics or {}

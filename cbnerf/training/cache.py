@@ -200,7 +200,7 @@ def _seal(entry: Path, precision: str) -> None:
 
 def _read_files(entry: Path) -> dict[str, dict[str, Any]]:
     """What the manifest says of each file."""
-    return json.loads((entry / _MANIFEST).read_text())["files"]
+    return json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))["files"]
 
 
 def _has_its_files(entry: Path, *, hashed: bool) -> bool:

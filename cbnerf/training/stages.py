@@ -110,7 +110,7 @@ def read_metrics(folder: Path) -> dict[str, float] | None:
     """The metrics of a finished folder, or None."""
     file = folder / METRICS_FILE
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError:

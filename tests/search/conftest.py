@@ -89,7 +89,7 @@ def leave_unit() -> Callable[..., dict[str, float]]:
         )
         save_checkpoint(checkpoint, folder / "refiner.pt")
         iio.imwrite(folder / "strip.png", np.full((8, 24, 3), 99, np.uint8))
-        (folder / "metrics.json").write_text(json.dumps(metrics))
+        (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
         return metrics
 
     return leave

@@ -69,7 +69,7 @@ def look_around(about: dict[str, Any]) -> None:
         "group": about["group"], "sum": int(ranks), "backend": dist.get_backend(),
         "device": str(device_of_worker()),
     }  # fmt: skip
-    (folder / f"{about['group']}-{rank}.json").write_text(json.dumps(found))
+    (folder / f"{about['group']}-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     deadline = time.monotonic() + PATIENCE
     while len(list(folder.glob("*.json"))) < about["processes"]:
         assert time.monotonic() < deadline, "the other groups never came"
@@ -87,7 +87,7 @@ def train_groups(plan: Plan, folder: Path, groups: int) -> list[dict[str, Any]]:
 
     with ThreadPoolExecutor(groups) as pool:
         list(pool.map(train, range(groups)))
-    return [json.loads(file.read_text()) for file in folder.glob("*.json")]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")]
 
 
 def places(found: list[dict[str, Any]]) -> set[tuple[str, str]]:

@@ -1,10 +1,24 @@
 """The even start of a search, and what follows it; no training."""
 
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from optuna.trial import TrialState
 
-from cbnerf.search.proposals import even_point, initial_points, make_study, propose, suggest
+from cbnerf.search.proposals import (
+    even_point,
+    initial_points,
+    make_study,
+    open_study,
+    propose,
+    read_study,
+    suggest,
+)
 
 pytestmark = pytest.mark.search
 
@@ -73,3 +87,68 @@ def test_many_that_start_at_once_lie_evenly(tiny_plan):
     trials = study.get_trials()
     assert [trial.state for trial in trials] == [TrialState.RUNNING] * 9
     assert [t.params for t in trials[1:]] == [even_point(plan, number) for number in range(1, 9)]
+
+
+@pytest.mark.parametrize("left", ["file", "link", "link to where it was"])
+def test_a_lock_that_a_killed_driver_has_left_is_not_waited_for(
+    left: str, tiny_plan, monkeypatch: pytest.MonkeyPatch
+):
+    plan = tiny_plan("arcade")
+    study = open_study(plan)
+    lock = plan.folder / "optuna.journal.lock"
+    if left == "file":
+        lock.touch()
+    else:  # Optuna's other kind of lock, as this study or one that was moved has left it
+        lock.symlink_to(plan.folder / ("optuna.journal" if left == "link" else "elsewhere"))
+    # Whoever waits for a lock looks at its age or sleeps.
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waits for a lock"))
+    monkeypatch.setattr(os, "stat", refuse(os.stat, lock))
+    again = open_study(plan)
+    again.set_user_attr("written", True)
+    assert again.user_attrs == study.user_attrs | {"written": True}
+    monkeypatch.undo()
+    assert [entry.name for entry in plan.folder.iterdir()] == ["optuna.journal"]
+
+
+def refuse(stat: Callable[..., os.stat_result], file: Path) -> Callable[..., os.stat_result]:
+    """`stat`, which ends a test that asks for this file."""
+
+    def look(path: Any, **options: Any) -> os.stat_result:
+        assert str(path) != str(file), "waits for a lock"
+        return stat(path, **options)
+
+    return look
+
+
+def test_reading_begins_no_study_and_changes_none(tiny_plan, tmp_path: Path):
+    plan = tiny_plan("arcade")
+    with pytest.raises(ValueError, match="study test: it has not begun yet"):
+        read_study(plan)
+    assert not list(tmp_path.iterdir())
+    plan.folder.mkdir(parents=True)
+    journal = plan.folder / "optuna.journal"
+    journal.touch()  # The driver has just made it.
+    with pytest.raises(ValueError, match="it has not begun yet"):
+        read_study(plan)
+    assert journal.read_bytes() == b""
+    study = open_study(plan)
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert len(lines) > 2
+    for cut in range(1, len(lines) + 1):  # The driver is at its first lines.
+        journal.write_bytes(b"".join(lines[:cut]) + b'{"op_code": 4, "torn')
+        before = journal.read_bytes()
+        read_study(plan).get_trials()
+        assert journal.read_bytes() == before
+    assert [entry.name for entry in plan.folder.iterdir()] == ["optuna.journal"]
+    journal.write_bytes(b"".join(lines))
+    assert [trial.state for trial in read_study(plan).trials] == [t.state for t in study.trials]
+
+
+def test_a_damaged_journal_is_named(tiny_plan):
+    plan = tiny_plan("arcade")
+    open_study(plan)
+    journal = plan.folder / "optuna.journal"
+    journal.write_bytes(b"nonsense\n" + journal.read_bytes())
+    for look in (read_study, open_study):
+        with pytest.raises(ValueError, match="optuna.journal: damaged"):
+            look(plan)

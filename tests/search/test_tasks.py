@@ -52,7 +52,7 @@ def take_memory() -> None:
 
 
 def work(plan: Plan, log: Path, scene: str) -> str:
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         file.write(f"{scene}\n")
     if scene == "arcade":
         take_memory()
@@ -69,7 +69,7 @@ def test_a_scene_that_needs_too_much_memory_is_given_up_and_the_others_are_done(
         for scene, answer in for_each_scene(plan, work, tmp_path / "log", trains=True):
             answers[scene] = answer
     assert answers == {"blinds": "BLINDS"}
-    assert (tmp_path / "log").read_text().split().count("arcade") == 3
+    assert (tmp_path / "log").read_text(encoding="utf-8").split().count("arcade") == 3
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  arcade: ")]
     assert len(told) == 3 and all("resources.cpus_per_worker" in line for line in told)
 
@@ -80,7 +80,11 @@ def test_what_the_function_raises_is_raised_once_and_last(
     plan, answers = replace(tiny_plan("arcade"), scenes=("mosaic", "blinds", "room")), {}
     with pytest.raises(ValueError, match="mosaic: no such photograph"):
         answers |= for_each_scene(plan, work, tmp_path / "log", trains=True)
-    assert sorted((tmp_path / "log").read_text().split()) == ["blinds", "mosaic", "room"]
+    assert sorted((tmp_path / "log").read_text(encoding="utf-8").split()) == [
+        "blinds",
+        "mosaic",
+        "room",
+    ]
 
 
 def train_or_take_memory(about: dict[str, Any], plan: Plan) -> None:

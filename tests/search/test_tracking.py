@@ -236,7 +236,7 @@ def test_a_failed_unit_fails_its_configuration_and_says_why(plan: Plan, leave_un
 
 def test_the_report_is_one_run_with_its_files(plan: Plan, tmp_path: Path):
     file = tmp_path / "report.md"
-    file.write_text("# Study")
+    file.write_text("# Study", encoding="utf-8")
     for _ in range(2):
         Tracker(plan, "one").log_report([file], {"val/psnr": 21.0})
     run = runs_of(plan)["report"]

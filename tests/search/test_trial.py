@@ -75,7 +75,7 @@ def test_workers_train_no_field_beforehand_where_fields_are_searched(
         trained.append(what)
         if what == "field":
             about["folder"].mkdir(parents=True)
-            (about["folder"] / "metrics.json").write_text("{}")
+            (about["folder"] / "metrics.json").write_text("{}", encoding="utf-8")
 
     monkeypatch.setattr(trial, "_train_together", train)
     monkeypatch.setattr(trial, "TuneReportCallback", object)  # needs Tune around it
@@ -93,7 +93,7 @@ def test_a_field_is_sealed_once_all_that_another_machine_has_written_is_seen(
     def appear(seconds: float) -> None:
         naps.append(seconds)
         if len(naps) == 3:
-            (tmp_path / "metrics.json").write_text("{}")
+            (tmp_path / "metrics.json").write_text("{}", encoding="utf-8")
 
     monkeypatch.setattr(trial.time, "sleep", appear)
     trial._wait_to_see(tmp_path)
@@ -108,7 +108,7 @@ def look_on_rank(rank: int, plans: list[Plan], told: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{told}/store", rank=rank, world_size=2)
     heard: list[dict[str, Any]] = []
     _run_unit(plans[rank], 0, Unit(0, "arcade", 0, {}), torch.device("cpu"), heard.append)
-    (told / str(rank)).write_text(str(heard[-1]["ended"]))
+    (told / str(rank)).write_text(str(heard[-1]["ended"]), encoding="utf-8")
     dist.barrier()  # nobody leaves while another still talks
     dist.destroy_process_group()
 
@@ -125,6 +125,6 @@ def test_workers_take_scenes_and_fields_from_the_view_of_rank_0(
     told.mkdir()
     blind = replace(plan, storage=tmp_path / "blind")
     spawn(look_on_rank, ([plan, blind], told), nprocs=2)
-    assert {(told / rank).read_text() for rank in "01"} == {"True"}
+    assert {(told / rank).read_text(encoding="utf-8") for rank in "01"} == {"True"}
     assert (plan.trial_folder(0, "arcade") / "metrics.json").exists()
     assert not blind.storage.exists()
