@@ -28,6 +28,7 @@ from cbnerf.codebook.linear import LinearRefiner
 from cbnerf.codebook.quantizer import Neighbours, VectorQuantizer
 from cbnerf.codebook.reference import ReferenceRefiner
 from cbnerf.config import Config, LossConfig
+from cbnerf.downsampling import Kernel, downsample, spread
 
 DEFAULT_TILE = 1024
 """Side of the tiles that are refined at once, in pixels; images up to it are refined whole."""
@@ -282,18 +283,20 @@ class ResidualRefiner(Refiner):
         self,
         renders: Float[Tensor, "views 3 height width"],
         photographs: Float[Tensor, "views 3 low_height low_width"],
+        kernel: Kernel,
         parts: Sequence[int],
         held_out: Sequence[int],
     ) -> None:
-        """Let codes correct what refined views, shrunk, still lack of low-res photographs, in some
-        passes, each of them spread over the pixels of its block; `held_out` as in `fit_filters`."""
+        """Let codes correct what refined views, shrunk by the kernel of the photographs, still lack
+        of them, in some passes, each of them spread over the pixels that a low-res one is made of;
+        `held_out` as in `fit_filters`."""
         found, scale = self._look_up(renders), renders.shape[-1] // photographs.shape[-1]
         for _ in range(_PASSES):
             refined = torch.cat([self.refine(render) for render in renders.split(1)])
-            missing = photographs - F.avg_pool2d(refined, scale)
-            spread = _fill(2 * F.interpolate(missing, scale_factor=scale))
+            missing = photographs - downsample(refined, scale, kernel)
+            wanted = _fill(2 * spread(missing, scale, kernel))
             filters = copy.deepcopy(self.filters)
-            filters.fit(_group(found, spread.split(1), parts), held_out)
+            filters.fit(_group(found, wanted.split(1), parts), held_out)
             self.filters.table.add_(filters.table)
 
     @torch.no_grad()
