@@ -33,12 +33,8 @@ from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene
 from cbnerf.training.cache import StageCache
 from cbnerf.training.evaluation import score_views
-from cbnerf.training.field import load_field
 from cbnerf.training.keys import field_key, refiner_key
-from cbnerf.training.refiner import load_refiner
 from cbnerf.training.stages import (
-    FIELD_FILE,
-    REFINER_FILE,
     RENDERS_FILE,
     ignore,
     read_metrics,
@@ -181,7 +177,7 @@ def run_comparison(
             results.scores[row.name][name] = Scored(
                 summary=_summarise(comparison, row, values, refiner),
                 views=dict(zip(views, values, strict=True)),
-                costs=[_cost(folder, device) for folder in folders],
+                costs=[_cost(folder) for folder in folders],
             )
             results.shown[name].images[row.name] = images[views.index(view)]
         say(f"{name}: scored")
@@ -252,12 +248,8 @@ def _summarise(
     return summary
 
 
-def _cost(folder: Path, device: torch.device) -> Cost:
+def _cost(folder: Path) -> Cost:
     """Of the stage that was trained in a folder."""
     metrics = read_metrics(folder)
     assert metrics is not None, folder
-    if (folder / FIELD_FILE).exists():
-        model: torch.nn.Module = load_field(folder / FIELD_FILE, device)[0]
-    else:
-        model = load_refiner(folder / REFINER_FILE, device)
-    return Cost(sum(p.numel() for p in model.parameters()), metrics["seconds"])
+    return Cost(int(metrics["parameters"]), metrics["seconds"])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import torch
+from torch import nn
 
 from cbnerf.config import Config, OptimConfig, save_config
 from cbnerf.data.references import find_references
@@ -49,12 +50,13 @@ def run_field(
     report: Report = ignore,
     until: int | None = None,
 ) -> dict[str, float]:
-    """Train stage 1 and render all views; returns the last metrics and the `seconds` it took.
+    """Train stage 1 and render all views; returns the last metrics, the `seconds` it took and, once it is
+    whole, its number of `parameters`.
 
     With `until` it stops after that many steps, and a later call goes on from there.
     """
 
-    def train(keep: Report, resume_from: Path | None) -> None:
+    def train(keep: Report, resume_from: Path | None) -> nn.Module:
         model = train_field(
             config, scene, device=device, report=keep, resume_from=resume_from, until=until
         )
@@ -63,6 +65,7 @@ def run_field(
             views = list(range(scene.num_views))
             renders = render_views(model, cameras, views, scene.scale)
             save_renders(renders, folder / RENDERS_FILE)
+        return model
 
     return _run(config, "field", scene.name, folder, train, report, device, until)
 
@@ -86,7 +89,7 @@ def run_refiner(
     stops after that many steps, and a later call goes on from there.
     """
 
-    def train(keep: Report, resume_from: Path | None) -> None:
+    def train(keep: Report, resume_from: Path | None) -> nn.Module:
         refiner = train_refiner(
             config, scene, renders, device=device, report=keep, resume_from=resume_from,
             beside=beside, others=others, until=until,
@@ -97,6 +100,7 @@ def run_refiner(
             refined = refine_views(refiner, renders.rgb[[view]], device, references)[0]
             strip = image_strip([scene.images[view], renders.rgb[view], refined])
             iio.imwrite(folder / STRIP_FILE, strip.numpy())
+        return refiner
 
     scenes = trained_on(scene, beside, others)
     return _run(config, "refiner", scenes, folder, train, report, device, until)
@@ -118,7 +122,7 @@ def _run(
     stage: Stage,
     scenes: str,
     folder: Path,
-    train: Callable[[Report, Path | None], None],
+    train: Callable[[Report, Path | None], nn.Module],
     report: Report,
     device: torch.device,
     until: int | None,
@@ -142,10 +146,13 @@ def _run(
 
     if process_rank() == 0 and not path.exists():
         save_config(config, folder / CONFIG_FILE)
-    train(keep, path if path.exists() else None)
+    model = train(keep, path if path.exists() else None)
     optim = config.field.optim if stage == "field" else config.refiner.optim
     if process_rank() == 0 and _is_whole(until, optim):
-        last = last | {"seconds": before + time.monotonic() - started}  # with what `train` renders
+        last = last | {
+            "seconds": before + time.monotonic() - started,  # with what `train` renders
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        }
         write_whole(folder / METRICS_FILE, json.dumps(last, indent=1))
     return last
 

@@ -8,6 +8,8 @@ import torch
 from cbnerf.config import Config, load_config, with_overrides
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene
+from cbnerf.training.field import load_field
+from cbnerf.training.refiner import load_refiner
 from cbnerf.training.stages import read_metrics, run_field, run_refiner
 
 CPU = torch.device("cpu")
@@ -58,6 +60,9 @@ def test_a_finished_folder_holds_its_files(stage: str, run, config: Config, tmp_
     assert load_config(tmp_path / "new" / "config.yaml") == config
     assert json.loads((tmp_path / "new" / "metrics.json").read_text()) == metrics
     assert {"train/loss", "val/psnr", "seconds"} < set(metrics)
+    file = tmp_path / "new" / f"{stage}.pt"
+    model = load_field(file, CPU)[0] if stage == "field" else load_refiner(file, CPU)
+    assert metrics["parameters"] == sum(p.numel() for p in model.parameters()) > 0
     if stage == "field":
         assert load_renders(tmp_path / "new" / "renders.npz").rgb.shape == (10, 48, 64, 3)
     else:
