@@ -12,8 +12,9 @@ import cbnerf
 
 PACKAGE = Path(cbnerf.__file__).parent
 LEFT_TO_RIGHT = [
-    {"files"}, {"config", "console"}, {"rng", "metrics"}, {"nerf", "codebook", "scenes", "report"},
-    {"baselines"}, {"data"}, {"training"}, {"compare"}, {"search"}, {"cli"}, {"__main__"},
+    {"files"}, {"config", "console"}, {"rng", "metrics", "downsampling"},
+    {"nerf", "codebook", "scenes", "report"}, {"baselines"}, {"data"},
+    {"training"}, {"compare"}, {"search"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 PLACE = {part: place for place, parts in enumerate(LEFT_TO_RIGHT) for part in parts}
 OF_SEARCH_ONLY = {"ray", "optuna", "mlflow", "tqdm", "plotly"}

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from cbnerf.codebook.neighbourhoods import INPUTS, ROWS, Neighbourhoods, solve
+from cbnerf.downsampling import REACH, Kernel, downsample
 
 
 class LowResView(NamedTuple):
@@ -25,9 +25,12 @@ class LowResView(NamedTuple):
 
 
 @torch.no_grad()
-def fit_consistent_filter(views: Sequence[LowResView], weight: float) -> Float[Tensor, "inputs 3"]:
-    """The filter of renders that, added to refined views, minimises the squared error of their
-    block means against the photographs, `weight` times, and the squared change of their pixels.
+def fit_consistent_filter(
+    views: Sequence[LowResView], weight: float, kernel: Kernel
+) -> Float[Tensor, "inputs 3"]:
+    """The filter of renders that, added to refined views, minimises the squared error of what
+    they are when shrunk by the kernel of the photographs, `weight` times, and the squared change of
+    their pixels.
 
     The change keeps what other scenes taught where low-res pixels say nothing.
     """
@@ -35,14 +38,28 @@ def fit_consistent_filter(views: Sequence[LowResView], weight: float) -> Float[T
     gram = torch.zeros(INPUTS, INPUTS, dtype=torch.float64, device=device)
     moments = torch.zeros(INPUTS, 3, dtype=torch.float64, device=device)
     for render, refined, photograph in views:
-        width, scale = render.shape[2], render.shape[2] // photograph.shape[2]
-        missing = (photograph - F.avg_pool2d(refined, scale)).flatten(1).T.double()
+        scale = render.shape[2] // photograph.shape[2]
+        missing = photograph - downsample(refined[None], scale, kernel)[0]
         around = Neighbourhoods([render])
-        places = torch.arange(render[0].numel(), device=device)
-        strip = max(ROWS // (scale * width), 1) * scale * width  # whole rows of blocks
-        for some, wanted in zip(places.split(strip), missing.split(strip // scale**2), strict=True):
-            rows = around.rows(some).double()
-            means = rows.unflatten(0, (-1, scale, width // scale, scale)).mean((1, 3)).flatten(0, 1)
-            gram += means.T @ means + rows.T @ rows / (weight * scale**2)
-            moments += means.T @ wanted
+        strip = max(ROWS // (scale * render.shape[2]), 1)
+        for top in range(0, len(missing[0]), strip):
+            rows, low_res = _strip(around, render, range(top, top + strip), scale, kernel)
+            wanted = missing[:, top : top + strip].flatten(1).T.double()
+            gram += low_res.T @ low_res + rows.T @ rows / (weight * scale**2)
+            moments += low_res.T @ wanted
     return solve(gram, moments)
+
+
+def _strip(
+    around: Neighbourhoods, render: Tensor, low_rows: range, scale: int, kernel: Kernel
+) -> tuple[Float[Tensor, "pixels inputs"], Float[Tensor, "low_pixels inputs"]]:
+    """What a filter sees at the pixels of these low-res rows, and the same shrunk, for what it
+    makes of an image is linear in that."""
+    height, width = render.shape[1] // scale, render.shape[2]
+    first, last = max(low_rows.start - REACH[kernel], 0), min(low_rows.stop + REACH[kernel], height)
+    begin, end = low_rows.start - first, min(low_rows.stop, height) - first
+    places = torch.arange(first * scale * width, last * scale * width, device=render.device)
+    planes = around.rows(places).double().T.unflatten(1, (-1, width))
+    low_res = downsample(planes[None], scale, kernel)[0, :, begin:end]
+    rows = planes[:, begin * scale : end * scale]
+    return rows.flatten(1).T, low_res.flatten(1).T

@@ -25,6 +25,7 @@ from cbnerf.codebook.filters import CodeFilters, Corrections
 from cbnerf.codebook.quantizer import Neighbours, VectorQuantizer
 from cbnerf.codebook.views import Images, MadeOnDemand
 from cbnerf.config import Config, LossConfig
+from cbnerf.downsampling import Kernel, downsample, spread
 
 DEFAULT_TILE = 1024
 """Side of the tiles that are refined at once, in pixels; images up to it are refined whole."""
@@ -252,22 +253,24 @@ class ResidualRefiner(Refiner):
         self,
         renders: Images,
         photographs: Images,
+        kernel: Kernel,
         parts: Sequence[int],
         held_out: Sequence[int],
     ) -> None:
-        """Let codes correct what refined views, shrunk, still lack of low-res photographs, in some
-        passes, each of them spread over the pixels of its block; `held_out` as in `fit_filters`."""
+        """Let the filters correct the residuals of refined views, downsampled by `kernel`, against
+        their low-res photographs, in a few passes; each residual is spread over the pixels that
+        its low-res pixel is made of. `held_out` as in `fit_filters`."""
         scale = renders[0].shape[-1] // photographs[0].shape[-1]
         missing: list[Tensor] = []
 
         def correct(view: int) -> Corrections:
             sr = _pad(renders[view])[0]
-            wanted = _fill(2 * F.interpolate(missing[view], scale_factor=scale))
+            wanted = _fill(2 * spread(missing[view], scale, kernel))
             return Corrections(sr, self._find_codes(sr), wanted[0])
 
         for _ in range(_PASSES):
             missing[:] = [
-                photograph - F.avg_pool2d(self.refine(render), scale)
+                photograph - downsample(self.refine(render), scale, kernel)
                 for render, photograph in zip(renders, photographs, strict=True)
             ]
             filters = copy.deepcopy(self.filters)

@@ -5,33 +5,34 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
+from cbnerf import downsampling
 from cbnerf.data.scene import Scene
+from cbnerf.downsampling import Kernel
 from cbnerf.rng import Rng
 
 
 def downsample(
-    images: UInt8[Tensor, "views height width 3"], scale: int, kernel: str
+    images: UInt8[Tensor, "views height width 3"], scale: int, kernel: Kernel
 ) -> UInt8[Tensor, "views low_height low_width 3"]:
     """Low-res photographs, 8 bit as a camera would save them."""
     if scale == 1:
         return images
-    if kernel == "lanczos":
+    if kernel == "lanczos":  # by Pillow, as in NeRF-SR's code: it rounds and clips on the way, too
         height, width = images.shape[1] // scale, images.shape[2] // scale
         resized = [
             np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
             for image in images.numpy()
         ]
         return torch.from_numpy(np.stack(resized))
-    averaged = F.avg_pool2d(images.movedim(-1, 1).float(), scale)
+    averaged = downsampling.downsample(images.movedim(-1, 1).float(), scale, kernel)
     return averaged.round().to(torch.uint8).movedim(1, -1).contiguous()
 
 
-def scale_below(scene: Scene, kernel: str) -> Scene:
+def scale_below(scene: Scene, kernel: Kernel) -> Scene:
     """The scene as its low-res photographs show it: they stand for the high-res ones."""
     low_res = downsample(scene.images, scene.scale, kernel)
     height, width = (side - side % scene.scale for side in low_res.shape[1:3])
@@ -55,7 +56,7 @@ class PixelBatch(NamedTuple):
 class PixelSampler:
     """Draws low-res pixels of some views at random, all of them resident on one device."""
 
-    def __init__(self, scene: Scene, views: list[int], kernel: str, device: torch.device):
+    def __init__(self, scene: Scene, views: list[int], kernel: Kernel, device: torch.device):
         low_res = downsample(scene.images[views], scene.scale, kernel)
         self._views = torch.tensor(views, device=device)
         self._low_res = low_res.to(device)

@@ -159,11 +159,13 @@ def _deviation(values: Array, axis: int | tuple[int, ...]) -> Array:
 
 
 def halving_keeps(values: Array, challenger: int, eta: int) -> bool:
-    """Successive halving on means over scenes: whether a configuration is among the best 1 / `eta`
-    of those that have finished its highest finished rung on all scenes.
+    """Asynchronous successive halving, stopping variant: whether a configuration is among the best
+    1 / `eta` of those that have come through the highest rung that it has come through.
 
-    Differs from Ray's ASHAScheduler, which decides for each training by itself, at the moment it
-    reaches a rung: here a rung counts once all scenes have reached it.
+    A rung counts once all scenes have been through it, by their mean, and a configuration is judged
+    anew whenever it has a value more, as others may have overtaken it. Ray's `ASHAScheduler` judges
+    a trial, here that would be one scene, once at each rung, and keeps what reaches the
+    (1 - 1 / `eta`) quantile of the trials recorded there before it.
     """
     means = values.mean(axis=1)  # NaN unless all scenes are there
     rungs = np.flatnonzero(~np.isnan(means[challenger]))
@@ -175,11 +177,13 @@ def halving_keeps(values: Array, challenger: int, eta: int) -> bool:
 
 
 def signed_ranks_keep(values: Array, challenger: int, rival: int, threshold: float) -> bool:
-    """Wilcoxon's signed-rank test over the scenes of the last rung: the rule of Optuna's
-    `WilcoxonPruner`, which keeps a challenger whose average is no worse than the rival's."""
-    own, best = values[challenger, :, -1], values[rival, :, -1]
-    seen = ~np.isnan(own)
-    if seen.sum() < 2 or own[seen].mean() >= best.mean():
+    """Wilcoxon's signed-rank test of the scenes of the last rung, by the rule of Optuna's
+    `WilcoxonPruner`: at least two scenes, scenes without a difference count half for either, and
+    what is on average no worse than the rival's mean over all scenes is kept whatever the ranks."""
+    reached, best = values[challenger, :, -1], values[rival, :, -1]
+    seen = ~np.isnan(reached)
+    if seen.sum() < 2 or reached[seen].mean() >= best.mean():
         return True
-    test = wilcoxon(own[seen] - best[seen], alternative="less", zero_method="zsplit")
-    return bool(np.asarray(test)[1] >= threshold)
+    differences = reached[seen] - best[seen]
+    p_value = np.asarray(wilcoxon(differences, alternative="less", zero_method="zsplit"))[1]
+    return bool(p_value >= threshold)

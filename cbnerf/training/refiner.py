@@ -187,16 +187,17 @@ def _agree_with_low_res(
     if not isinstance(refiner, ResidualRefiner | LinearRefiner):
         return
     views = split_views(scene.num_views, config.data).train
-    low_res = downsample(scene.images[views], scene.scale, config.data.low_res_kernel)
+    kernel = config.data.low_res_kernel
+    low_res = downsample(scene.images[views], scene.scale, kernel)
     refined = refine_views(refiner, renders.rgb[views], device)
     seen, tried, known = (unit_views(x, device) for x in (renders.rgb[views], refined, low_res))
     triples = MadeOnDemand(
         lambda i: LowResView(seen[i][0], tried[i][0], known[i][0]), range(len(views))
     )
-    refiner.add_filter(fit_consistent_filter(triples, config.refiner.consistency))
+    refiner.add_filter(fit_consistent_filter(triples, config.refiner.consistency, kernel))
     if isinstance(refiner, ResidualRefiner):
         parts = _parts(len(views))
-        refiner.back_project(seen, known, parts, sorted({*parts} - {0}))
+        refiner.back_project(seen, known, kernel, parts, sorted({*parts} - {0}))
 
 
 def _parts(num_views: int) -> list[int]:

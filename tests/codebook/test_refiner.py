@@ -10,6 +10,7 @@ from cbnerf.baselines.nerf_sr import ReferenceRefiner
 from cbnerf.baselines.paper import PaperRefiner
 from cbnerf.codebook.refiner import Refinement, ResidualRefiner, refiner_losses
 from cbnerf.config import METHODS, RESOLUTIONS, LossConfig, preset, with_overrides
+from cbnerf.downsampling import REACH, Kernel, downsample
 from cbnerf.training.models import build_refiner
 
 SMALL = {"refiner.channels": 6, "refiner.blocks": 2, "codebook.size": 16, "codebook.dim": 4}
@@ -296,8 +297,9 @@ def test_presets_build_their_refiner(resolution: str):
         build_refiner(preset("nerf", resolution))
 
 
-def test_codes_learn_from_low_res_photographs():
-    """What differs from code to code is found in block means, and serves another view."""
+@pytest.mark.parametrize("kernel", REACH)
+def test_codes_learn_from_low_res_photographs(kernel: Kernel):
+    """What differs from code to code is found in low-res pixels, and serves another view."""
     refiner = make_refiner(codebook__size=4, refiner__neighbours=1)
     assert isinstance(refiner, ResidualRefiner)
     renders = 0.35 + 0.3 * torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(2))
@@ -305,8 +307,7 @@ def test_codes_learn_from_low_res_photographs():
     truth.filters.table[:, -1] = 0.1 * torch.randn(len(truth.filters.table), 3)
     wanted = truth.refine(renders)
     known, parts = slice(1, None), [int(view % 4 == 1) for view in range(7)]
-    refiner.back_project(
-        renders[known].split(1), F.avg_pool2d(wanted[known], 2).split(1), parts, [1]
-    )
+    low_res = downsample(wanted[known], 2, kernel)
+    refiner.back_project(renders[known].split(1), low_res.split(1), kernel, parts, [1])
     before = (renders[0] - wanted[0]).square().mean()
     assert (refiner.refine(renders[:1])[0] - wanted[0]).square().mean() < 0.3 * before

@@ -102,20 +102,30 @@ def test_all_methods_are_scored_and_reported(compare, storage: Path, photographs
         assert picture.shape[0] > 150 and picture.std() > 10
 
 
-def test_a_comparison_given_again_trains_nothing(
-    compare, photographs: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_comparison_given_again_trains_nothing(compare, photographs: Path):
     arguments = (f"--data={photographs}", "--scenes=fern", "--methods=cb-nerf,linear")
     before, _, _ = compare(*arguments)
-    opened: list[str] = []
-    load = torch.load
-    monkeypatch.setattr(
-        torch, "load", lambda file, **k: opened.append(file.name) or load(file, **k)
-    )
     after, _, printed = compare(*arguments)
     assert after == before and "trained" not in printed
-    # Images of the rows cb-nerf, vq-vae and linear; nothing is opened to count parameters.
-    assert opened == ["refiner.pt"] * 3
+
+
+def test_a_finished_comparison_reads_only_the_checkpoints_that_make_images(
+    compare, photographs: Path, monkeypatch
+):
+    arguments = (f"--data={photographs}", "--scenes=fern,horns", "--methods=cb-nerf,linear")
+    before, _, _ = compare(*arguments)
+    load, read = torch.load, []
+
+    def spy(path: Path, **keywords):
+        read.append(path)
+        return load(path, **keywords)
+
+    monkeypatch.setattr("torch.load", spy)
+    after, _, _ = compare(*arguments)
+    assert after == before
+    images_of_a_refiner = [row for row in after["rows"] if not row.endswith("stage 1")]
+    assert len(read) == 2 * len(images_of_a_refiner)
+    assert {path.name for path in read} == {"refiner.pt"}  # renders of fields are kept
 
 
 def test_table1_is_the_best_view_of_all_evaluations(compare, storage: Path, photographs: Path):

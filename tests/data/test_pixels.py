@@ -3,8 +3,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cbnerf import downsampling
 from cbnerf.data.pixels import PixelSampler, downsample, scale_below
 from cbnerf.data.scene import Scene
+from cbnerf.downsampling import REACH, Kernel
 from cbnerf.nerf.rays import make_world_rays
 from cbnerf.rng import Rng
 from cbnerf.training.field import scene_cameras
@@ -25,7 +27,7 @@ def test_low_res_pixels_are_rounded_means_of_their_box(tiny_scene: Scene, scale:
 
 
 @pytest.mark.parametrize("kernel", ["box", "lanczos"])
-def test_both_kernels_keep_flat_colour_and_place(kernel: str):
+def test_both_kernels_keep_flat_colour_and_place(kernel: Kernel):
     image = torch.full((1, 12, 16, 3), 77, dtype=torch.uint8)
     assert (downsample(image, 2, kernel) == 77).all()
     image[:, :, 8:] = 200
@@ -39,6 +41,15 @@ def test_both_kernels_keep_flat_colour_and_place(kernel: str):
 def test_kernels_differ(tiny_scene: Scene):
     box, lanczos = (downsample(tiny_scene.images[:1], 2, k).float() for k in ("box", "lanczos"))
     assert (box - lanczos).abs().max() > 3
+
+
+@pytest.mark.parametrize("kernel", REACH)
+def test_photographs_are_shrunk_by_the_map_that_refiners_heed(tiny_scene: Scene, kernel: Kernel):
+    """But for rounding, and for clipping of what Lanczos overshoots."""
+    linear = downsampling.downsample(tiny_scene.images.movedim(-1, 1).float(), 2, kernel)
+    found = downsample(tiny_scene.images, 2, kernel).movedim(-1, 1)
+    difference = (found - linear.clamp(0, 255)).abs()
+    assert difference.mean() < 0.3 and difference.max() < 5
 
 
 def test_scale_one_changes_nothing(tiny_scene: Scene):

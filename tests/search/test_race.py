@@ -1,9 +1,12 @@
 """The race on drawn configurations, against closed forms and its own promises."""
 
+import warnings
+
 import numpy as np
 import optuna
 import pytest
 from numpy.random import default_rng
+from optuna.exceptions import ExperimentalWarning
 
 from cbnerf.search.race import Race, halving_keeps, signed_ranks_keep
 
@@ -146,22 +149,39 @@ def test_signed_ranks_need_four_scenes_at_the_usual_level():
         assert signed_ranks_keep(values, 1, 0, threshold=0.1) == (known < 4)
 
 
-@pytest.mark.parametrize("seed", range(30))
-@pytest.mark.parametrize("threshold", [0.1, 0.26])
-def test_signed_ranks_decide_as_optunas_pruner(seed: int, threshold: float):
-    """On differences with ties and zeros, for any number of scenes."""
-    rng = default_rng(seed)
-    steps = rng.integers(-3, 3, size=(2, NUM_SCENES)) / 4.0
-    values = np.full((2, NUM_SCENES, 1), np.nan)
-    values[0, :, 0] = 20 + steps[0]
-    for known in range(NUM_SCENES + 1):
-        values[1, :known, 0] = values[0, :known, 0] + steps[1, :known]
-        study = optuna.create_study(direction="maximize")
-        best = dict(enumerate(values[0, :, 0]))
-        study.add_trial(optuna.create_trial(value=20.0, intermediate_values=best))
-        trial = study.ask()
-        for scene in range(known):
-            trial.report(values[1, scene, 0], scene)
+def optuna_prunes(reached: np.ndarray, best: np.ndarray, threshold: float) -> bool:
+    """What Optuna's own pruner decides of a trial that reports what it reached, by scene."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
         pruner = optuna.pruners.WilcoxonPruner(p_threshold=threshold)
-        pruned = pruner.prune(study, study.get_trials()[1])
-        assert signed_ranks_keep(values, 1, 0, threshold) == (not pruned), known
+    study = optuna.create_study(direction="maximize", pruner=pruner)
+    whole = {scene: float(value) for scene, value in enumerate(best)}
+    study.add_trial(optuna.create_trial(value=float(best.mean()), intermediate_values=whole))
+    trial = study.ask()
+    for scene, value in enumerate(reached):
+        if not np.isnan(value):
+            trial.report(float(value), scene)
+    return trial.should_prune()
+
+
+def test_signed_ranks_are_those_of_optuna():
+    """Of random values with ties and zeros among the differences, seen in part."""
+    rng, pruned = default_rng(0), 0
+    for _ in range(400):
+        num_scenes, grain = rng.integers(2, 10), rng.choice([0.0, 0.5])
+        values = rng.normal(size=(2, num_scenes, 1)) - [[[0.0]], [[rng.choice([0.0, 1.0])]]]
+        values = np.round(values / grain) * grain if grain else values
+        values[1, rng.random(num_scenes) < 0.3] = np.nan
+        threshold = rng.choice([0.05, 0.1, 0.3, 0.49])
+        prunes = optuna_prunes(values[1, :, 0], values[0, :, 0], threshold)
+        assert signed_ranks_keep(values, 1, 0, threshold) != prunes
+        pruned += prunes
+    assert 20 < pruned < 380
+
+
+@pytest.mark.parametrize("differences", [[0, 0, 0, 0], [0, 0, 0, -1], [-1, -1, -1, 0, 0, 9]])
+def test_equal_scenes_and_a_better_mean_speak_for_a_configuration(differences: list[float]):
+    values = np.zeros((2, len(differences), 1))
+    values[1, :, 0] = differences
+    assert signed_ranks_keep(values, 1, 0, threshold=0.1)
+    assert not optuna_prunes(values[1, :, 0], values[0, :, 0], 0.1)

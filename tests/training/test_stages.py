@@ -59,12 +59,9 @@ def test_a_finished_folder_holds_its_files(stage: str, run, config: Config, tmp_
     assert load_config(tmp_path / "new" / "config.yaml") == config
     assert json.loads((tmp_path / "new" / "metrics.json").read_text(encoding="utf-8")) == metrics
     assert {"train/loss", "val/psnr", "seconds"} < set(metrics)
-    load = {
-        "field": lambda file: load_field(file, CPU)[0],
-        "refiner": lambda f: load_refiner(f, CPU),
-    }
-    model = load[stage](tmp_path / "new" / f"{stage}.pt")
-    assert metrics["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    file = tmp_path / "new" / f"{stage}.pt"
+    model = load_field(file, CPU)[0] if stage == "field" else load_refiner(file, CPU)
+    assert metrics["parameters"] == sum(p.numel() for p in model.parameters()) > 0
     if stage == "field":
         assert load_renders(tmp_path / "new" / "renders.npz").rgb.shape == (10, 48, 64, 3)
     else:

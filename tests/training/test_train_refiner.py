@@ -11,6 +11,7 @@ from cbnerf.data.pixels import downsample
 from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
+from cbnerf.downsampling import Kernel
 from cbnerf.training.evaluation import mean_scores, refine_views
 from cbnerf.training.models import count_parameters, load_refiner
 from cbnerf.training.refiner import Pairs, _training_views, train_refiner
@@ -169,20 +170,24 @@ def test_an_unseen_scene_gives_low_res_photographs_of_training_views_alone(
     assert not are_equal(heeding, weights(blacken(tiny_scene, [1]), 10.0))
 
 
-@pytest.mark.parametrize("method", ["cb-nerf", "residual-cnn", "linear"])
+@pytest.mark.parametrize(
+    "method, kernel",
+    [("cb-nerf", "box"), ("residual-cnn", "box"), ("linear", "box"), ("cb-nerf", "lanczos")],
+)
 def test_refined_views_of_an_unseen_scene_agree_with_its_low_res_photographs(
-    method: str, others, tiny_scene, tiny_renders, keep
+    method: str, kernel: Kernel, others, tiny_scene, tiny_renders, keep
 ):
     views = [1, 2, 3, 5, 6, 7, 9]
-    low_res = downsample(tiny_scene.images[views], tiny_scene.scale, "box").float()
+    low_res = downsample(tiny_scene.images[views], tiny_scene.scale, kernel).float()
     errors = []
     for consistency in (0.0, 10.0):
-        config = with_overrides(METHODS[method], FAST | {"refiner.consistency": consistency})
+        knobs = {"refiner.consistency": consistency, "data.low_res_kernel": kernel}
+        config = with_overrides(METHODS[method], FAST | knobs)
         refiner = train_refiner(
             config, tiny_scene, tiny_renders, device=CPU, report=keep, others=others
         )
         refined = refine_views(refiner, tiny_renders.rgb[views], CPU)
-        shrunk = downsample(refined, tiny_scene.scale, "box").float()
+        shrunk = downsample(refined, tiny_scene.scale, kernel).float()
         errors.append(float((shrunk - low_res).square().mean()))
     assert errors[1] < 0.9 * errors[0]
 
