@@ -85,7 +85,6 @@ class TrainField:
     def run(self) -> None:
         with joined_processes() as device:
             scene = from_rank_0(lambda: _load_training_scene(self.scene, self.config))
-            _say(_describe_scene(self.scene, self.config))
             metrics = run_field(
                 self.config, scene, self.output, device=device, report=_print_report
             )
@@ -120,8 +119,6 @@ class TrainRefiner:
             (scene, renders), *beside = from_rank_0(
                 lambda: list(map(self._load, self.scene, self.field))
             )
-            for name in self.scene:
-                _say(_describe_scene(name, self.config))
             metrics = run_refiner(
                 self.config, scene, renders, self.output,
                 device=device, report=_print_report, beside=beside,
@@ -431,7 +428,9 @@ def _load_scene(name: str, config: Config) -> Scene:
 
 
 def _load_training_scene(name: str, config: Config) -> Scene:
+    """A scene with enough views to train on; prints which photographs are read."""
     scene = _load_scene(name, config)
+    print(_describe_scene(name, config), flush=True)
     check_views(scene.num_views, config.data, name, "--{} {}".format)
     return scene
 

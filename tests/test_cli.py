@@ -329,7 +329,8 @@ def test_of_two_processes_one_prints(tmp_path: Path):
     knobs = ["--resolution", "tiny", "--field.optim.steps", "4", "--field.optim.evaluations", "2"]
     ran = torchrun("train-field", "--scene", "mosaic", "--output", str(tmp_path), *knobs)
     assert ran.returncode == 0, ran.stderr
-    *steps, last = ran.stdout.splitlines()
+    photographs, *steps, last = ran.stdout.splitlines()
+    assert photographs == "photographs  built-in scene mosaic"
     assert [step.split("  ")[0] for step in steps] == ["step 2", "step 4"]
     assert all("val/psnr" in line for line in (*steps, last)) and last.startswith(f"{tmp_path}: {{")
 
