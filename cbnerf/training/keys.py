@@ -26,7 +26,13 @@ _STAGE_CODE = (
     "training/loop.py",
 )
 # What stage 2 adds to it.
-_REFINER_CODE = ("codebook", "data/patches.py", "data/references.py", "training/refiner.py")
+_REFINER_CODE = (
+    "codebook",
+    "baselines",
+    "data/patches.py",
+    "data/references.py",
+    "training/refiner.py",
+)
 
 
 def field_key(config: Config, scene: Scene) -> str:

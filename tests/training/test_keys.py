@@ -11,7 +11,7 @@ from cbnerf.data.scene import Scene, make_scene
 from cbnerf.training import keys
 from cbnerf.training.keys import field_key, refiner_key
 
-CONFIG = preset("cb-nerf", "tiny")
+CONFIG = with_overrides(preset("cb-nerf", "tiny"), {"field.precision": "float32"})
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def other_value(value: Any) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, str):
-        return {"planes": "mlp", "box": "lanczos", "auto": "float32"}[value]
+        return {"planes": "mlp", "box": "lanczos", "float32": "bfloat16"}[value]
     if isinstance(value, tuple):
         return (1, 2, 3)
     return value + 1 if isinstance(value, int) else value / 2
@@ -73,7 +73,12 @@ def test_the_code_of_stage_1_changes_the_key(scene: Scene, monkeypatch: pytest.M
 
 def test_equal_input_has_the_same_key(scene: Scene):
     again = make_scene(make_capture("arcade", width=32, num_views=3), CONFIG.data)
-    assert field_key(preset("cb-nerf", "tiny"), again) == field_key(CONFIG, scene)
+    assert field_key(with_overrides(CONFIG, {}), again) == field_key(CONFIG, scene)
+
+
+def test_a_key_needs_the_precision_that_is_really_used(scene: Scene):
+    with pytest.raises(ValueError, match="needs the precision really used"):
+        field_key(with_overrides(CONFIG, {"field.precision": "auto"}), scene)
 
 
 def test_a_refiner_has_a_key_for_its_knobs_and_for_all_that_it_learned_from():
