@@ -175,12 +175,15 @@ class _Part:
 
     def total(self) -> _Sums:
         """Over all pixels, in float64."""
-        totals, codes = [], []
+        sums: _Sums | None = None
+        met: list[Tensor] = []
         for pixels in self:
-            totals.append(pixels.total())
-            codes.append(pixels.codes)
-        self.codes = torch.cat(codes).unique()
-        return _add(totals)
+            own = pixels.total()
+            sums = own if sums is None else _add([sums, own])
+            met.append(pixels.codes)
+        assert sums is not None, "a part without views"
+        self.codes = torch.cat(met).unique()
+        return sums
 
     def add_to(self, sums: _Sums, codes: Int[Tensor, " codes"], common: _Common) -> None:
         """Add the whitened pixels of each of these codes, each as much as its share."""

@@ -1,10 +1,17 @@
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cbnerf.codebook.filters import PRIORS, CodeFilters, Corrections
 from cbnerf.codebook.quantizer import Neighbours
+from cbnerf.codebook.views import MadeOnDemand
 
 
 def draw_codes(codes: int, height: int, width: int, neighbours: int = 1) -> Neighbours:
@@ -125,3 +132,84 @@ def test_a_code_that_nobody_met_has_the_common_filter(codes: int):
     everywhere = [view._replace(codes=first) for view in views]
     alone.fit([everywhere[:3], everywhere[3:]], [1])
     torch.testing.assert_close(found.table[codes], alone.table[0], atol=2e-3, rtol=0)
+
+
+class Alive(TorchDispatchMode):
+    """Notes the most bytes that the tensors made in it held at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        # The object in Python stays the same for as long as a tensor has the storage.
+        key, size = id(storage), storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def test_bytes_alive_are_counted():
+    with Alive() as alive:
+        first = torch.zeros(1000)
+        view = first[1:]
+        del first
+        assert (alive.now, alive.peak) == (4000, 4000)
+        del view
+        torch.ones(10)
+    assert (alive.now, alive.peak) == (0, 4000)
+
+
+def fit_streamed(views: Sequence[Corrections]) -> tuple[Tensor, float]:
+    """In two parts of which a view at a time is held."""
+    found = CodeFilters(3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cbnerf.codebook.filters._HELD", 0)
+        patch.setattr("cbnerf.codebook.filters._GROUP", 1)
+        patch.setattr("cbnerf.codebook.filters._SUMMED", 2)
+        split = [views[: len(views) // 2], views[len(views) // 2 :]]
+        weight = found.fit(split, [1])
+    return found.table, weight
+
+
+def test_views_one_at_a_time_give_the_same_filters():
+    views = draw_views(make_filters(3), 6, noise=0.1, neighbours=2)
+    held = CodeFilters(3)
+    weight = held.fit([views[:3], views[3:]], [1])
+    table, streamed_weight = fit_streamed(views)
+    assert streamed_weight == weight
+    torch.testing.assert_close(table, held.table, atol=1e-4, rtol=0)
+
+
+def test_memory_does_not_grow_with_the_number_of_views():
+    def make(number: int) -> Corrections:
+        (view,) = draw_views(true, 1, noise=0.1, seed=number, neighbours=3)
+        return view
+
+    true = make_filters(3)
+    peaks, held = [], []
+    for count in (4, 32):
+        views = [MadeOnDemand(make, range(first, first + count // 2)) for first in (0, count)]
+        for hold, found in ((False, peaks), (True, held)):
+            with pytest.MonkeyPatch.context() as patch, Alive() as alive:
+                patch.setattr("cbnerf.codebook.filters._HELD", 10**9 if hold else 0)
+                patch.setattr("cbnerf.codebook.filters._GROUP", 1)
+                CodeFilters(3).fit(views, [1])
+            found.append(alive.peak)
+    assert peaks[1] < 1.02 * peaks[0]
+    assert held[1] > held[0] + 28 * 24 * 20 * 4 * 3  # the counter sees what is held
