@@ -9,7 +9,7 @@ import time
 import traceback
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 _LONGEST = 600
 """Characters of an error that are told."""
@@ -38,6 +38,12 @@ def _expand_home(path: Path) -> Path:
         return path.expanduser()
     except RuntimeError:
         raise ValueError(f"{path}: there is no such home folder") from None
+
+
+def fail(program: str, message: object, status: int) -> NoReturn:
+    """End with one line, whatever breaks it, and an exit status."""
+    print(f"{program}: {' '.join(str(message).splitlines())}", file=sys.stderr)
+    sys.exit(status)
 
 
 def one_line(message: object) -> str:
