@@ -225,14 +225,14 @@ def _write(options: Options, trials: list[Trial], bases: dict[str, Tensor]) -> N
     options.output.mkdir(parents=True, exist_ok=True)
     name = options.name or f"{options.resolution}-{protocol}-{options.views}"
     file = options.output / f"{name}.md"
-    file.write_text("\n".join(lines) + "\n")
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     plain = {
         "provenance": provenance(options.threads),
         "stage1": {scene: base.tolist() for scene, base in bases.items()},
         "gains": [vars(trial) | {"gains": trial.gains.tolist()} for trial in trials],
     }
-    file.with_suffix(".json").write_text(json.dumps(plain, indent=1) + "\n")
-    print(file.read_text())
+    file.with_suffix(".json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+    print(file.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

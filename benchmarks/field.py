@@ -159,7 +159,7 @@ def main(options: Options) -> None:
             runs["mlp"] = _train_mlp(options, scene, options.mlp_time * runs["planes"].seconds)
         rows[name] = runs
         _write(options, rows)
-    print((options.output / f"{_name(options)}.md").read_text())
+    print((options.output / f"{_name(options)}.md").read_text(encoding="utf-8"))
 
 
 def _train_mlp(options: Options, scene: Scene, budget: float) -> Run:
@@ -213,11 +213,11 @@ def _write(options: Options, rows: dict[str, dict[str, Run]]) -> None:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     file = options.output / _name(options)
-    file.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    file.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     plain = {
         scene: {kind: run._asdict() for kind, run in runs.items()} for scene, runs in rows.items()
     }
-    file.with_suffix(".json").write_text(json.dumps(plain, indent=1))
+    file.with_suffix(".json").write_text(json.dumps(plain, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

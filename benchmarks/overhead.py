@@ -147,7 +147,7 @@ def main(options: Options) -> None:
     ]
     print("\n".join(lines))
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"{options.name}.md").write_text("\n".join(lines) + "\n")
+    (options.output / f"{options.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -115,7 +115,9 @@ def main(options: Options) -> None:
     ]
     options.output.mkdir(parents=True, exist_ok=True)
     text = "\n".join(lines) + "\n"
-    (options.output / f"profile-{'gpu' if device.type == 'cuda' else 'cpu'}.md").write_text(text)
+    (options.output / f"profile-{'gpu' if device.type == 'cuda' else 'cpu'}.md").write_text(
+        text, encoding="utf-8"
+    )
     print(text)
 
 

@@ -143,7 +143,7 @@ def _reset_peak() -> int:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return _resident("VmRSS")
 
 
@@ -152,7 +152,7 @@ def _peak() -> int:
 
 
 def _resident(name: str) -> int:
-    status = Path("/proc/self/status").read_text().splitlines()
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * next(int(line.split()[1]) for line in status if line.startswith(name))
 
 
@@ -191,7 +191,7 @@ def main(options: Options) -> None:
                 cells.append(measure_apart(method, num_latents, size, options))
                 print(cells[-1], flush=True)
             _write(options.output, about, cells)
-    print((options.output / f"{_name()}.md").read_text())
+    print((options.output / f"{_name()}.md").read_text(encoding="utf-8"))
 
 
 def _name() -> str:
@@ -216,9 +216,9 @@ def _write(output: Path, about: str, cells: list[Cell]) -> None:
         ]  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells_of_row)) + " |")
     file = output / _name()
-    file.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    file.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     plain = {"provenance": about, "cells": [asdict(cell) for cell in cells]}
-    file.with_suffix(".json").write_text(json.dumps(plain, indent=1))
+    file.with_suffix(".json").write_text(json.dumps(plain, indent=1), encoding="utf-8")
 
 
 def _number(value: float | None, unit: float) -> str:

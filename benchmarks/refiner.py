@@ -135,10 +135,10 @@ def _write(options: Options, about: str, runs: list[Run]) -> None:
     device = "gpu" if torch.cuda.is_available() else "cpu"
     options.output.mkdir(parents=True, exist_ok=True)
     file = options.output / f"{options.resolution}-{device}.md"
-    file.write_text("\n".join(lines) + "\n")
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     plain = {"provenance": about, "runs": [asdict(run) for run in runs]}
-    file.with_suffix(".json").write_text(json.dumps(plain, indent=1) + "\n")
-    print(file.read_text())
+    file.with_suffix(".json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+    print(file.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

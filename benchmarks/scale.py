@@ -185,7 +185,7 @@ def _leave(plan: Plan, unit: Unit) -> None:
 def _tenth(watch: Stopwatch, write: TimedWriter, trials: int, seconds: float) -> Tenth:
     suggest, book, writing = (watch.seconds.pop(name, 0.0) for name in ("suggest", "book", "write"))
     calls, write.calls = write.calls, 0
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return Tenth(
         decisions=2 * trials / seconds,
         suggest=1e3 * suggest / trials,
@@ -218,7 +218,7 @@ def main(options: Options) -> None:
     lines = list(_lines(options, tenths, ledger, clock, journal, behind, late))
     print("\n".join(lines))
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"{options.name}.md").write_text("\n".join(lines) + "\n")
+    (options.output / f"{options.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _lines(

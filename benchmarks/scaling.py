@@ -65,8 +65,8 @@ def main(options: Options) -> None:
         lines += [f"| {' | '.join(str(value) for value in row.values())} |" for row in rows]
         lines.append("")
     file = options.output / "scaling-cpu"
-    file.with_suffix(".md").write_text("\n".join(lines))
-    file.with_suffix(".json").write_text(json.dumps(tables, indent=1))
+    file.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
+    file.with_suffix(".json").write_text(json.dumps(tables, indent=1), encoding="utf-8")
     _plot(tables, file.with_suffix(".png"))
     print("\n".join(lines))
 

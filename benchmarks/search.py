@@ -251,13 +251,13 @@ def main(options: Options) -> None:
     lines = list(_report(options, traces))
     print("\n".join(lines), f"\n{time.perf_counter() - started:.0f} s")
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"{options.name}.md").write_text("\n".join(lines) + "\n")
+    (options.output / f"{options.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     plain = [
         {"workers": workers, "method": name, **trace._asdict()}
         for (workers, name), found in traces.items()
         for trace in found
     ]
-    (options.output / f"{options.name}.json").write_text(json.dumps(plain))
+    (options.output / f"{options.name}.json").write_text(json.dumps(plain), encoding="utf-8")
 
 
 def _report(options: Options, traces: dict[tuple[int, str], list[Trace]]) -> Iterator[str]:

@@ -49,11 +49,13 @@ def main(options: Options) -> None:
     rows_file = options.storage / "rows.jsonl"
     options.storage.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = (
-        [json.loads(line) for line in rows_file.open()] if rows_file.exists() else []
+        [json.loads(line) for line in rows_file.open(encoding="utf-8")]
+        if rows_file.exists()
+        else []
     )
     done = {(row["configuration"], row["scene"], row["seed"]) for row in rows}
     fields = {scene: _field(base, scene, options.storage) for scene in BUILT_IN_SCENES}
-    with rows_file.open("a") as file:
+    with rows_file.open("a", encoding="utf-8") as file:
         for number, overrides in enumerate(configurations):
             for seed in range(options.seeds):
                 for scene in BUILT_IN_SCENES:

@@ -85,7 +85,7 @@ def test_a_video_has_the_frames_asked_for(runs: Path, with_refiner: bool, tmp_pa
             still = iio.imread(tmp_path / f"{name}-{number:03d}.png")
             assert still.shape == (46, 64, 3)
             assert np.abs(frame.astype(int) - still).mean() < 25  # it is compressed
-    metrics = json.loads((tmp_path / "video.json").read_text())
+    metrics = json.loads((tmp_path / "video.json").read_text(encoding="utf-8"))
     assert set(metrics) == {"seen"} | {f"{name}/warping_error" for name in names}
     assert len(list(tmp_path.iterdir())) == 4 * len(names) + 1
 

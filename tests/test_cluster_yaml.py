@@ -33,8 +33,8 @@ SCRIPTS = sorted(CLUSTERS.glob("*.sh"))
 def merged(overlay: Path | None) -> dict[str, Any]:
     """cluster.yaml with the keys of an overlay, by the line that README.md gives."""
     if overlay is None:
-        return yaml.safe_load((ROOT / "cluster.yaml").read_text())
-    readme = (ROOT / "README.md").read_text()
+        return yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (line,) = re.findall(r"^python -c .*cluster\.yaml clusters/.*$", readme, re.MULTILINE)
     command = re.sub(r"clusters/\w+\.yaml", str(overlay.relative_to(ROOT)), line)
     command = command.partition(">")[0].replace("python", sys.executable, 1)
@@ -89,7 +89,7 @@ def test_aws_would_understand_its_machines():
 
 
 def test_commands_and_scripts_are_valid_bash(cluster: dict[str, Any]):
-    for text in [*commands(cluster), *(script.read_text() for script in SCRIPTS)]:
+    for text in [*commands(cluster), *(script.read_text(encoding="utf-8") for script in SCRIPTS)]:
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 
 
@@ -142,7 +142,9 @@ def test_machines_install_the_versions_that_were_tested(cluster: dict[str, Any])
 
 
 def test_what_is_served_is_served_to_localhost_alone(cluster: dict[str, Any]):
-    texts = "\n".join([*commands(cluster), *(script.read_text() for script in SCRIPTS)])
+    texts = "\n".join(
+        [*commands(cluster), *(script.read_text(encoding="utf-8") for script in SCRIPTS)]
+    )
     assert not re.search(r"(?<!\d)0\.0\.0\.0", texts)
     assert "--dashboard-host 127.0.0.1" in texts
     hosts = re.findall(r"--host (\S+)", texts)
@@ -151,14 +153,14 @@ def test_what_is_served_is_served_to_localhost_alone(cluster: dict[str, Any]):
 
 def test_no_file_holds_a_secret():
     for file in [ROOT / "cluster.yaml", *CLUSTERS.iterdir()]:
-        for line in file.read_text().splitlines():
+        for line in file.read_text(encoding="utf-8").splitlines():
             assert not re.search(SECRETS, line, re.I)
 
 
 def test_the_next_steps_parse():
     from cbnerf.search.command import Options
 
-    text = (CLUSTERS / "next_steps.txt").read_text()
+    text = (CLUSTERS / "next_steps.txt").read_text(encoding="utf-8")
     tyro = pytest.importorskip("tyro")
     (arguments,) = re.findall(r"tune\.py ([^']*)'", text)
     options = tyro.cli(Options, args=arguments.split())
@@ -172,7 +174,9 @@ def home(tmp_path: Path) -> Path:
     home.mkdir()
     (home / "cbnerf").symlink_to(ROOT)
     (home / "venv" / "bin").mkdir(parents=True)
-    (home / "venv" / "bin" / "activate").write_text(f"PATH={Path(sys.executable).parent}:$PATH\n")
+    (home / "venv" / "bin" / "activate").write_text(
+        f"PATH={Path(sys.executable).parent}:$PATH\n", encoding="utf-8"
+    )
     return home
 
 
@@ -188,7 +192,9 @@ def in_shell(home: Path, command: str, **variables: str) -> str:
 def test_settings_point_the_search_at_the_shared_folder(home: Path):
     command = ". ~/cbnerf/clusters/settings.sh; echo $CBNERF_STORAGE $MLFLOW_TRACKING_URI"
     assert in_shell(home, command) == "/mnt/cbnerf http://127.0.0.1:5000\n"
-    (home / "cbnerf.secrets").write_text("export MLFLOW_BACKEND_STORE_URI=postgresql://db\n")
+    (home / "cbnerf.secrets").write_text(
+        "export MLFLOW_BACKEND_STORE_URI=postgresql://db\n", encoding="utf-8"
+    )
     command = ". ~/cbnerf/clusters/settings.sh; echo $MLFLOW_BACKEND_STORE_URI"
     assert in_shell(home, command) == "postgresql://db\n"
 
@@ -218,7 +224,7 @@ def test_mlflow_asks_for_a_password_where_one_is_set(home: Path, tmp_path: Path)
 
     password, address = "long-enough-for-mlflow", "http://127.0.0.1:5000"
     text = AUTHENTICATION.format(folder=tmp_path, password=password)
-    (home / "mlflow_auth.ini").write_text(text)
+    (home / "mlflow_auth.ini").write_text(text, encoding="utf-8")
     start = ". ~/venv/bin/activate; bash ~/cbnerf/clusters/start_mlflow.sh"
     search = Request(
         f"{address}/api/2.0/mlflow/experiments/search", b'{"max_results": 1}',
@@ -231,7 +237,7 @@ def test_mlflow_asks_for_a_password_where_one_is_set(home: Path, tmp_path: Path)
         login = b64encode(f"admin:{password}".encode()).decode()
         search.add_header("Authorization", f"Basic {login}")
         assert urlopen(search).status == 200
-        assert password not in (tmp_path / "mlflow.log").read_text()
+        assert password not in (tmp_path / "mlflow.log").read_text(encoding="utf-8")
     finally:
         for process in psutil.process_iter(["cmdline"]):
             if str(tmp_path) in " ".join(process.info["cmdline"] or []):

@@ -177,7 +177,7 @@ def test_a_knob_knows_its_type():
 )
 def test_a_malformed_file_is_named_in_one_line(text: str, message: str, tmp_path: Path):
     path = tmp_path / "mine.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message) as error:
         load_config(path)
     assert str(path) in str(error.value)

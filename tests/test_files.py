@@ -19,9 +19,9 @@ def test_a_reader_sees_the_old_text_or_the_new_one(tmp_path: Path):
     target = tmp_path / "deep" / "file.txt"
     write_whole(target, "old")
     with whole(target) as unfinished:
-        unfinished.write_text("new, and longer")
-        assert target.read_text() == "old"
-    assert target.read_text() == "new, and longer"
+        unfinished.write_text("new, and longer", encoding="utf-8")
+        assert target.read_text(encoding="utf-8") == "old"
+    assert target.read_text(encoding="utf-8") == "new, and longer"
     assert list(target.parent.iterdir()) == [target]
 
 
@@ -30,21 +30,21 @@ def test_what_fails_leaves_nothing_and_harms_nothing(tmp_path: Path, error: Base
     target = tmp_path / "file.txt"
     write_whole(target, "old")
     with pytest.raises(type(error)), whole(target) as unfinished:
-        unfinished.write_text("half")
+        unfinished.write_text("half", encoding="utf-8")
         raise error
     with pytest.raises(type(error)), whole(tmp_path / "folder") as unfinished:
         (unfinished / "deeper").mkdir(parents=True)
         raise error
     assert list(tmp_path.iterdir()) == [target]
-    assert target.read_text() == "old"
+    assert target.read_text(encoding="utf-8") == "old"
 
 
 def test_a_folder_comes_with_all_that_is_in_it(tmp_path: Path):
     with whole(tmp_path / "folder") as unfinished:
         unfinished.mkdir()
-        (unfinished / "one").write_text("1")
+        (unfinished / "one").write_text("1", encoding="utf-8")
         assert not (tmp_path / "folder").exists()
-    assert (tmp_path / "folder" / "one").read_text() == "1"
+    assert (tmp_path / "folder" / "one").read_text(encoding="utf-8") == "1"
 
 
 def test_text_is_utf8_in_any_locale(tmp_path: Path):

@@ -12,8 +12,8 @@ import cbnerf
 
 PACKAGE = Path(cbnerf.__file__).parent
 LEFT_TO_RIGHT = [
-    {"files", "console"}, {"config"}, {"noise", "metrics", "tables"}, {"nerf", "codebook"}, {"data"},
-    {"training"}, {"compare"}, {"search"}, {"cli"}, {"__main__"},
+    {"files", "console"}, {"config"}, {"noise", "metrics", "tables"}, {"nerf", "codebook"},
+    {"data"}, {"training"}, {"compare"}, {"search"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 PLACE = {part: place for place, parts in enumerate(LEFT_TO_RIGHT) for part in parts}
 OF_SEARCH_ONLY = {"ray", "optuna", "mlflow", "tqdm", "plotly"}
@@ -25,7 +25,7 @@ def imports() -> Iterator[tuple[str, str]]:
     """(part of the package, module it imports), also those inside functions."""
     for file in sorted(PACKAGE.rglob("*.py")):
         part = file.relative_to(PACKAGE).with_suffix("").parts[0]
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{file}: relative import"
                 names = [alias.name for alias in node.names]

@@ -106,7 +106,9 @@ class Hosts:
     def _boot(self, name: str, address: str) -> None:
         config = self.folder / f"sshd-{name}"
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        config.write_text(SSHD.format(address=address, folder=self.folder, path=path))
+        config.write_text(
+            SSHD.format(address=address, folder=self.folder, path=path), encoding="utf-8"
+        )
         # Each host has a /tmp of its own, put together aside, with what it needs of ours in it.
         needed = [
             place.relative_to("/tmp")
@@ -143,7 +145,7 @@ class Hosts:
                     break
                 time.sleep(0.2)
             else:
-                logs = "".join(log.read_text() for log in self.folder.glob("*.log"))
+                logs = "".join(log.read_text(encoding="utf-8") for log in self.folder.glob("*.log"))
                 pytest.fail(f"{address} does not answer: {logs}")
 
     def ssh(self, address: str, command: str) -> "subprocess.CompletedProcess[str]":
@@ -180,7 +182,7 @@ def cluster_file(hosts: Hosts) -> Path:
     """cluster.yaml and its overlay for machines of one's own, with these machines in it; what a
     fresh machine would install is here already."""
     parts = [
-        yaml.safe_load((ROOT / file).read_text())
+        yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))
         for file in ("cluster.yaml", "clusters/hosts.yaml")
     ]
     cluster: dict[str, Any] = parts[0] | parts[1]
@@ -192,7 +194,7 @@ def cluster_file(hosts: Hosts) -> Path:
     *_, profile = cluster["setup_commands"]
     cluster["setup_commands"] = [f"ln -sfn {sys.prefix} ~/venv", profile]
     file = hosts.folder / "cluster.yaml"
-    file.write_text(yaml.safe_dump(cluster))
+    file.write_text(yaml.safe_dump(cluster), encoding="utf-8")
     return file
 
 
@@ -207,10 +209,10 @@ def test_a_study_runs_on_the_machines_that_ray_up_starts(hosts: Hosts):
 
     # Few and long units, one for each machine at a time: Tune gives a unit whose worker is starting
     # to one that is free, so a machine that starts last gets none while they are short.
-    smoke = (ROOT / "tune_configs" / "smoke.yaml").read_text()
+    smoke = (ROOT / "tune_configs" / "smoke.yaml").read_text(encoding="utf-8")
     longer = smoke.replace("trials: 2", "trials: 3") + "fixed: {refiner.optim.steps: 600}\n"
     longer += f"resources: {{cpus_per_worker: {os.cpu_count()}}}\n"
-    (hosts.folder / "shared" / "search.yaml").write_text(longer)
+    (hosts.folder / "shared" / "search.yaml").write_text(longer, encoding="utf-8")
     output = run(ray, "up", "-y", "--no-config-cache", cluster, env=environment)
     assert "cbnerf is up. Next" in output
     try:

@@ -12,7 +12,10 @@ from cbnerf.cli import Compare, parse_command
 from cbnerf.config import Config, flatten, load_yaml
 
 ROOT = Path(__file__).parent.parent
-PAGES = {page: (ROOT / page).read_text() for page in ("README.md", "benchmarks/README.md")}
+PAGES = {
+    page: (ROOT / page).read_text(encoding="utf-8")
+    for page in ("README.md", "benchmarks/README.md")
+}
 README = PAGES["README.md"]
 TEXT = "".join(PAGES.values())
 COMPARE_COMMANDS = re.findall(r"cbnerf compare (-[^#\n`]*)", TEXT)
@@ -56,7 +59,7 @@ def test_the_example_of_a_search_space_is_valid(tmp_path):
 
     found = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
     assert found
-    (tmp_path / "spec.yaml").write_text(found[1])
+    (tmp_path / "spec.yaml").write_text(found[1], encoding="utf-8")
     assert parse_spec(load_yaml(tmp_path / "spec.yaml")).trials == 64
 
 

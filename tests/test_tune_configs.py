@@ -14,7 +14,7 @@ FILES = sorted((ROOT / "tune_configs").glob("*.yaml"))
 
 def command_of(file: Path) -> list[str]:
     """The command that the first line of the file names."""
-    first = file.read_text().splitlines()[0]
+    first = file.read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith("# python tune.py ")
     return shlex.split(first.removeprefix("# "))
 

@@ -54,7 +54,7 @@ def compare(storage: Path, capsys, monkeypatch):
         found = re.search(r"report +(\S+)/report.html", printed)
         assert found
         folder = Path(found[1])
-        return json.loads((folder / "report.json").read_text()), folder, printed
+        return json.loads((folder / "report.json").read_text(encoding="utf-8")), folder, printed
 
     return run
 
@@ -90,9 +90,11 @@ def test_all_methods_are_scored_and_reported(compare, storage: Path, photographs
     means = {name: entry["mean"]["psnr"] for name, entry in report["rows"].items()}
     # Which of them is better says nothing after so few steps.
     assert means["linear"] != pytest.approx(means["cb-nerf stage 1"], abs=1e-3)
-    text, page = ((folder / f"report.{suffix}").read_text() for suffix in ("md", "html"))
+    text, page = (
+        (folder / f"report.{suffix}").read_text(encoding="utf-8") for suffix in ("md", "html")
+    )
     for name, mean in means.items():
-        for written in (text, page, (folder / "tables.tex").read_text(), printed):
+        for written in (text, page, (folder / "tables.tex").read_text(encoding="utf-8"), printed):
             assert name in written and f"{mean:.2f}" in written
     assert "LPIPS" in text and page.count("data:image/png") == 2
     for file in ("crops.png", "errors.png"):
@@ -122,13 +124,13 @@ def test_table1_is_the_best_view_of_all_evaluations(compare, storage: Path, phot
     )
     for refiner in storage.glob("cache/refiner-*-*/table1.json"):
         steps = load_config(refiner.parent / "config.yaml").refiner.kind == "linear" or [2, 4]
-        history = json.loads(refiner.read_text())
+        history = json.loads(refiner.read_text(encoding="utf-8"))
         assert steps is True or list(map(int, history)) == steps
     assert report["published"] == {
         "NeRF-SR": {"fern": 19.70, "horns": 24.93},
         "Codebook-NeRF": {"fern": 20.45, "horns": 24.97},
     }
-    text = (folder / "report.md").read_text()
+    text = (folder / "report.md").read_text(encoding="utf-8")
     assert re.search(r"Codebook-NeRF, the paper's Table 1 \| +20.45 \| +24.97 \| +22.71", text)
     assert "6.02 dB" in text and "SSIM" not in text
 
@@ -143,11 +145,11 @@ def test_table1_goes_on_after_a_kill_between_a_checkpoint_and_its_score(
         file for file in histories
         if load_config(file.parent / "config.yaml").refiner.kind == "residual"
     ]  # fmt: skip
-    scores = json.loads(history.read_text())
-    history.write_text(json.dumps({"2": scores["2"]}))
+    scores = json.loads(history.read_text(encoding="utf-8"))
+    history.write_text(json.dumps({"2": scores["2"]}), encoding="utf-8")
     (history.parent / "metrics.json").unlink()
     again, _, _ = compare(*arguments)
-    assert json.loads(history.read_text()) == scores
+    assert json.loads(history.read_text(encoding="utf-8")) == scores
     assert again["rows"]["cb-nerf"]["mean"] == whole["rows"]["cb-nerf"]["mean"]
 
 
@@ -158,7 +160,7 @@ def test_an_unseen_scene_is_refined_by_what_others_taught(compare, photographs: 
     )
     own, _, _ = compare(data, "--scenes=fern,horns", "--methods=cb-nerf,linear,nerf-sr")
     assert set(own["rows"]) - set(report["rows"]) == {"nerf-sr"}
-    assert "nerf-sr has no row of its own" in (folder / "report.md").read_text()
+    assert "nerf-sr has no row of its own" in (folder / "report.md").read_text(encoding="utf-8")
     for row in ("cb-nerf stage 1", "nerf-sr stage 1"):
         assert report["rows"][row]["mean"] == own["rows"][row]["mean"]
     assert report["rows"]["linear"]["mean"] != own["rows"]["linear"]["mean"]
@@ -210,7 +212,7 @@ def test_a_file_is_a_method_too(compare, photographs: Path, tmp_path: Path):
 def test_built_in_scenes_say_that_they_compare_with_nothing(compare):
     report, folder, _ = compare("--scenes=mosaic", "--protocol=table1", "--methods=linear")
     assert report["published"] == {}
-    assert "not comparable with the paper" in (folder / "report.md").read_text()
+    assert "not comparable with the paper" in (folder / "report.md").read_text(encoding="utf-8")
 
 
 MISTAKES = {

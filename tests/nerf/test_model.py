@@ -179,7 +179,7 @@ def test_planes_are_composed_once_for_an_image(cameras: Cameras, monkeypatch: py
 )
 def test_networks_multiply_in_bfloat16_where_the_processor_does():
     cpu, field = torch.device("cpu"), METHODS["cb-nerf"].field
-    told = {"avx512_bf16", "bf16"} & set(Path("/proc/cpuinfo").read_text().split())
+    told = {"avx512_bf16", "bf16"} & set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     assert multiplies_bfloat16(cpu) == bool(told)
     weight = torch.ones(4, 4)
     for precision, dtype in (

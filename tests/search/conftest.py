@@ -75,7 +75,7 @@ def leave_unit() -> Callable[..., dict[str, float]]:
         save_config(with_overrides(plan.base, overrides), folder / "config.yaml")
         (folder / "refiner.pt").write_bytes(b"weights")
         iio.imwrite(folder / "strip.png", np.full((8, 24, 3), 99, np.uint8))
-        (folder / "metrics.json").write_text(json.dumps(metrics))
+        (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
         return metrics
 
     return leave

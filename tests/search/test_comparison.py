@@ -24,7 +24,7 @@ def write_report(folder: Path, protocol: str, metric: str, rows: int = 1) -> Pat
         "rows": {f"cb-nerf {n}": {"mean": {metric: 25.0}, "scenes": scenes} for n in range(rows)},
     }  # fmt: skip
     folder.mkdir(parents=True)
-    (folder / "report.json").write_text(json.dumps(content))
+    (folder / "report.json").write_text(json.dumps(content), encoding="utf-8")
     (folder / "crops.png").write_bytes(b"png")
     return folder
 

@@ -43,7 +43,7 @@ FIELD, REFINER = "cache/field-*", "studies/two/trials/0000/arcade"
 
 def start(folder: Path) -> "subprocess.Popen[str]":
     """The study with two processes a run, in a folder."""
-    (folder / "two.yaml").write_text(SPEC)
+    (folder / "two.yaml").write_text(SPEC, encoding="utf-8")
     command = [str(ROOT / "tune.py"), "--config", "two.yaml", "--scenes", "arcade", "--name", "two"]
     return subprocess.Popen(
         [sys.executable, *command], cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -75,7 +75,7 @@ def workers() -> list[int]:
 
 
 def metrics_of(folder: Path) -> dict[str, float]:
-    return json.loads((folder / "metrics.json").read_text())
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
 
 
 def test_results_and_curves_of_two_processes_arrive(storage: Path):
@@ -94,7 +94,7 @@ def test_results_and_curves_of_two_processes_arrive(storage: Path):
     assert [point.step for point in curve] == [3, 5, 10]
     assert curve[-1].value == metrics_of(unit)["val/psnr"]
     assert {"train/loss", "codebook/perplexity"} <= run.data.metrics.keys()
-    journal = (storage / "studies" / "two" / "optuna.journal").read_text()
+    journal = (storage / "studies" / "two" / "optuna.journal").read_text(encoding="utf-8")
     assert all(journal.count(f'"0/arcade/{rung}"') == 1 for rung in range(2))
 
 

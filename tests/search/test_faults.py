@@ -57,7 +57,11 @@ class Study:
 
     def num_booked(self) -> int:
         journal = self.folder / "optuna.journal"
-        return len(re.findall(r'/0": ?{', journal.read_text())) if journal.exists() else 0
+        return (
+            len(re.findall(r'/0": ?{', journal.read_text(encoding="utf-8")))
+            if journal.exists()
+            else 0
+        )
 
     def is_training(self) -> bool:
         """A field has been begun and none is whole."""
@@ -67,7 +71,7 @@ class Study:
 
     def outcome(self) -> list[tuple[dict[str, Any], float]]:
         """Knobs and value of each configuration; all units are booked, each once."""
-        journal = (self.folder / "optuna.journal").read_text()
+        journal = (self.folder / "optuna.journal").read_text(encoding="utf-8")
         assert all(journal.count(f'"{n}/{scene}/{rung}"') == 1 for n, scene, rung in BOOKED)
         return outcome(self.ledger())
 
@@ -198,7 +202,7 @@ def serve_mlflow(folder: Path, address: str) -> "subprocess.Popen[bytes]":
             return server
         except OSError:
             time.sleep(0.2)
-    pytest.fail((folder / "mlflow.log").read_text()[-3000:])
+    pytest.fail((folder / "mlflow.log").read_text(encoding="utf-8")[-3000:])
 
 
 def stop(server: "subprocess.Popen[bytes]") -> None:

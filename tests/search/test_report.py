@@ -74,9 +74,9 @@ def test_the_report_names_the_best_and_its_file_can_be_trained_from(tiny_plan):
     files = write_report(ledger, config, best.number, {"arcade": scores(20.0, 1.0)})
     by_name: dict[str, Path] = {file.name: file for file in files}
     assert load_config(by_name["best.yaml"]) == config
-    text = by_name["report.md"].read_text()
+    text = by_name["report.md"].read_text(encoding="utf-8")
     assert "Best configuration: number 1" in text and NOT_COMPARABLE in text
     tables = scene_table({"arcade": scores(20.0, 1.0)}), configuration_table(ledger)
     assert all(to_markdown(table) in text for table in tables)
-    page = by_name["report.html"].read_text()
+    page = by_name["report.html"].read_text(encoding="utf-8")
     assert all(to_html(table) in page for table in tables)

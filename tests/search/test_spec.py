@@ -24,7 +24,8 @@ def test_a_specification_is_read_with_the_types_of_its_knobs(tmp_path: Path):
         "  codebook.beta: {low: 1e-2, high: 2}\n"
         "  codebook.imitation: {choices: [vq, feature]}\n"
         "initial:\n  - {codebook.size: 256, codebook.beta: 1}\n"
-        "resources: {workers: 2, cpus_per_worker: 0.5, gpus_per_worker: 1}\n"
+        "resources: {workers: 2, cpus_per_worker: 0.5, gpus_per_worker: 1}\n",
+        encoding="utf-8",
     )
     spec = load_spec(file)
     assert (spec.method, spec.resolution) == ("residual-cnn", "x2-252")

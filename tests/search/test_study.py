@@ -88,7 +88,7 @@ class Drivers:
 
     def bookings(self) -> Counter[str]:
         try:
-            lines = (self.study / "optuna.journal").read_text().splitlines()
+            lines = (self.study / "optuna.journal").read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:
             return Counter()
         booked = [json.loads(line).get("user_attr", {}) for line in lines if '"user_attr"' in line]
@@ -193,11 +193,11 @@ def test_a_finished_study_trains_nothing_again(story: Story):
 
 def test_a_report_can_be_written_again(story: Story, capfd: pytest.CaptureFixture[str]):
     page = story.study / "report.html"
-    before = page.read_text()
+    before = page.read_text(encoding="utf-8")
     page.unlink()
     Report(study=NAME, storage=story.folder / "runs").run()
     assert capfd.readouterr().out.strip() == str(page)
-    assert page.read_text() == before
+    assert page.read_text(encoding="utf-8") == before
 
 
 def test_more_trials_extend_a_finished_study(story: Story):
@@ -348,7 +348,7 @@ BAD_LINES = {
 def test_bad_input_ends_in_one_line_and_leaves_nothing(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    (tmp_path / "broken.yaml").write_text("space: [")
+    (tmp_path / "broken.yaml").write_text("space: [", encoding="utf-8")
     arguments, problem = BAD_LINES[what]
     assert call(monkeypatch, *arguments) == 2
     output, errors = capfd.readouterr()
@@ -372,8 +372,8 @@ def test_a_broken_scene_folder_is_named_before_anything_is_trained(
 def test_what_never_fits_on_this_machine_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    big = SMOKE.read_text() + "\nresources: {cpus_per_worker: 1000}\n"
-    (tmp_path / "big.yaml").write_text(big)
+    big = SMOKE.read_text(encoding="utf-8") + "\nresources: {cpus_per_worker: 1000}\n"
+    (tmp_path / "big.yaml").write_text(big, encoding="utf-8")
     assert call(monkeypatch, "--config", "big.yaml", "--scenes", "arcade") == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert "needs 1000 CPUs" in line and "--address" in line
@@ -383,8 +383,10 @@ def test_what_never_fits_on_this_machine_is_refused(
 def test_another_search_under_the_same_name_is_refused(
     story: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    (tmp_path / "other.yaml").write_text(SMOKE.read_text() + "seed: 7\n")
-    before = (story.study / "request.yaml").read_text()
+    (tmp_path / "other.yaml").write_text(
+        SMOKE.read_text(encoding="utf-8") + "seed: 7\n", encoding="utf-8"
+    )
+    before = (story.study / "request.yaml").read_text(encoding="utf-8")
     there = ["--storage", str(story.folder / "runs"), "--name", NAME]
     lines = [
         ["--config", "other.yaml", "--scenes", "arcade,blinds"],
@@ -396,7 +398,7 @@ def test_another_search_under_the_same_name_is_refused(
         assert call(monkeypatch, *arguments, *there) == 2
         (line,) = capfd.readouterr().err.splitlines()
         assert f"was started with other {changed} (" in line and "--resume" in line
-    assert (story.study / "request.yaml").read_text() == before
+    assert (story.study / "request.yaml").read_text(encoding="utf-8") == before
 
 
 def test_scenes_that_come_later_are_no_part_of_a_study(
@@ -413,7 +415,7 @@ def test_scenes_that_come_later_are_no_part_of_a_study(
     request = command._make_request(options, SMOKE)
     plan, _ = command._settle(request, options, has_gpu=False)
     plan.folder.mkdir(parents=True)
-    (plan.folder / "request.yaml").write_text(yaml.safe_dump(request))
+    (plan.folder / "request.yaml").write_text(yaml.safe_dump(request), encoding="utf-8")
     add("flower")
     assert call(monkeypatch, *line) == 2
     assert "study study was started with other scenes (" in capfd.readouterr().err

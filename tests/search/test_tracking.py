@@ -108,7 +108,7 @@ def test_stage_1_runs_are_linked_to_the_runs_that_use_them(plan: Plan, leave_uni
     entry = tmp_path / "field-arcade-0123"
     entry.mkdir()
     for name in ("config.yaml", "field.pt"):
-        (entry / name).write_text("x")
+        (entry / name).write_text("x", encoding="utf-8")
     for _ in range(2):  # A study that goes on logs the cached field again.
         tracker.log_field("arcade", entry, {"val/psnr": 19.0, "seconds": 3.0})
     tracker.start_unit(Unit(0, "arcade", LAST, KNOBS))
@@ -201,7 +201,7 @@ def test_a_failed_unit_fails_its_configuration_and_says_why(plan: Plan, leave_un
 
 def test_the_report_is_one_run_with_its_files(plan: Plan, tmp_path: Path):
     file = tmp_path / "report.md"
-    file.write_text("# Study")
+    file.write_text("# Study", encoding="utf-8")
     for _ in range(2):
         Tracker(plan, "one").log_report([file], {"val/psnr": 21.0})
     run = runs_of(plan)["report"]

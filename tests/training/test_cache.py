@@ -25,7 +25,7 @@ def writer(text: str = "weights", log: list[Path] | None = None) -> Callable[[Pa
 
     def train(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "renders.npz").write_text(text)
+        (folder / "renders.npz").write_text(text, encoding="utf-8")
         if log is not None:
             log.append(folder)
 
@@ -41,17 +41,17 @@ def test_an_entry_is_made_once(cache: StageCache):
     entry = cache.path("field", "fern", "0123")
     for _ in range(3):
         assert cache.complete(entry, writer(log=log)) == entry
-    assert log == [entry] and (entry / "renders.npz").read_text() == "weights"
+    assert log == [entry] and (entry / "renders.npz").read_text(encoding="utf-8") == "weights"
     assert states(cache) == {"field-fern-0123": "whole"}
 
 
 def test_an_unfinished_entry_is_gone_on_with(cache: StageCache):
     entry = cache.path("field", "fern", "0123")
     entry.mkdir(parents=True)
-    (entry / "progress").write_text("half")
+    (entry / "progress").write_text("half", encoding="utf-8")
     assert states(cache) == {"field-fern-0123": "unfinished"}
     cache.complete(entry, writer())
-    assert (entry / "progress").read_text() == "half"
+    assert (entry / "progress").read_text(encoding="utf-8") == "half"
 
 
 def test_a_checkpoint_that_cannot_be_read_is_not_gone_on_with(cache: StageCache):
@@ -71,10 +71,12 @@ def test_what_a_killed_save_has_left_is_no_part_of_an_entry(cache: StageCache):
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "shorter": lambda entry: (entry / "renders.npz").write_text("weigh"),
+    "shorter": lambda entry: (entry / "renders.npz").write_text("weigh", encoding="utf-8"),
     "missing": lambda entry: (entry / "renders.npz").unlink(),
-    "manifest": lambda entry: (entry / "manifest.json").write_text("{"),
-    "manifest of another kind": lambda entry: (entry / "manifest.json").write_text("[1]"),
+    "manifest": lambda entry: (entry / "manifest.json").write_text("{", encoding="utf-8"),
+    "manifest of another kind": lambda entry: (entry / "manifest.json").write_text(
+        "[1]", encoding="utf-8"
+    ),
 }
 
 
@@ -90,23 +92,23 @@ def test_a_broken_entry_is_made_again(cache: StageCache, how: str):
 
 def test_a_flipped_bit_is_found_by_the_next_process(cache: StageCache):
     entry = cache.complete(cache.path("field", "fern", "0123"), writer("weights"))
-    (entry / "renders.npz").write_text("Weights")
+    (entry / "renders.npz").write_text("Weights", encoding="utf-8")
     assert states(cache) == {"field-fern-0123": "whole"}
     assert states(cache, thorough=True) == {"field-fern-0123": "broken"}
     process = FORK.Process(target=cache.complete, args=(entry, writer("weights")))
     process.start()
     process.join()
-    assert (entry / "renders.npz").read_text() == "weights"
+    assert (entry / "renders.npz").read_text(encoding="utf-8") == "weights"
 
 
 def slow(folder: Path) -> None:
     """Takes a second and a half, and says who is at it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / "log").open("a") as log:
+    with (folder.parent / "log").open("a", encoding="utf-8") as log:
         log.write(f"{os.getpid()}\n")
-    (folder / "progress").write_text(str(os.getpid()))
+    (folder / "progress").write_text(str(os.getpid()), encoding="utf-8")
     time.sleep(1.5)
-    (folder / "renders.npz").write_text("weights")
+    (folder / "renders.npz").write_text("weights", encoding="utf-8")
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -125,14 +127,14 @@ def test_one_process_makes_what_several_want_and_another_goes_on_if_it_dies(
     for process in processes:
         process.start()
     until((entry / "progress").exists)
-    until(lambda: (entry / "progress").read_text() != "")
+    until(lambda: (entry / "progress").read_text(encoding="utf-8") != "")
     assert states(cache) == {"field-fern-0123": "in use"}
     assert not cache.remove(entry)
     if die:
-        os.kill(int((entry / "progress").read_text()), signal.SIGKILL)
+        os.kill(int((entry / "progress").read_text(encoding="utf-8")), signal.SIGKILL)
     for process in processes:
         process.join()
-    makers = (cache.folder / "log").read_text().split()
+    makers = (cache.folder / "log").read_text(encoding="utf-8").split()
     assert len(makers) == len(set(makers)) == 1 + die
     assert states(cache) == {"field-fern-0123": "whole"}
 
@@ -144,7 +146,7 @@ def test_a_store_brings_an_entry_to_another_cluster(tmp_path: Path):
     here.complete(here.path("field", "fern", "0123"), writer())
     log: list[Path] = []
     entry = there.complete(there.path("field", "fern", "0123"), writer(log=log))
-    assert not log and (entry / "renders.npz").read_text() == "weights"
+    assert not log and (entry / "renders.npz").read_text(encoding="utf-8") == "weights"
     assert states(there, thorough=True) == {"field-fern-0123": "whole"}
 
 
@@ -154,7 +156,7 @@ def test_a_damaged_store_is_not_believed(tmp_path: Path, damage: str):
     store = (tmp_path / "store").as_uri()
     here, there = (StageCache(tmp_path / name / "cache", store) for name in ("here", "there"))
     here.complete(here.path("field", "fern", "0123"), writer())
-    (tmp_path / "store" / "field-fern-0123" / damage).write_text("{}")
+    (tmp_path / "store" / "field-fern-0123" / damage).write_text("{}", encoding="utf-8")
     log: list[Path] = []
     entry = there.complete(there.path("field", "fern", "0123"), writer(log=log))
     assert log == [entry]
@@ -168,7 +170,7 @@ def test_pruning_takes_broken_then_idle_then_surplus_entries(cache: StageCache):
         then = time.time() - 10 * 86_400 * age
         os.utime(cache.folder / ".locks" / f"{entry.name}.lock", (then, then))
         entries[name] = entry
-    (entries["broken"] / "renders.npz").write_text("")
+    (entries["broken"] / "renders.npz").write_text("", encoding="utf-8")
 
     def left() -> list[str]:
         return [name for name, entry in entries.items() if entry.exists()]
@@ -188,7 +190,7 @@ def test_the_command_lists_verifies_and_prunes(tmp_path: Path, capsys: pytest.Ca
     main(["cache", "list", *here])
     listed = capsys.readouterr().out
     assert listed.startswith("whole ") and "field-fern-0123" in listed and "1 entries" in listed
-    (entry / "renders.npz").write_text("Weights")
+    (entry / "renders.npz").write_text("Weights", encoding="utf-8")
     with pytest.raises(SystemExit, match="2"):
         main(["cache", "verify", *here])
     output = capsys.readouterr()

@@ -56,7 +56,7 @@ def test_a_finished_folder_holds_its_files(stage: str, run, config: Config, tmp_
     names = {file.name for file in (tmp_path / "new").iterdir()}
     assert names == {f"{stage}.pt", files[stage], "config.yaml", "metrics.json"}
     assert load_config(tmp_path / "new" / "config.yaml") == config
-    assert json.loads((tmp_path / "new" / "metrics.json").read_text()) == metrics
+    assert json.loads((tmp_path / "new" / "metrics.json").read_text(encoding="utf-8")) == metrics
     assert {"train/loss", "val/psnr", "seconds"} < set(metrics)
     if stage == "field":
         assert load_renders(tmp_path / "new" / "renders.npz").rgb.shape == (10, 48, 64, 3)
