@@ -32,7 +32,7 @@ from cbnerf.config import (
     load_config,
     preset,
 )
-from cbnerf.console import expand_homes, explain_unforeseen, prepare_output
+from cbnerf.console import expand_homes, explain_unforeseen, fail, prepare_output
 from cbnerf.data.library import NUM_VIEWS, default_storage, describe_photographs, make_capture
 from cbnerf.data.llff import find_photographs, is_scene_folder, read_capture, write_capture
 from cbnerf.data.references import find_references
@@ -352,14 +352,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError("torchrun is for train-field and train-refiner; start this without it")
         command.run()
     except KeyboardInterrupt:
-        print("cbnerf: interrupted; the same command goes on from its checkpoint", file=sys.stderr)
-        sys.exit(130)
+        fail("cbnerf", "interrupted; the same command goes on from its checkpoint", 130)
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"cbnerf: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail("cbnerf", error, 2)
     except Exception as error:
-        print(f"cbnerf: {explain_unforeseen(error, storage)}", file=sys.stderr)
-        sys.exit(1)
+        fail("cbnerf", explain_unforeseen(error, storage), 1)
 
 
 def parse_command(

@@ -9,7 +9,7 @@ import time
 import traceback
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from cbnerf.files import expand_home
 
@@ -33,6 +33,12 @@ def expand_homes(options: Any) -> None:
         elif isinstance(value, tuple):
             every = tuple(expand_home(v) if isinstance(v, Path) else v for v in value)
             setattr(options, entry.name, every)
+
+
+def fail(program: str, message: object, status: int) -> NoReturn:
+    """End with one line, whatever breaks it, and an exit status."""
+    print(f"{program}: {' '.join(str(message).splitlines())}", file=sys.stderr)
+    sys.exit(status)
 
 
 def one_line(message: object) -> str:

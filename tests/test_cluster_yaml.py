@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from base64 import b64encode
 from pathlib import Path
 from typing import Any
@@ -137,28 +138,46 @@ def test_commands_and_scripts_are_valid_bash(cluster: dict[str, Any]):
 
 
 def test_files_that_commands_name_are_synced(cluster: dict[str, Any]):
-    assert cluster["file_mounts"] == {"~/cbnerf": "."}
+    mounts = cluster["file_mounts"]
+    assert all(remote == f"~/cbnerf/{local}" for remote, local in mounts.items())
     named = {n for command in commands(cluster) for n in re.findall(r"~/cbnerf/(\S+)\b", command)}
     assert named >= {f"clusters/{script.name}" for script in SCRIPTS}
     assert all((ROOT / name).exists() for name in named)
+    assert {name.split("/")[0] for name in named} <= set(mounts.values())
 
 
-def test_all_of_the_project_is_synced_and_nothing_heavy(tmp_path: Path):
-    if not shutil.which("rsync"):
-        pytest.skip("needs rsync")
-    project, copy = tmp_path / "project", tmp_path / "copy"
-    tracked = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split()
-    heavy = [".venv/lib/big.so", ".git/index", "runs/cache/x", "data/nerf_llff_data/x",
-             "cbnerf/__pycache__/x.pyc"]  # fmt: skip
-    for name in [*tracked, *heavy]:
-        (project / name).parent.mkdir(parents=True, exist_ok=True)
-        (project / name).touch()
-    excluded = [f"--exclude={pattern}" for pattern in merged(None)["rsync_exclude"]]
-    subprocess.run(["rsync", "-a", *excluded, f"{project}/", copy], check=True)
-    synced = {str(file.relative_to(copy)) for file in copy.rglob("*") if file.is_file()}
-    assert synced == set(tracked)
+def test_what_machines_install_and_run_is_synced(tmp_path: Path):
+    for remote, local in merged(None)["file_mounts"].items():
+        source, copy = ROOT / local, tmp_path / remote.removeprefix("~/")
+        copy.parent.mkdir(exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, copy)
+    project = tmp_path / "cbnerf"
+    metadata = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert all((project / name).exists() for name in [metadata["readme"], "constraints.txt"])
+    assert all(list(project.glob(pattern)) for pattern in metadata["license-files"])
+    code = "import cbnerf; print(cbnerf.__file__)"
+    run = {"cwd": project, "capture_output": True, "check": True, "encoding": "utf-8"}
+    environment = {**os.environ, "PYTHONPATH": str(project)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, **run)
+    assert done.stdout == f"{project / 'cbnerf' / '__init__.py'}\n"
+    subprocess.run([sys.executable, "tune.py", "--help"], env=environment, **run)
+
+
+def test_nothing_of_another_folder_is_sent(
+    cluster: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Ray reads what it is about to send, relative to the folder that it is called in."""
+    from ray.autoscaler._private.util import hash_runtime_conf
+
+    (tmp_path / "README.md").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="LICENSE"):
+        hash_runtime_conf(cluster["file_mounts"], None, cluster)
+    monkeypatch.chdir(ROOT)
+    hash_runtime_conf(cluster["file_mounts"], None, cluster)
 
 
 def test_machines_install_the_versions_that_were_tested(cluster: dict[str, Any]):

@@ -189,7 +189,8 @@ def cluster_file(hosts: Hosts) -> Path:
     head, *workers = HOSTS.values()
     cluster["provider"] |= {"head_ip": head, "worker_ips": workers}
     cluster["auth"] = {"ssh_user": "root", "ssh_private_key": str(hosts.folder / "key")}
-    cluster["file_mounts"] = {"~/cbnerf": str(ROOT)}
+    mounts = cluster["file_mounts"].items()
+    cluster["file_mounts"] = {remote: str(ROOT / local) for remote, local in mounts}
     *_, profile = cluster["setup_commands"]
     cluster["setup_commands"] = [f"ln -sfn {sys.prefix} ~/venv", profile]
     file = hosts.folder / "cluster.yaml"

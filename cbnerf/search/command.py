@@ -21,7 +21,7 @@ from ray.tune import TuneError
 from sqlalchemy.exc import SQLAlchemyError
 
 from cbnerf.config import load_yaml, with_overrides
-from cbnerf.console import expand_homes, explain_unforeseen, one_line, prepare_output
+from cbnerf.console import expand_homes, explain_unforeseen, fail, one_line, prepare_output
 from cbnerf.data.library import (
     DATA_VARIABLE,
     DEFAULT_DATA,
@@ -50,7 +50,7 @@ from cbnerf.training.distributed import choose_device
 from cbnerf.training.models import count_parameters
 
 _REQUEST_FILE = "request.yaml"
-_INTERRUPTED = 130
+_PROGRAM, _INTERRUPTED = "tune.py", 130
 _FIELD_BYTES = 400
 """Of a checkpoint of the planes field, for each pixel of an image."""
 _CHARTS = "compareRunsMode=CHART&workflowType=machine_learning"
@@ -108,9 +108,9 @@ def main(default_config: Path) -> None:
         expand_homes(options)
         _run(options, default_config)
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on where it stopped", _INTERRUPTED)
+        fail(_PROGRAM, "interrupted; the same command goes on where it stopped", _INTERRUPTED)
     except Exception as error:
-        _fail(*_explain(error, options.storage))
+        fail(_PROGRAM, *_explain(error, options.storage))
 
 
 def _explain(error: Exception, storage: Path) -> tuple[str, int]:
@@ -497,8 +497,3 @@ def _alone(plan: Plan) -> Iterator[None]:
             f"study {plan.name} is under way in another process; `cbnerf report "
             f"{_pasted(plan.name)}` shows how far it is, another --name starts another one"
         ) from None
-
-
-def _fail(message: str, status: int) -> None:
-    print(f"tune.py: {message}", file=sys.stderr)
-    sys.exit(status)

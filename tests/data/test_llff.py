@@ -8,7 +8,14 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from cbnerf.data.llff import find_photographs, find_scenes, read_capture, write_capture
+from cbnerf.data.library import make_capture
+from cbnerf.data.llff import (
+    find_photographs,
+    find_scenes,
+    fingerprint,
+    read_capture,
+    write_capture,
+)
 from cbnerf.data.scene import Capture
 
 
@@ -307,3 +314,19 @@ def test_no_damage_to_an_image_goes_unnamed(folder: Path):
             read_capture(folder, 64)
         except ValueError as error:
             assert "image001.png" in str(error)
+
+
+def test_the_fingerprint_is_of_what_is_read_and_not_of_where_it_lies(tmp_path: Path):
+    write_capture(tmp_path / "here" / "fern", make_capture("mosaic", width=64, num_views=4))
+    here = fingerprint(tmp_path / "here" / "fern", 64)
+    (tmp_path / "here").rename(tmp_path / "there")
+    scene = tmp_path / "there" / "fern"
+    assert fingerprint(scene, 64) == here
+    (scene / "notes.txt").touch()
+    assert fingerprint(scene, 64) == here
+    for file in (scene / "images" / "image003.png", scene / "poses_bounds.npy"):
+        kept = file.read_bytes()
+        file.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+        assert fingerprint(scene, 64) != here
+        file.write_bytes(kept)
+    assert fingerprint(scene, 64) == here

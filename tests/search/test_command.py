@@ -1,0 +1,294 @@
+"""Command lines of `tune.py` in odd places: strange paths, moved photographs, foreign machines."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ray.cluster_utils import Cluster
+
+from cbnerf.cli import Report
+from cbnerf.config import load_yaml
+from cbnerf.data.library import make_capture
+from cbnerf.data.llff import write_capture
+from cbnerf.search import command
+from cbnerf.search.ledger import Ledger
+from cbnerf.search.plan import Plan
+
+pytestmark = pytest.mark.search
+
+ROOT = Path(__file__).parents[2]
+SMOKE = ROOT / "tune_configs" / "smoke.yaml"
+STRANGER = ["unshare", "--user", "--map-user=12345", "--map-group=12345"]
+"""Runs a command as a user without a name and without any right of root's."""
+UNREADABLE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+"""A locale in which Python encodes files and output as ASCII."""
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit status of a command line, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["tune.py", *arguments])
+    try:
+        command.main(SMOKE)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def photograph(folder: Path, *, num_views: int = 10) -> Path:
+    """LLFF data of one scene."""
+    write_capture(folder / "fern", make_capture("mosaic", width=64, num_views=num_views))
+    return folder
+
+
+def begin(data: Path, **options: Any) -> Plan:
+    """A study that a driver has begun and that has got no further."""
+    asked = command.Options(data=data, name="study", storage=Path("runs"), **options)
+    request = command._make_request(asked, SMOKE)
+    plan, _ = command._settle(request, asked, has_gpu=False)
+    kept = request | {"photographs": command._know_photographs(plan), "resolution": "tiny"}
+    plan.folder.mkdir(parents=True)
+    (plan.folder / "request.yaml").write_text(yaml.safe_dump(kept), encoding="utf-8")
+    return plan
+
+
+def content(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """When each file and folder was changed, and what it holds."""
+    return {
+        str(path.relative_to(folder)): (
+            path.stat().st_mtime_ns,
+            path.read_bytes() if path.is_file() else b"",
+        )
+        for path in [folder, *folder.rglob("*")]
+    }
+
+
+RESUME = ["--resume", "--name", "study"]
+
+
+def test_photographs_that_have_moved_are_said_and_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    plan = begin(photograph(tmp_path / "old"))
+    (tmp_path / "old").rename(tmp_path / "new disk")
+    assert call(monkeypatch, *RESUME) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "old/fern: no such folder" in line and "--resume --name study --data FOLDER" in line
+    moved = ["--data", "new disk"]
+    for arguments in ([*RESUME, *moved], ["--config", str(SMOKE), "--name", "study", *moved]):
+        assert call(monkeypatch, *arguments, "--dry-run") == 0, capfd.readouterr().err
+        assert "data       photographs in " in capfd.readouterr().out
+    request = load_yaml(plan.folder / "request.yaml")
+    asked = command.Options(resume=True, name="study", data=tmp_path / "new disk")
+    again, _ = command._settle(command._load_request(asked), asked, has_gpu=False)
+    assert command._know_photographs(again) == request["photographs"]
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_other_photographs_are_refused_before_ray_starts(
+    noted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    plan = begin(photograph(tmp_path / "old"))
+    file = plan.folder / "request.yaml"
+    if not noted:  # by an older version
+        kept = {name: v for name, v in load_yaml(file).items() if name != "photographs"}
+        file.write_text(yaml.safe_dump(kept), encoding="utf-8")
+    before = content(tmp_path / "runs")
+    photograph(tmp_path / "new", num_views=11)
+    assert call(monkeypatch, *RESUME, "--data", "new") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "new/fern: not the photographs that study study was started with" in line
+    assert str(tmp_path / "old") in line
+    assert content(tmp_path / "runs") == before
+
+
+def test_a_study_on_built_in_scenes_takes_no_photographs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    plan = begin(photograph(tmp_path / "data"))
+    file = plan.folder / "request.yaml"
+    built_in = load_yaml(file) | {"data": None, "scene_names": ["mosaic"], "photographs": {}}
+    file.write_text(yaml.safe_dump(built_in), encoding="utf-8")
+    assert call(monkeypatch, *RESUME, "--data", "data") == 2
+    assert "was started on built-in scenes" in capfd.readouterr().err
+
+
+def test_a_report_of_what_has_not_got_far_writes_nothing(tmp_path: Path):
+    with pytest.raises(ValueError, match="no study 'study' in runs/studies; it holds none"):
+        Report(study="study", storage=Path("runs")).run()
+    assert not list(tmp_path.iterdir())
+    plan = begin(photograph(tmp_path / "data"))
+    shutil.rmtree(tmp_path / "data")  # A report needs no photographs.
+    driver = None
+    for problem in ("it has not begun yet", "no configuration has finished yet"):
+        before = content(tmp_path)
+        with pytest.raises(ValueError, match=f"study study: {problem}"):
+            Report(study="study", storage=Path("runs")).run()
+        assert content(tmp_path) == before
+        driver = driver or Ledger(plan)  # It has asked for nothing yet.
+        assert driver.next_unit()
+    before = content(tmp_path)
+    with pytest.raises(ValueError, match="no study 'other' in runs/studies; there are study"):
+        Report(study="other", storage=Path("runs")).run()
+    assert content(tmp_path) == before
+
+
+def test_anything_unforeseen_is_one_line_that_names_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(command, "make_plan", fail)
+    (tmp_path / "my runs").mkdir()
+    assert call(monkeypatch, "--storage", "my runs") == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("tune.py: AssertionError; traceback in ")
+    (file,) = (tmp_path / "my runs").iterdir()
+    assert shlex.split(line)[-1] == str(file)
+    assert "in fail" in file.read_text(encoding="utf-8")
+
+
+ODD = st.text(alphabet="ab ~%?#'\"\\$&;é日\u202f\udcff\n*[]{}:!", min_size=1, max_size=8)
+PATHS = st.tuples(st.sampled_from(["", "here/", "./", "a/../", "link/", "file/"]), ODD,
+                  st.sampled_from(["", "/", "/deeper"])).map("".join)  # fmt: skip
+FLAGS = st.fixed_dictionaries(
+    {},
+    optional={
+        "--name": ODD,
+        "--scenes": st.one_of(ODD, st.sampled_from(["all", "mosaic", "mosaic,mosaic", ",", ""])),
+        "--data": PATHS,
+        "--config": st.one_of(PATHS, st.just(str(SMOKE))),
+        "--trials": st.sampled_from(["0", "-1", "1", "nan", "1e9", "", "3"]),
+        "--resolution": st.one_of(ODD, st.sampled_from(["tiny", "auto", "x2-128"])),
+        "--method": st.one_of(ODD, st.sampled_from(["cb-nerf", "nerf", "linear"])),
+        "--concurrency": st.sampled_from(["0", "-3", "1", "x"]),
+        "--gpus": st.sampled_from(["-1", "nan", "inf", "0", "0.25", "x"]),
+    },
+)
+
+
+@settings(
+    max_examples=60, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(storage=PATHS, flags=FLAGS, resume=st.booleans())
+def test_an_odd_command_line_is_a_plan_or_one_line(
+    storage: str, flags: dict[str, str], resume: bool,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+):  # fmt: skip
+    class Planned(KeyboardInterrupt):
+        """Ray would start."""
+
+    def stop(address: str | None) -> None:
+        raise Planned
+
+    monkeypatch.setattr(command, "_ray", stop)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "file").touch()
+    (tmp_path / "here").mkdir(exist_ok=True)
+    (tmp_path / "link").is_symlink() or (tmp_path / "link").symlink_to("here")
+    before = content(tmp_path)
+    words = [f"{name}={value}" for name, value in flags.items()]
+    status = call(monkeypatch, f"--storage={storage}", *words, *["--resume"] * resume)
+    output, errors = capfd.readouterr()
+    assert "Traceback" not in output + errors and "traceback" not in output + errors
+    assert content(tmp_path) == before
+    if status == command._INTERRUPTED:  # It was planned, so all of this must be sound.
+        assert float(flags.get("--gpus", "0")) >= 0 and not resume
+        assert "\n" not in storage + flags.get("--name", "") and "\udcff" not in storage
+        assert not storage.startswith("file/")
+        assert flags.get("--scenes") in (None, "all", "mosaic", "mosaic,mosaic")
+        assert flags.get("--trials") in (None, "1", "3")
+        assert flags.get("--concurrency") in (None, "1")
+        assert "/" not in flags.get("--name", "x")
+    else:
+        assert status == 2 and errors.strip()
+        if errors.startswith("tune.py: "):  # tyro draws boxes
+            assert len(errors.splitlines()) == 1
+
+
+def test_a_cluster_of_another_version_is_refused_in_one_line(tmp_path: Path):
+    code = (
+        "import sys; import ray; ray.__version__ = '2.1.0'; from pathlib import Path; "
+        "from cbnerf.search import command; command.main(Path(sys.argv.pop()))"
+    )
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, "--address", address := cluster.address, str(SMOKE)],
+            capture_output=True, encoding="utf-8",
+        )  # fmt: skip
+    finally:
+        cluster.shutdown()
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"tune.py: --address {address}: ") and "2.1.0" in line
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> "tuple[Path, subprocess.CompletedProcess]":
+    """A study in a container without a user, a home folder and a locale, its storage with a space
+    in it, on photographs that move afterwards."""
+    folder = tmp_path_factory.mktemp("foreign")
+    if subprocess.run([*STRANGER, "true"], capture_output=True).returncode:
+        pytest.skip("needs user namespaces")
+    data = photograph(folder / "data")
+    environment = {**os.environ, **UNREADABLE, "HOME": "/dev/null"}
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE", "USER", "LOGNAME"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [*STRANGER, sys.executable, ROOT / "tune.py", "--config", SMOKE, "--name", "study",
+         "--data", data, "--storage", "my runs"],
+        cwd=folder, env=environment, capture_output=True, encoding="ascii",
+    )  # fmt: skip
+    data.rename(folder / "moved")
+    return folder, done
+
+
+@pytest.mark.slow
+def test_a_study_needs_no_home_no_user_and_no_locale(foreign):
+    folder, done = foreign
+    assert done.returncode == 0, done.stderr
+    page = (folder / "my runs" / "studies" / "study" / "report.html").read_text(encoding="utf-8")
+    assert page.rstrip().endswith("</html>") and not page.isascii()
+
+
+@pytest.mark.slow
+def test_what_is_to_be_pasted_is_quoted(foreign):
+    folder, done = foreign
+    (server,) = re.findall(r"^compare +(.*)$", done.stdout, re.MULTILINE)
+    *_, uri = shlex.split(server)
+    assert uri.startswith("sqlite:///") and uri.endswith("/mlflow.db")
+    assert len(shlex.split(server)) == 4
+    for label, file in (("report", "report.html"), ("best", "best.yaml")):
+        (line,) = re.findall(rf"^{label} +(.*)$", done.stdout, re.MULTILINE)
+        path = Path(shlex.split(line)[-1])
+        assert path.name == file and path.parent.parent.parent == folder / "my runs"
+
+
+@pytest.mark.slow
+def test_a_finished_study_is_reported_and_extended_where_its_photographs_have_moved(
+    foreign, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    folder, _ = foreign
+    study = folder / "my runs" / "studies" / "study"
+    pages = [(study / name).read_bytes() for name in ("report.html", "report.md", "best.yaml")]
+    Report(study="study", storage=folder / "my runs").run()
+    assert pages == [
+        (study / name).read_bytes() for name in ("report.html", "report.md", "best.yaml")
+    ]
+    fields = sorted((folder / "my runs" / "cache").glob("field-*"))
+    there = ["--storage", str(folder / "my runs"), *RESUME, "--trials", "3"]
+    assert call(monkeypatch, *there, "--data", str(folder / "moved")) == 0, capfd.readouterr().err
+    assert load_yaml(study / "request.yaml")["data"] == str(folder / "moved")
+    assert sorted((folder / "my runs" / "cache").glob("field-*")) == fields
+    assert call(monkeypatch, *there) == 0, capfd.readouterr().err
