@@ -12,8 +12,8 @@ import cbnerf
 
 PACKAGE = Path(cbnerf.__file__).parent
 LEFT_TO_RIGHT = [
-    {"config"}, {"noise", "metrics", "tables", "files", "downsampling"}, {"nerf", "codebook"},
-    {"data"}, {"training"}, {"compare"}, {"search"}, {"cli"}, {"__main__"},
+    {"strict_yaml"}, {"config"}, {"noise", "metrics", "tables", "files", "downsampling"},
+    {"nerf", "codebook"}, {"data"}, {"training"}, {"compare"}, {"search"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 PLACE = {part: place for place, parts in enumerate(LEFT_TO_RIGHT) for part in parts}
 OF_SEARCH_ONLY = {"ray", "optuna", "mlflow", "tqdm", "plotly"}

@@ -50,8 +50,8 @@ def run_field(
     report: Report = ignore,
     until: int | None = None,
 ) -> dict[str, float]:
-    """Train stage 1 and render all views; returns the last metrics, the `seconds` it took and, once it is
-    whole, its number of `parameters`.
+    """Train stage 1 and render all views; returns the last metrics, the `seconds` it took and, of
+    a whole training, the number of `parameters`.
 
     With `until` it stops after that many steps, and a later call goes on from there.
     """
