@@ -61,7 +61,7 @@ def initial_points(plan: Plan) -> list[dict[str, Any]]:
         if name in plan.spec.space and value in plan.spec.space[name]
     }
     points = [defaults] + [defaults | dict(point) for point in plan.spec.initial]
-    return [point for index, point in enumerate(points) if point not in points[:index]]
+    return [p for index, p in enumerate(points) if p and p not in points[:index]]
 
 
 def propose(plan: Plan, study: optuna.Study, number: int) -> optuna.Trial:

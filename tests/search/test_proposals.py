@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from optuna.trial import TrialState
 
-from cbnerf.search.proposals import even_point, make_study, propose, suggest
+from cbnerf.config import flatten
+from cbnerf.search.proposals import even_point, initial_points, make_study, propose, suggest
 
 pytestmark = pytest.mark.search
 
@@ -65,3 +66,19 @@ def test_many_that_start_at_once_lie_evenly(tiny_plan):
     trials = study.get_trials()
     assert [trial.state for trial in trials] == [TrialState.RUNNING] * 9
     assert [t.params for t in trials[1:]] == [even_point(plan, number) for number in range(1, 9)]
+
+
+@pytest.mark.parametrize(
+    "name, domain, own",
+    [
+        ("codebook.dim", {"low": 4, "high": 64, "step": 5}, 32),  # 4, 9, ..., 64
+        ("refiner.optim.lr", {"low": 1e-3, "high": 1e-2, "step": 3e-3}, 2e-3),
+        ("codebook.size", {"choices": [128, 256]}, 64),
+    ],
+)
+def test_a_preset_outside_the_space_is_not_tried(tiny_plan, name: str, domain: dict, own: float):
+    plan = tiny_plan(space={name: domain})
+    assert flatten(plan.base)[name] == own
+    assert initial_points(plan) == []
+    trial = propose(plan, make_study(plan), 0)
+    assert suggest(trial, plan)[name] in plan.spec.space[name]
