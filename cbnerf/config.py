@@ -6,6 +6,7 @@ Imports no torch, so that `--help` and the check of a YAML file are instant.
 """
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from cbnerf.files import write_whole
+from cbnerf.strict_yaml import MOST, load_yaml, shown
 
 
 class KnobError(ValueError):
@@ -24,7 +26,7 @@ class KnobError(ValueError):
 
 def _check(condition: bool, name: str, value: object, rule: str) -> None:
     if not condition:
-        raise KnobError(f"{name} = {value!r} must be {rule}")
+        raise KnobError(f"{name} = {shown(value)} must be {rule}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,8 @@ class PlanesConfig:
     def __post_init__(self):
         for name in ("channels", "depth_cells", "levels", "hidden"):
             _check(getattr(self, name) >= 1, f"field.planes.{name}", getattr(self, name), ">= 1")
+        for name in ("tv_weight", "proposal_weight"):
+            _check(getattr(self, name) >= 0, f"field.planes.{name}", getattr(self, name), ">= 0")
         for name in ("cells_per_pixel", "grid_lr", "network_lr"):
             _check(getattr(self, name) > 0, f"field.planes.{name}", getattr(self, name), "> 0")
         _check(
@@ -135,6 +139,8 @@ class MLPConfig:
     def __post_init__(self):
         for name in ("width", "depth"):
             _check(getattr(self, name) >= 2, f"field.mlp.{name}", getattr(self, name), ">= 2")
+        for name in ("position_frequencies", "direction_frequencies", "density_noise"):
+            _check(getattr(self, name) >= 0, f"field.mlp.{name}", getattr(self, name), ">= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,6 +315,16 @@ class LossConfig:
             _check(value >= 0, f"loss.{knob.name}", value, "at least 0")
 
 
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """All knobs as `{"codebook.size": 1024, ...}`, in the order of this page."""
+    flat: dict[str, Any] = {}
+    for knob in fields(config):
+        value = getattr(config, knob.name)
+        name = prefix + knob.name
+        flat |= flatten(value, name + ".") if is_dataclass(value) else {name: value}
+    return flat
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """One configuration of both stages."""
@@ -325,6 +341,11 @@ class Config:
     on a CPU it is for a fixed number of threads."""
 
     def __post_init__(self):
+        for name, value in flatten(self).items():
+            if isinstance(value, int | float):
+                _check(math.isfinite(value) and abs(value) < MOST, name, value, "finite, < 2^63")
+        # Random numbers are those of a product of seed and step.
+        _check(0 <= self.seed < 2**32, "seed", self.seed, "at least 0 and less than 2^32")
         kind = self.refiner.kind
         _check(
             not self.codebook.shared or kind not in ("reference", "none"),
@@ -434,16 +455,6 @@ FIELD_KNOBS = ("data.", "field.", "seed", "deterministic")
 """Prefixes of the knobs of stage 1."""
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """All knobs as `{"codebook.size": 1024, ...}`, in the order of this file."""
-    flat: dict[str, Any] = {}
-    for knob in fields(config):
-        value = getattr(config, knob.name)
-        name = prefix + knob.name
-        flat |= flatten(value, name + ".") if is_dataclass(value) else {name: value}
-    return flat
-
-
 def flatten_field(config: Config) -> dict[str, Any]:
     """The knobs of stage 1."""
     return {name: v for name, v in flatten(config).items() if name.startswith(FIELD_KNOBS)}
@@ -455,7 +466,7 @@ def knob_type(name: str) -> Any:
     for part in name.split("."):
         hints = typing.get_type_hints(kind) if is_dataclass(kind) else {}
         if part not in hints:
-            raise ValueError(f"unknown knob {name!r}{_suggestion(name)}")
+            raise ValueError(f"unknown knob {shown(name)}{_suggestion(name)}")
         kind = hints[part]
     if is_dataclass(kind):
         raise ValueError(f"{name!r} is a group of knobs, not a knob{_suggestion(name)}")
@@ -473,7 +484,7 @@ def cast(name: str, value: Any) -> Any:
     try:
         return _cast(kind, value)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{name} = {value!r} is not {_describe(kind)}") from None
+        raise ValueError(f"{name} = {shown(value)} is not {_describe(kind)}") from None
 
 
 def _cast(kind: Any, value: Any) -> Any:
@@ -490,12 +501,14 @@ def _cast(kind: Any, value: Any) -> Any:
         if kind is not bool or not isinstance(value, bool):
             raise TypeError
         return value
+    if not isinstance(value, int | float | str):  # such as bytes, which Python reads numbers of
+        raise TypeError
     if kind is int:
         if isinstance(value, float) and value != int(value):
             raise ValueError
         return int(value)
     if kind is float:
-        return float(value)  # PyYAML reads 1e-3 as a string
+        return float(value)
     raise TypeError(kind)
 
 
@@ -528,35 +541,6 @@ def save_config(config: Config, path: Path) -> None:
     """Write all knobs as plain YAML."""
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(config).items()}
     write_whole(path, yaml.safe_dump(plain, sort_keys=False))
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses duplicate keys, of which YAML's own loader keeps the last."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{twice!r} stands twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
-def load_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; a ValueError describes what is wrong with the file in one line."""
-    try:
-        loaded = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path}: expected `name: value` lines, found {type(loaded).__name__}")
-    unnamed = [key for key in loaded if not isinstance(key, str)]
-    if unnamed:
-        raise ValueError(f"{path}: {unnamed[0]!r} is not a name")
-    return loaded
 
 
 def load_config(path: Path, base: Config = Config()) -> Config:

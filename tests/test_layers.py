@@ -12,7 +12,7 @@ import cbnerf
 
 PACKAGE = Path(cbnerf.__file__).parent
 LEFT_TO_RIGHT = [
-    {"files"}, {"config", "console"}, {"rng", "metrics", "downsampling"},
+    {"files", "strict_yaml"}, {"config", "console"}, {"rng", "metrics", "downsampling"},
     {"nerf", "codebook", "scenes", "report"}, {"baselines"}, {"data"},
     {"training"}, {"compare"}, {"search"}, {"cli"}, {"__main__"},
 ]  # fmt: skip

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import yaml
 
 from cbnerf.compare.protocols import Protocol, adapt
 from cbnerf.compare.run import Comparison
@@ -12,12 +11,14 @@ from cbnerf.config import (
     DEFAULT_METHOD,
     METHODS,
     Config,
+    cast,
     load_config,
     preset,
     with_overrides,
 )
 from cbnerf.data.library import check_scenes, choose_scenes, default_storage, locate_data
 from cbnerf.nerf.model import settle_precision
+from cbnerf.strict_yaml import parse_yaml, shown
 from cbnerf.training.distributed import choose_device
 
 
@@ -51,7 +52,7 @@ def settle(request: Request) -> Comparison:
     """Find methods and scenes, and check that they can be compared."""
     resolution = request.resolution or ("x2-504" if torch.cuda.is_available() else "x2-128")
     names = list(METHODS) if request.methods == "all" else request.methods.split(",")
-    changes = dict(_read_knob(text) for text in request.knobs)
+    changes = _read_knobs(request.knobs)
     methods: dict[str, Config] = {}
     for name in map(str.strip, names):
         config = _load_method(name, resolution)
@@ -124,11 +125,20 @@ def _label(name: str) -> str:
     return f"{path.parent.name} {path.stem}"
 
 
+def _read_knobs(texts: tuple[str, ...]) -> dict[str, object]:
+    knobs: dict[str, object] = {}
+    for name, value in map(_read_knob, texts):
+        if name in knobs:
+            raise ValueError(f"--knobs: {name} stands there twice")
+        knobs[name] = value
+    return knobs
+
+
 def _read_knob(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(f"--knobs {text!r} is not NAME=VALUE")
+        raise ValueError(f"--knobs {shown(text)} is not NAME=VALUE")
     try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ValueError(f"--knobs {text!r}: its value is not readable as YAML") from None
+        return name, cast(name, parse_yaml(value))
+    except ValueError as error:
+        raise ValueError(f"--knobs {shown(text)}: {error}") from None

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from cbnerf.config import FIELD_KNOBS, Config, preset, with_overrides
 from cbnerf.data.library import choose_scenes, locate_data, scene_folder
+from cbnerf.search.space import check_space
 from cbnerf.search.spec import SearchSpec
 from cbnerf.training.cache import StageCache
 from cbnerf.training.checkpoint import Stage
@@ -150,7 +151,7 @@ def make_plan(
     if resolution == "auto":
         resolution = "x2-504" if gpus else "x2-128"
     base = with_overrides(preset(spec.method, resolution), spec.fixed)
-    _check_space(base, spec)
+    check_space(base, spec)
     _check_batches(base, spec.resources.workers)
     if isinstance(scenes, tuple):
         folder, chosen = data, scenes
@@ -170,44 +171,6 @@ def make_plan(
         gpus_per_worker=gpus,
         cache_store=cache_store,
     )
-
-
-_IDLE: dict[str, tuple[str, ...]] = {
-    "linear": ("codebook.", "loss.", "refiner."),
-    "reference": ("codebook.", "loss."),
-}
-"""Beginnings of knobs that a kind of refiner does not heed."""
-
-
-def _check_space(base: Config, spec: SearchSpec) -> None:
-    """Refuse a space that cannot change what is scored, and patches that no image holds."""
-    if base.refiner.kind not in ("none", "linear") and base.refiner.patch_size > base.data.width:
-        raise ValueError(
-            f"refiner.patch_size = {base.refiner.patch_size} does not fit into images "
-            f"{base.data.width} pixels wide"
-        )
-    if base.refiner.kind == "none":
-        idle = [name for name in spec.space if not name.startswith(FIELD_KNOBS)]
-        if idle:
-            raise ValueError(
-                f"space: {idle[0]} is a knob of stage 2, and {spec.method} ends with stage 1; "
-                "search knobs of `field` (tune_configs/stage1.yaml) or another method"
-            )
-    idle = [name for name in spec.space if name.startswith(_IDLE.get(base.refiner.kind, ()))]
-    if idle and "refiner.kind" not in spec.space:
-        raise ValueError(f"space: {idle[0]} changes nothing in {spec.method}")
-    if "auto" in getattr(spec.space.get("field.precision"), "choices", ()):
-        raise ValueError(
-            "space: field.precision: `auto` is another one on another machine; search bfloat16 and "
-            "float32"
-        )
-    if "codebook.shared" in spec.space:
-        raise ValueError(
-            "space: codebook.shared decides what is trained at all; set it under `fixed`, and "
-            "search with and without"
-        )
-    if "none" in getattr(spec.space.get("refiner.kind"), "choices", ()):
-        raise ValueError("space: refiner.kind: `none` has no stage 2 to be judged")
 
 
 def _check_batches(base: Config, workers: int) -> None:

@@ -90,7 +90,7 @@ def initial_points(plan: Plan) -> list[dict[str, Any]]:
         if name in plan.spec.space and value in plan.spec.space[name]
     }
     points = [defaults] + [defaults | dict(point) for point in plan.spec.initial]
-    return [point for index, point in enumerate(points) if point not in points[:index]]
+    return [p for index, p in enumerate(points) if p and p not in points[:index]]
 
 
 def propose(plan: Plan, study: optuna.Study, number: int) -> optuna.Trial:
@@ -138,14 +138,16 @@ def _value_at(domain: Range | Choices, share: float) -> Any:
     """The value below which a share in [0, 1) of the domain lies."""
     if isinstance(domain, Choices):
         return domain.choices[int(share * len(domain.choices))]
-    if domain.step:
-        num_values = int((domain.high - domain.low) / domain.step + 1e-9) + 1
-        return domain.low + domain.step * int(share * num_values)
+    is_integer = isinstance(domain.low, int)
+    step = domain.step or (1 if is_integer and not domain.log else None)
+    if step:
+        num_values = int((domain.high - domain.low) / step + 1e-9) + 1
+        return min(domain.low + step * int(share * num_values), domain.high)
     if domain.log:
         value = domain.low * (domain.high / domain.low) ** share
     else:
         value = domain.low + share * (domain.high - domain.low)
-    return round(value) if isinstance(domain.low, int) else value
+    return round(value) if is_integer else min(value, domain.high)
 
 
 def suggest(trial: optuna.Trial, plan: Plan) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 Everything is parsed into own types here, before Optuna or Ray see it.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from cbnerf.config import METHODS, RESOLUTIONS, Config, cast, knob_type, load_yaml, with_overrides
+from cbnerf.config import METHODS, RESOLUTIONS, Config, cast, knob_type, with_overrides
+from cbnerf.strict_yaml import MOST, load_yaml, shown
 
 MIN_GPU = 0.01
 """The smallest part of a GPU that a process may be given."""
@@ -18,7 +19,8 @@ Value = bool | int | float | str
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """Values between two bounds, integer or real as the knob is."""
+    """Values between two bounds, integer or real as the knob is; with `step` those of a grid that
+    begins at `low`, whose last value `high` is."""
 
     low: int | float
     high: int | float
@@ -26,15 +28,10 @@ class Range:
     step: int | float | None = None
 
     def __contains__(self, value: Any) -> bool:
-        return self.low <= value <= self.high and (self.step is None or self._is_on_grid(value))
-
-    def _is_on_grid(self, value: int | float) -> bool:
-        steps = (value - self.low) / (self.step or 1)
-        return math.isclose(steps, round(steps), abs_tol=1e-6)
-
-    def __post_init__(self):
-        if self.step is not None and not self._is_on_grid(self.high):
-            raise ValueError(f"high = {self.high} is not low = {self.low} plus a multiple of step")
+        if not (_is_like(value, self.low) and self.low <= value <= self.high):
+            return False
+        steps = (value - self.low) / self.step if self.step else 0
+        return abs(steps - round(steps)) < 1e-8  # as Optuna has it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +41,12 @@ class Choices:
     choices: tuple[Value, ...]
 
     def __contains__(self, value: Any) -> bool:
-        # True == 1, but they are not the same choice.
-        return any(value == choice and type(value) is type(choice) for choice in self.choices)
+        return any(_is_like(value, choice) and value == choice for choice in self.choices)
+
+
+def _is_like(value: Any, of_knob: Value) -> bool:
+    """Whether a value has the type of a knob's; to Python, True is 1, too."""
+    return type(value) is type(of_knob)
 
 
 Space = dict[str, Range | Choices]
@@ -112,8 +113,10 @@ class Stopping:
     is what another seed makes of a configuration."""
 
     def __post_init__(self):
-        if self.rungs < 1 or self.eta < 2:
-            raise ValueError("stopping.rungs must be at least 1, stopping.eta at least 2")
+        if not (1 <= self.rungs <= 20 and 2 <= self.eta <= 1000):
+            raise ValueError(
+                "stopping.rungs must be at least 1 and at most 20, stopping.eta between 2 and 1000"
+            )
         if self.grace_period < 1:
             raise ValueError("stopping.grace_period must be at least 1")
         if self.margin < 0:
@@ -127,6 +130,10 @@ QUALITIES = ("val/psnr", "val/ssim")
 COSTS = ("seconds", "parameters", "codebook.size")
 """What can be minimised: training seconds of stage 2 (stage 1 where that is searched), parameters
 of stage 2 (of its networks, codes and filters), codes."""
+LIMITED = ("parameters", "codebook.size")
+"""What can have an upper bound."""
+MOST_TRIALS = 100_000
+"""More would not fit into the arrays that they are judged on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,26 +164,28 @@ class SearchSpec:
 
     def __post_init__(self):
         if self.method not in METHODS:
-            raise ValueError(f"method {self.method!r} is not one of {', '.join(METHODS)}")
+            raise ValueError(f"method {shown(self.method)} is not one of {', '.join(METHODS)}")
         if self.resolution not in ("auto", *RESOLUTIONS):
             raise ValueError(
-                f"resolution {self.resolution!r} is not one of auto, {', '.join(RESOLUTIONS)}"
+                f"resolution {shown(self.resolution)} is not one of auto, {', '.join(RESOLUTIONS)}"
             )
         for name in self.objectives:
             if name not in QUALITIES + COSTS:
-                raise ValueError(f"objective {name!r} is not one of {', '.join(QUALITIES + COSTS)}")
+                raise ValueError(
+                    f"objective {shown(name)} is not one of {', '.join(QUALITIES + COSTS)}"
+                )
         if not self.objectives or self.objectives[0] not in QUALITIES:
             raise ValueError(f"the first objective must be one of {', '.join(QUALITIES)}")
         if len(set(self.objectives)) < len(self.objectives):
             raise ValueError("objectives names one twice")
         for name, limit in self.limits.items():
-            if name not in ("parameters", "codebook.size") or limit <= 0:
+            if name not in LIMITED or limit <= 0:
                 raise ValueError(
-                    f"limits: {name}: {limit} is not a positive bound on parameters or "
-                    "codebook.size"
+                    f"limits: {shown(name)}: {limit} is not a positive bound on "
+                    f"{' or '.join(LIMITED)}"
                 )
-        if self.trials < 1:
-            raise ValueError("trials must be at least 1")
+        if not 1 <= self.trials <= MOST_TRIALS:
+            raise ValueError(f"trials must be at least 1 and at most {MOST_TRIALS}")
         if not self.space:
             raise ValueError("space names no knob to search")
         both = sorted(set(self.space) & set(self.fixed))
@@ -198,10 +207,10 @@ def parse_spec(content: Mapping[str, Any]) -> SearchSpec:
     values = dict(_known(SearchSpec, content, "the specification"))
     for name in ("method", "resolution"):
         if not isinstance(values.get(name, ""), str):
-            raise ValueError(f"{name} = {values[name]!r} is not a name")
+            raise ValueError(f"{name} = {shown(values[name])} is not a name")
     for name in ("trials", "seed"):
         if not _is_number(values.get(name, 0), int) or values.get(name, 0) < 0:
-            raise ValueError(f"{name} = {values[name]!r} is not a whole number")
+            raise ValueError(f"{name} = {shown(values[name])} is not a whole number")
     fixed = _mapping(values.get("fixed", {}), "fixed")
     values["fixed"] = {name: _value(name, value) for name, value in fixed.items()}
     space = _mapping(values.get("space", {}), "space")
@@ -222,14 +231,14 @@ def parse_spec(content: Mapping[str, Any]) -> SearchSpec:
     values["limits"] = _mapping(values.get("limits", {}), "limits")
     for name, limit in values["limits"].items():
         if not _is_number(limit, int | float):
-            raise ValueError(f"limits: {name} = {limit!r} is not a number")
+            raise ValueError(f"limits: {shown(name)} = {shown(limit)} is not a number")
     values["limits"] = {name: float(limit) for name, limit in values["limits"].items()}
     return SearchSpec(**values)
 
 
 def _parse_objectives(content: Any) -> tuple[str, ...]:
     if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
-        raise ValueError(f"objectives must be a list of names, found {content!r}")
+        raise ValueError(f"objectives must be a list of names, found {shown(content)}")
     return tuple(content)
 
 
@@ -239,14 +248,14 @@ def _parse_stopping(content: Any) -> Stopping:
     kinds = {"rungs": int, "eta": int, "grace_period": int, "threshold": number, "margin": number}
     for name, value in entries.items():
         if name in kinds and not _is_number(value, kinds[name]):
-            raise ValueError(f"stopping.{name} = {value!r} is not a number of its kind")
+            raise ValueError(f"stopping.{name} = {shown(value)} is not a number of its kind")
     _one_of("stopping.rule", entries.get("rule", Stopping.rule), Rule)
     return Stopping(**entries)
 
 
 def _one_of(name: str, value: Any, kind: Any) -> None:
     if value not in get_args(kind):
-        raise ValueError(f"{name} = {value!r} is not one of {', '.join(get_args(kind))}")
+        raise ValueError(f"{name} = {shown(value)} is not one of {', '.join(get_args(kind))}")
 
 
 def _parse_point(point: Any, space: Space) -> dict[str, Any]:
@@ -255,7 +264,7 @@ def _parse_point(point: Any, space: Space) -> dict[str, Any]:
         if name not in space:
             raise ValueError(f"initial: {name} is not in the space")
         if value not in space[name]:
-            raise ValueError(f"initial: {name} = {value!r} lies outside the space")
+            raise ValueError(f"initial: {name} = {shown(value)} lies outside the space")
     return parsed
 
 
@@ -269,8 +278,9 @@ def _parse_domain(name: str, domain: Any) -> Range | Choices:
         if not isinstance(choices, list) or not choices:
             raise ValueError(f"space: {name}: choices must be a list of values")
         values = tuple(_value(name, choice) for choice in choices)
-        if len(set(values)) < len(values):
-            raise ValueError(f"space: {name}: choices name a value twice")
+        twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
+        if twice is not None:
+            raise ValueError(f"space: {name}: choices names {shown(twice)} twice")
         return Choices(choices=values)
     unknown = sorted(set(entries) - {"low", "high", "log", "step"})
     if unknown or not {"low", "high"} <= set(entries):
@@ -282,17 +292,19 @@ def _parse_domain(name: str, domain: Any) -> Range | Choices:
     low, high = _value(name, entries["low"]), _value(name, entries["high"])
     log, step = entries.get("log", False), entries.get("step")
     if not isinstance(log, bool):
-        raise ValueError(f"space: {name}: log = {log!r} is not true or false")
-    if step is not None:
-        step = cast(name, step)
-        if log or step <= 0:
-            raise ValueError(f"space: {name}: step must be positive and not go with log")
+        raise ValueError(f"space: {name}: log = {shown(log)} is not true or false")
     if not low < high or (log and low <= 0):
         raise ValueError(f"space: {name}: needs {'0 < ' if log else ''}low < high")
-    try:
-        return Range(low=low, high=high, log=log, step=step)
-    except ValueError as error:
-        raise ValueError(f"space: {name}: {error}") from None
+    if step is not None:
+        step = cast(name, step)
+        if log or not 0 < step <= high - low:
+            raise ValueError(
+                f"space: {name}: step must be positive, at most high - low, and not go with log"
+            )
+        # In decimals, for 0.3 is three steps of 0.1; Optuna does so, too, and warns.
+        num_steps = (Decimal(str(high)) - Decimal(str(low))) // Decimal(str(step))
+        high = type(low)(Decimal(str(low)) + num_steps * Decimal(str(step)))
+    return Range(low=low, high=high, log=log, step=step)
 
 
 def _known(record: type, content: Any, where: str) -> dict[str, Any]:
@@ -300,7 +312,7 @@ def _known(record: type, content: Any, where: str) -> dict[str, Any]:
     names = [knob.name for knob in fields(record)]
     for name in entries:
         if name not in names:
-            raise ValueError(f"unknown key {name!r} in {where}; known: {', '.join(names)}")
+            raise ValueError(f"unknown key {shown(name)} in {where}; known: {', '.join(names)}")
     return entries
 
 
@@ -311,24 +323,24 @@ def _parse_resources(content: Any) -> Resources:
         is_auto = name == "gpus_per_worker" and value == "auto"
         if not is_auto and not _is_number(value, kind):
             number = "a whole number" if kind is int else "a number"
-            raise ValueError(f"resources.{name} = {value!r} is not {number}")
+            raise ValueError(f"resources.{name} = {shown(value)} is not {number}")
     return Resources(**entries)
 
 
 def _value(name: str, value: Any) -> Any:
     """A value for a knob, of the knob's type and within its limits."""
     value = cast(name, value)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} = {value!r} is not finite")
     with_overrides(Config(), {name: value})
     return value
 
 
 def _is_number(value: Any, kind: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return False
+    return abs(value) < MOST  # and neither infinite nor NaN
 
 
 def _mapping(content: Any, where: str) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise ValueError(f"{where}: expected `name: value` entries, found {content!r}")
+        raise ValueError(f"{where}: expected `name: value` entries, found {shown(content)}")
     return content

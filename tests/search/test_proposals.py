@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from optuna.trial import TrialState
 
+from cbnerf.config import flatten
 from cbnerf.search.proposals import (
     even_point,
     initial_points,
@@ -152,3 +153,19 @@ def test_a_damaged_journal_is_named(tiny_plan):
     for look in (read_study, open_study):
         with pytest.raises(ValueError, match="optuna.journal: damaged"):
             look(plan)
+
+
+@pytest.mark.parametrize(
+    "name, domain, own",
+    [
+        ("codebook.dim", {"low": 4, "high": 64, "step": 5}, 32),  # 4, 9, ..., 64
+        ("refiner.optim.lr", {"low": 1e-3, "high": 1e-2, "step": 3e-3}, 2e-3),
+        ("codebook.size", {"choices": [128, 256]}, 64),
+    ],
+)
+def test_a_preset_outside_the_space_is_not_tried(tiny_plan, name: str, domain: dict, own: float):
+    plan = tiny_plan(space={name: domain})
+    assert flatten(plan.base)[name] == own
+    assert initial_points(plan) == []
+    trial = propose(plan, make_study(plan), 0)
+    assert suggest(trial, plan)[name] in plan.spec.space[name]

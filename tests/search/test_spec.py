@@ -126,7 +126,7 @@ BAD = {
     "objective is a name": ("objectives: val/psnr\n" + SPACE, "must be a list of names"),
     "a cost first": ("objectives: [seconds]\n" + SPACE, "first objective must be one of val/psnr"),
     "an objective twice": ("objectives: [val/psnr, val/psnr]\n" + SPACE, "names one twice"),
-    "unknown limit": ("limits: {watts: 3}\n" + SPACE, "limits: watts"),
+    "unknown limit": ("limits: {watts: 3}\n" + SPACE, "limits: 'watts'"),
     "limit of wrong type": ("limits: {parameters: few}\n" + SPACE, "'few' is not a number"),
     "unknown rule": ("stopping: {rule: luck}\n" + SPACE, "stopping.rule = 'luck' is not one of"),
     "unknown key of stopping": ("stopping: {rung: 3}\n" + SPACE, "unknown key 'rung' in stopping"),

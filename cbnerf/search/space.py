@@ -1,0 +1,136 @@
+"""What a method can search: knobs that it heeds, with values that it can take."""
+
+from collections.abc import Iterator, Mapping
+from itertools import product
+from typing import Any, NamedTuple
+
+from cbnerf.config import FIELD_KNOBS, Config, KnobError, flatten, with_overrides
+from cbnerf.search.spec import Choices, Range, SearchSpec
+
+
+class _Idle(NamedTuple):
+    """Knobs that change nothing where others have these values."""
+
+    where: Mapping[str, Any]
+    knobs: tuple[str, ...]
+    """What their names begin with."""
+
+
+_OF_CODES = ("codebook.", "loss.", "refiner.codes", "refiner.skips", "refiner.neighbours")
+_OF_RESIDUAL = ("refiner.channels", "refiner.blocks", "refiner.neighbours")
+_IDLE = (
+    _Idle({"refiner.kind": "linear"}, ("codebook.", "loss.", "refiner.")),
+    _Idle({"refiner.kind": "reference"}, (*_OF_CODES, "refiner.blocks")),
+    _Idle({"refiner.kind": "paper"}, (*_OF_RESIDUAL, "refiner.references")),
+    _Idle({"refiner.kind": "residual"}, ("refiner.skips", "refiner.references")),
+    # The network learns beside the codes, and Adam from a loss as from ten times that loss.
+    _Idle({"refiner.codes": False}, _OF_CODES),
+    _Idle(
+        {"codebook.kind": "fsq"},
+        (
+            "codebook.dim", "codebook.beta", "codebook.vq_loss", "codebook.normalize",
+            "codebook.ema", "codebook.kmeans_init", "codebook.revive_below", "loss.lambda_vq",
+        ),
+    ),
+    _Idle({"codebook.ema": False, "codebook.revive_below": 0.0}, ("codebook.ema_decay",)),
+    _Idle({"field.kind": "planes"}, ("field.mlp.",)),
+    _Idle({"field.kind": "mlp"}, ("field.planes.",)),
+    _Idle({"field.super_sampling": False}, ("field.sub_rays", "field.opposite_sub_rays")),
+    _Idle({"field.sub_rays": 0}, ("field.opposite_sub_rays",)),
+    # Of the other protocols of `cbnerf compare`, where a scene gives no photograph.
+    _Idle({}, ("refiner.consistency",)),
+    # How often is looked, and whether to the same bits.
+    _Idle({}, ("field.optim.evaluations", "refiner.optim.evaluations", "deterministic")),
+)  # fmt: skip
+
+_CHECKED_TOGETHER = (
+    "codebook.kind", "codebook.size", "codebook.imitation", "refiner.kind", "refiner.patch_size",
+)  # fmt: skip
+
+
+def check_space(base: Config, spec: SearchSpec) -> None:
+    """Refuse a space that cannot change what is scored, or with a value that no configuration can
+    have; a `ValueError` names the knob."""
+    space = spec.space
+    _check_patches(base, spec)
+    if base.refiner.kind == "none":
+        idle = [name for name in space if not name.startswith(FIELD_KNOBS)]
+        if idle:
+            raise ValueError(
+                f"space: {idle[0]} is a knob of stage 2, and {spec.method} ends with stage 1; "
+                "search knobs of `field` (tune_configs/stage1.yaml) or another method"
+            )
+    if "codebook.shared" in space:
+        raise ValueError(
+            "space: codebook.shared decides what is trained at all; set it under `fixed`, and "
+            "search with and without"
+        )
+    if "auto" in getattr(space.get("field.precision"), "choices", ()):
+        raise ValueError(
+            "space: field.precision: `auto` depends on the machine; search bfloat16 and float32"
+        )
+    if "seed" in space:
+        raise ValueError("space: seed would choose the luckiest of equal configurations")
+    if "none" in getattr(space.get("refiner.kind"), "choices", ()):
+        raise ValueError("space: refiner.kind: `none` has no stage 2 to be judged")
+    for name, domain in space.items():
+        if all(_is_idle(name, values) for values in _settings(base, spec)):
+            raise ValueError(f"space: {name} changes nothing in {spec.method}")
+        for value in _examples(domain):
+            _check_value(base, spec, name, value)
+
+
+def _settings(base: Config, spec: SearchSpec) -> Iterator[dict[str, Any]]:
+    """All knobs, once for each combination of those of them that decide which others are heeded
+    and are searched among choices; None for what is searched in a range."""
+    deciding = {name for idle in _IDLE for name in idle.where} & set(spec.space)
+    domains = {name: spec.space[name] for name in sorted(deciding)}
+    choices = [getattr(domain, "choices", (None,)) for domain in domains.values()]
+    for values in product(*choices):
+        yield flatten(base) | dict(zip(domains, values, strict=True))
+
+
+def _is_idle(name: str, values: Mapping[str, Any]) -> bool:
+    return any(
+        name.startswith(idle.knobs)
+        and name not in idle.where
+        and all(values[knob] == value for knob, value in idle.where.items())
+        for idle in _IDLE
+    )
+
+
+def _examples(domain: Range | Choices) -> tuple[Any, ...]:
+    """Choices; of a range its ends and, of whole numbers, the second, too."""
+    if isinstance(domain, Choices):
+        return domain.choices
+    second = domain.low + (domain.step or 1) if isinstance(domain.low, int) else domain.low
+    return (domain.low, min(second, domain.high), domain.high)
+
+
+def _check_value(base: Config, spec: SearchSpec, name: str, value: Any) -> None:
+    """Some choice of the knobs that are checked together must allow it."""
+    related = {
+        knob: domain.choices
+        for knob, domain in spec.space.items()
+        if knob in _CHECKED_TOGETHER and knob != name and isinstance(domain, Choices)
+    }
+    trouble: KnobError | None = None
+    for values in product(*related.values()):
+        try:
+            with_overrides(base, dict(zip(related, values, strict=True)) | {name: value})
+        except KnobError as error:
+            trouble = trouble or error
+        else:
+            return
+    raise ValueError(f"space: {trouble}")
+
+
+def _check_patches(base: Config, spec: SearchSpec) -> None:
+    if base.refiner.kind in ("none", "linear"):
+        return
+    domain = spec.space.get("refiner.patch_size")
+    side = max(_examples(domain)) if domain else base.refiner.patch_size
+    if side > base.data.width:
+        raise ValueError(
+            f"refiner.patch_size = {side} does not fit into images {base.data.width} pixels wide"
+        )

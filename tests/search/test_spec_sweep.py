@@ -1,0 +1,360 @@
+"""Generated search specifications: valid ones are read as written and all their points lie in the
+space; broken ones give one line that names the key, never anything else."""
+
+import datetime
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cbnerf.config import Config, with_overrides
+from cbnerf.search.plan import make_plan
+from cbnerf.search.proposals import even_point, initial_points, make_study, propose, suggest
+from cbnerf.search.spec import (
+    COSTS,
+    QUALITIES,
+    Choices,
+    Range,
+    SearchSpec,
+    load_spec,
+    parse_spec,
+)
+
+pytestmark = pytest.mark.search
+
+bounded = settings(derandomize=True, max_examples=60, deadline=None, database=None)
+
+INTEGERS = {
+    "codebook.size": (2, 4096), "codebook.dim": (1, 64), "refiner.blocks": (1, 6),
+    "refiner.neighbours": (1, 8), "refiner.channels": (1, 64),
+}  # fmt: skip
+REALS = {
+    "codebook.beta": (0.0, 4.0), "loss.lambda_vq": (0.0, 1e3), "refiner.optim.lr": (1e-6, 1.0),
+    "loss.lambda_imitation": (0.0, 10.0), "field.planes.tv_weight": (0.0, 1.0),
+}  # fmt: skip
+WORDS = {
+    "codebook.imitation": ["vq", "feature", "ce"], "codebook.vq_loss": ["paper", "released"],
+    "codebook.normalize": [True, False],
+}  # fmt: skip
+
+
+@st.composite
+def domains(draw: st.DrawFn, name: str) -> dict[str, Any]:
+    """A domain of a knob, as the values of a YAML file."""
+    if name in WORDS:
+        choices = st.lists(st.sampled_from(WORDS[name]), min_size=1, unique=True)
+        return {"choices": draw(choices)}
+    low, high = (INTEGERS | REALS)[name]
+    values = st.integers(low, high) if name in INTEGERS else st.floats(low, high)
+    form = draw(st.sampled_from(["choices", "range", "log", "step"]))
+    ends = sorted(draw(st.lists(values, min_size=2, max_size=5, unique=True)))
+    if form == "choices":
+        return {"choices": ends}
+    domain = {"low": ends[0], "high": ends[-1]}
+    if form == "log" and ends[0] > 0:
+        return domain | {"log": True}
+    if form == "step":
+        step = (ends[-1] - ends[0]) / draw(st.integers(1, 40))
+        domain["step"] = max(int(step), 1) if name in INTEGERS else step
+    return domain
+
+
+@st.composite
+def specifications(draw: st.DrawFn) -> dict[str, Any]:
+    names = st.sampled_from([*INTEGERS, *REALS, *WORDS])
+    searched = draw(st.lists(names, min_size=1, max_size=5, unique=True))
+    spec: dict[str, Any] = {"space": {name: draw(domains(name)) for name in searched}}
+    costs = draw(st.lists(st.sampled_from(COSTS), unique=True))
+    optional = {
+        "method": st.just("cb-nerf"),
+        "resolution": st.sampled_from(["auto", "tiny", "x2-128"]),
+        "trials": st.integers(1, 1000),
+        "seed": st.integers(0, 2**62),
+        "sampler": st.sampled_from(["sobol-tpe", "tpe", "random"]),
+        "objectives": st.sampled_from(QUALITIES).map(lambda quality: [quality, *costs]),
+        "limits": st.dictionaries(st.sampled_from(["parameters"]), st.integers(1, 10**9)),
+        "stopping": st.fixed_dictionaries(
+            {},
+            optional={
+                "rule": st.sampled_from(["race", "asha", "wilcoxon", "none"]),
+                "rungs": st.integers(1, 5),
+                "eta": st.integers(2, 9),
+                "grace_period": st.integers(1, 500),
+                "threshold": st.floats(0.01, 0.49),
+                "margin": st.floats(0, 1),
+            },
+        ),
+        "fixed": st.just({"loss.lambda_recon": 3, "refiner.optim.steps": 50.0}),
+        "initial": st.lists(points(spec["space"]), max_size=2),
+    }
+    return spec | draw(st.fixed_dictionaries({}, optional=optional))
+
+
+def points(space: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """Choices and lower ends."""
+    some = {
+        name: st.sampled_from(domain.get("choices") or [domain["low"]])
+        for name, domain in space.items()
+    }
+    return st.fixed_dictionaries({}, optional=some)
+
+
+def plain(spec: SearchSpec) -> dict[str, Any]:
+    """A specification as the values of a YAML file again."""
+
+    def lists(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: lists(v) for name, v in value.items() if v is not None}
+        return [lists(v) for v in value] if isinstance(value, list | tuple) else value
+
+    return lists(asdict(spec))
+
+
+@pytest.fixture(scope="module")
+def write(tmp_path_factory) -> Callable[[Any], Path]:
+    folder = tmp_path_factory.mktemp("specifications")
+
+    def write(content: Any) -> Path:
+        file = folder / "spec.yaml"
+        text = content if isinstance(content, str | bytes) else yaml.safe_dump(content)
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return file
+
+    return write
+
+
+def refusal(file: Path) -> str:
+    """The one line that says what is wrong with a file."""
+    with pytest.raises(ValueError) as caught:
+        load_spec(file)
+    message = str(caught.value)
+    assert message.startswith(f"{file}: ") and message.isprintable() and len(message) < 1500
+    return message.removeprefix(f"{file}: ")
+
+
+@bounded
+@given(specifications())
+def test_a_valid_specification_is_read_as_written(write, content: dict[str, Any]):
+    spec = load_spec(write(content))
+    assert parse_spec(plain(spec)) == spec
+    for name, written in content["space"].items():
+        domain = spec.space[name]
+        if isinstance(domain, Choices):
+            assert list(domain.choices) == written["choices"]
+        else:
+            assert domain.low == written["low"] in domain and domain.high in domain
+            # Less than a step is cut off.
+            assert 0 <= written["high"] - domain.high < (domain.step or 1e-9)
+    for name in {"trials", "seed", "sampler", "method"} & content.keys():
+        assert getattr(spec, name) == content[name]
+
+
+@bounded
+@given(specifications())
+@pytest.mark.filterwarnings("error")  # Optuna's of values that it changes
+def test_every_point_of_a_search_lies_in_its_space(write, content: dict[str, Any]):
+    spec = load_spec(write(content))
+    plan = make_plan(
+        spec, scenes="arcade", data=None, name="sweep", storage=Path("runs"), has_gpu=False
+    )
+    study = make_study(plan)
+    tried = initial_points(plan) + [even_point(plan, number) for number in (0, 1, 97)]
+    for number in range(12):
+        trial = propose(plan, study, number)
+        tried.append(suggest(trial, plan))
+        study.tell(trial, [float(number)] * len(spec.objectives))
+    for point in tried:
+        assert all(value in spec.space[name] for name, value in point.items())
+        assert isinstance(with_overrides(plan.base, point), Config)
+
+
+VALID: dict[str, Any] = {
+    "method": "cb-nerf",
+    "resolution": "tiny",
+    "trials": 4,
+    "seed": 1,
+    "sampler": "tpe",
+    "objectives": ["val/psnr"],
+    "limits": {"parameters": 10_000},
+    "stopping": {"rule": "race", "rungs": 2, "eta": 3, "threshold": 0.1, "margin": 0.1},
+    "resources": {"workers": 1, "cpus_per_worker": 1},
+    "fixed": {"codebook.beta": 1.0, "refiner.blocks": 2, "codebook.vq_loss": "paper"},
+    "space": {
+        "codebook.size": {"low": 8, "high": 64, "step": 8},
+        "loss.lambda_vq": {"low": 0.5, "high": 2.0, "log": True},
+        "codebook.dim": {"choices": [4, 8]},
+        "codebook.imitation": {"choices": ["vq", "ce"]},
+    },
+    "initial": [{"codebook.dim": 4}],
+}
+LEAVES = [
+    (section,) for section in VALID
+] + [
+    (section, name) for section, values in VALID.items() if isinstance(values, dict)
+    for name in values
+] + [
+    ("space", knob, key) for knob, domain in VALID["space"].items() for key in domain
+] + [("initial", 0, "codebook.dim")]  # fmt: skip
+JUNK = st.one_of(
+    st.none(),
+    st.sampled_from([float("nan"), float("inf"), -float("inf"), 10**30, -(10**400), 1e300, -7]),
+    st.dates(), st.datetimes(), st.binary(min_size=1, max_size=3), st.just({"a": 1}),
+    st.just([[["deep"]]]), st.just({1: 2}), st.just(""), st.text(min_size=1, max_size=5),
+    st.just("12\n34"), st.just("x" * 5000), st.just({datetime.date(2026, 1, 1)}),
+)  # fmt: skip
+
+
+def changed(content: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """A copy with another value at this place."""
+    if not path:
+        return value
+    copy = content.copy()
+    copy[path[0]] = changed(content[path[0]], path[1:], value)
+    return copy
+
+
+def test_what_is_broken_below_is_whole_above(write):
+    load_spec(write(VALID))
+
+
+@settings(bounded, max_examples=400)
+@given(st.sampled_from(LEAVES), JUNK)
+def test_a_broken_value_is_one_line_that_names_its_key(write, path: tuple[Any, ...], value: Any):
+    # `step: null` is no step, and a word may be a number in quotes.
+    if (value is None and path[-1] == "step") or (isinstance(value, str) and is_number(value)):
+        return
+    message = refusal(write(changed(VALID, path, value)))
+    section = path[0] if len(path) == 1 else path[-1 if path[0] != "space" else 1]
+    key = "objective" if section == "objectives" else str(section)
+    assert key in message
+
+
+def is_number(text: str) -> bool:
+    try:
+        return float(text) is not None
+    except ValueError:
+        return False
+
+
+@settings(bounded, max_examples=150)
+@given(st.sampled_from([path for path in LEAVES if len(path) > 1] + [()]), st.text(max_size=8))
+def test_an_unknown_key_is_one_line_that_names_it(write, path: tuple[Any, ...], name: str):
+    parent = VALID
+    for part in path[:-1]:
+        parent = parent[part]
+    if name not in parent and path[:1] != ("space",):
+        assert "unknown" in refusal(write(changed(VALID, path[:-1], {**parent, name: 1})))
+
+
+@settings(bounded, max_examples=300)
+@given(st.one_of(st.text(max_size=60), st.binary(max_size=60),
+                 st.text("[]{}:,-&*!|>'\"%@`# \n\tab01.<", max_size=60)))  # fmt: skip
+def test_any_other_file_is_one_line(write, text: str | bytes):
+    file = write(text.encode("utf-8", "replace") if isinstance(text, str) else text)
+    refusal(file)
+
+
+SPACE = "space: {codebook.dim: {choices: [4, 8]}}\n"
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 8)}]\n"
+    for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+ODD = {
+    "an alias of itself": ("space: &a {codebook.dim: {choices: &b [*b]}}", "codebook.dim"),
+    "a mapping in itself": ("space: &a {codebook.dim: *a}", "codebook.dim"),
+    "a billion laughs": (LAUGHS + SPACE, "unknown key 'a'"),
+    "a billion choices": (
+        LAUGHS.replace("a:", "fixed:\n a:").replace("\n", "\n ") + "\n", "fixed|YAML|knob",
+    ),
+    "nested deep": ("space: " + "[" * 5000, "too deep"),
+    "nested less deep": ("space: " + "[" * 100 + "]" * 100, "space: expected"),
+    "octal": ("trials: 010\n" + SPACE, "'010' is not a plain number"),
+    "octal in a knob": ("fixed: {refiner.blocks: 07}\n" + SPACE, "'07' is not a plain number"),
+    "sexagesimal": ("trials: 1:30\n" + SPACE, "'1:30' is not a plain number"),
+    "a time": ("fixed: {loss.lambda_vq: 1:30.5}\n" + SPACE, "'1:30.5' is not a plain number"),
+    "the 13th month": ("trials: 2026-13-01\n" + SPACE, "month must be in"),
+    "an empty int": ("trials: !!int ''\n" + SPACE, "not readable as YAML"),
+    "a strange bool": ("trials: !!bool maybe\n" + SPACE, "not readable as YAML"),
+    "a strange time": ("trials: !!timestamp soon\n" + SPACE, "not readable as YAML"),
+    "more digits than Python reads": ("trials: " + "9" * 5000 + "\n" + SPACE, "not readable"),
+    "a huge hexadecimal": ("trials: 0x" + "f" * 5000 + "\n" + SPACE, "trials = a huge integer"),
+    "on": ("fixed: {refiner.blocks: on}\n" + SPACE, "refiner.blocks = True is not an integer"),
+    "yes": ("trials: yes\n" + SPACE, "trials = True"),
+    "a word that YAML reads as no": ("method: no\n" + SPACE, "method = False is not a name"),
+    "binary": ("fixed: {refiner.blocks: !!binary MTI=}\n" + SPACE, "refiner.blocks = b'12'"),
+    "a tab": ("fixed:\n\trefiner.blocks: 2\n" + SPACE, "not readable as YAML"),
+    "a nested key": ("fixed: {refiner: {blocks: 2}}\n" + SPACE, "'refiner' is a group of knobs"),
+    "a key twice, quoted once": (SPACE + "'space': {}\n", "'space' stands twice"),
+    "a knob twice": ("fixed: {refiner.blocks: 2, refiner.blocks: 3}\n" + SPACE, "stands twice"),
+    "a merge of no mapping": ("<<: 3\n" + SPACE, "not readable as YAML"),
+    "two documents": (SPACE + "---\n" + SPACE, "not readable as YAML"),
+    "an unknown alias": ("space: *a", "not readable as YAML"),
+    "a choice twice": ("space: {codebook.dim: {choices: [4, 4.0]}}", "choices names 4 twice"),
+    "a truth twice": ("space: {codebook.normalize: {choices: [yes, on]}}", "names True twice"),
+    "a truth for one": ("space: {codebook.dim: {choices: [1, true]}}", "codebook.dim = True"),
+    "an initial point off the grid": (
+        "space: {codebook.dim: {low: 4, high: 9, step: 2}}\ninitial: [{codebook.dim: 5}]",
+        "codebook.dim = 5 lies outside the space",
+    ),
+    "a step beyond the range": ("space: {codebook.dim: {low: 4, high: 9, step: 6}}", "step must"),
+    "a fraction of a step": ("space: {codebook.dim: {low: 4, high: 9, step: .5}}", "codebook.dim"),
+    "a NaN step": ("space: {codebook.beta: {low: 0, high: 1, step: .nan}}", "step must"),
+    "trials beyond memory": ("trials: 10000000000\n" + SPACE, "trials must be at least 1 and at"),
+    "rungs without end": ("stopping: {rungs: 1000000000}\n" + SPACE, "stopping.rungs"),
+    "a line in a key": ('limits: {"a\\nb": 3}\n' + SPACE, r"limits: 'a\nb'"),
+    "Latin-1": ("# Größe\n".encode("latin-1") + SPACE.encode(), "not readable as YAML"),
+    "UTF-16 without its mark": (SPACE.encode("utf-16-le"), "not readable as YAML"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_file_is_one_line(write, name: str):
+    text, problem = ODD[name]
+    assert re.search(problem if "|" in problem else re.escape(problem), refusal(write(text)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\xef\xbb\xbf" + SPACE.encode(),
+        SPACE.encode("utf-16"),
+        SPACE.replace("\n", "\r\n").encode(),
+        ("# Größe, размер, 大小\n" + SPACE).encode(),
+        b"x: &x {choices: [4, 8]}\n"[3:-1].join([b"space: {codebook.dim: ", b"}\n"]),
+        b"space: {codebook.dim: {<<: {choices: [4, 8]}}}\n",
+        b"space: {codebook.dim: {choices: &some [4, 8]}, refiner.blocks: {choices: *some}}\n",
+        b"space: {codebook.dim: {choices: [0x4, 8.0]}}\n",
+        b"space: {codebook.dim: {choices: ['4', 8e0]}}\n",
+    ],
+    ids=["mark", "utf-16", "crlf", "unicode", "anchor", "merge", "alias", "hexadecimal", "floats"],
+)
+def test_what_means_the_same_is_read_alike(write, text: bytes):
+    domain = load_spec(write(text)).space["codebook.dim"]
+    assert domain == Choices(choices=(4, 8))
+    assert isinstance(domain, Choices) and all(type(choice) is int for choice in domain.choices)
+
+
+@pytest.mark.parametrize(
+    "written, last",
+    [((1, 10, 4), 9), ((1, 9, 4), 9), ((0.0, 1.0, 0.3), 0.9), ((0.1, 0.7, 0.2), 0.7)],
+)
+def test_a_grid_ends_at_its_last_value(written: tuple, last: float):
+    low, high, step = written
+    name = "refiner.blocks" if isinstance(low, int) else "loss.lambda_vq"
+    domain = parse_spec({"space": {name: {"low": low, "high": high, "step": step}}}).space[name]
+    assert domain == Range(low=low, high=last, step=step)
+
+
+def test_membership_is_that_of_the_grid_and_of_the_type():
+    grid, real = Range(low=1, high=9, step=4), Range(low=0.0, high=1.0, step=0.1)
+    assert [value for value in range(12) if value in grid] == [1, 5, 9]
+    assert True not in grid and 5.0 not in grid
+    assert 0.1 + 0.2 in real and 0.25 not in real and 1 not in real
+    assert True not in Choices(choices=(1, 2)) and 1 not in Choices(choices=(True,))
+    assert 3 in Range(low=1, high=9, log=True) and 0 not in Range(low=1, high=9, log=True)
