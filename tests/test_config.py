@@ -3,6 +3,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cbnerf.config import (
     METHODS,
@@ -136,6 +139,15 @@ def test_values_become_the_type_of_their_knob(name: str, value, expected):
         ("data.test_every", 2, "data.test_every = 2 must be at least 3"),  # with data.validation
         ("data.test_every", 0, "data.test_every = 0 must be at least 3"),
         ("field.optim.steps", 0, "steps = 0 must be at least 1"),
+        ("codebook.size", b"12", "codebook.size = b'12' is not an integer"),
+        ("codebook.beta", float("inf"), "codebook.beta = inf must be finite"),
+        ("codebook.size", 10**400, "codebook.size = a huge integer must be finite"),
+        ("codebook.vq_loss", "x" * 5000, "codebook.vq_loss = 'x+[.]{3}x+' is not one of"),
+        ("seed", -1, "seed = -1 must be at least 0"),
+        ("seed", 2**32, "seed = 4294967296 must be at least 0 and less than"),
+        ("field.planes.tv_weight", float("nan"), "field.planes.tv_weight = nan must be >= 0"),
+        ("field.mlp.density_noise", -1.0, "field.mlp.density_noise = -1.0 must be >= 0"),
+        ("field.mlp.position_frequencies", -1, "position_frequencies = -1 must be >= 0"),
     ],
 )
 def test_a_wrong_override_is_told_in_one_line(name, value, message: str):
@@ -173,6 +185,11 @@ def test_a_knob_knows_its_type():
         ("", "found NoneType"),
         ("a: [1\nb: }", "not readable as YAML"),
         ("!!python/object/apply:os.getcwd []", "not readable as YAML"),
+        ("codebook.size: 010\n", "'010' is not a plain number"),
+        ("codebook.size: 1:30\n", "'1:30' is not a plain number"),
+        ("codebook.size: 4\ncodebook.size: 8\n", "'codebook.size' stands twice"),
+        ("codebook.size: 2026-13-01\n", "month must be in"),
+        ("field.planes.scales: &a [*a]\n", "field.planes.scales = .* is not a list of integers"),
     ],
 )
 def test_a_malformed_file_is_named_in_one_line(text: str, message: str, tmp_path: Path):
@@ -196,3 +213,39 @@ def test_a_missing_file_is_named(tmp_path: Path):
 def test_an_unknown_preset_lists_the_choices(arguments, message: str):
     with pytest.raises(ValueError, match=message):
         preset(*arguments)
+
+
+JUNK = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=6), st.dates(),
+    st.binary(max_size=4), st.lists(st.integers(-2, 9), max_size=3), st.just(10**400),
+    st.sampled_from(["1e-3", "yes", "0x10", "1_0", "vq", "nan", "a\nb"]),
+)  # fmt: skip
+
+
+@settings(derandomize=True, max_examples=300, deadline=None, database=None)
+@given(st.sampled_from(list(flatten(Config()))), JUNK)
+def test_a_value_in_a_file_is_taken_as_written_or_refused(file: Path, name: str, value: object):
+    file.write_text(yaml.safe_dump({name: value}), encoding="utf-8")
+    try:
+        found = flatten(load_config(file))[name]
+    except ValueError as error:
+        message = str(error)
+        assert message.startswith(f"{file}: ") and message.isprintable() and len(message) < 600
+        assert name in message
+    else:
+        assert isinstance(found, bool) == isinstance(value, bool)
+        if isinstance(value, str) and not isinstance(found, str):  # a number in quotes
+            assert found == float(value)
+        else:
+            assert found == (tuple(value) if isinstance(value, list) else value)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("configurations") / "mine.yaml"
+
+
+def test_a_file_from_another_editor_is_read_alike(file: Path):
+    for content in (b"\xef\xbb\xbfcodebook.beta: 1e-3\r\n", "codebook.beta: .001".encode("utf-16")):
+        file.write_bytes(content)
+        assert load_config(file).codebook.beta == 1e-3

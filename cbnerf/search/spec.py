@@ -244,13 +244,15 @@ def _parse_objectives(content: Any) -> tuple[str, ...]:
 
 def _parse_stopping(content: Any) -> Stopping:
     entries = _known(Stopping, content, "stopping")
+    _one_of("stopping.rule", entries.get("rule", Stopping.rule), Rule)
     number = int | float
     kinds = {"rungs": int, "eta": int, "grace_period": int, "threshold": number, "margin": number}
-    for name, value in entries.items():
-        if name in kinds and not _is_number(value, kinds[name]):
+    numbers = {name: entries[name] for name in kinds if name in entries}
+    for name, value in numbers.items():
+        if not _is_number(value, kinds[name]):
             raise ValueError(f"stopping.{name} = {shown(value)} is not a number of its kind")
-    _one_of("stopping.rule", entries.get("rule", Stopping.rule), Rule)
-    return Stopping(**entries)
+        numbers[name] = value if kinds[name] is int else float(value)
+    return Stopping(**entries | numbers)
 
 
 def _one_of(name: str, value: Any, kind: Any) -> None:
@@ -301,10 +303,19 @@ def _parse_domain(name: str, domain: Any) -> Range | Choices:
             raise ValueError(
                 f"space: {name}: step must be positive, at most high - low, and not go with log"
             )
-        # In decimals, for 0.3 is three steps of 0.1; Optuna does so, too, and warns.
-        num_steps = (Decimal(str(high)) - Decimal(str(low))) // Decimal(str(step))
-        high = type(low)(Decimal(str(low)) + num_steps * Decimal(str(step)))
+        high = _last_of_grid(name, low, high, step)
     return Range(low=low, high=high, log=log, step=step)
+
+
+def _last_of_grid(name: str, low: Any, high: Any, step: Any) -> Any:
+    """The last value of low, low + step, ... up to `high`; in decimals, as Optuna has it, where 0.3
+    is three steps of 0.1."""
+    first, width = Decimal(str(low)), Decimal(str(step))
+    last = first + (Decimal(str(high)) - first) // width * width
+    found = type(low)(last)
+    if Decimal(str(found)) != last:
+        raise ValueError(f"space: {name}: low and step have too many digits for a grid; round them")
+    return found
 
 
 def _known(record: type, content: Any, where: str) -> dict[str, Any]:
