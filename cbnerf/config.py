@@ -343,7 +343,9 @@ class Config:
     def __post_init__(self):
         for name, value in flatten(self).items():
             if isinstance(value, int | float):
-                _check(math.isfinite(value) and abs(value) < MOST, name, value, "finite, < 2^63")
+                # A huge int is compared first: isfinite cannot convert it.
+                is_small = abs(value) < MOST and math.isfinite(value)
+                _check(is_small, name, value, "finite, < 2^63")
         # Random numbers are those of a product of seed and step.
         _check(0 <= self.seed < 2**32, "seed", self.seed, "at least 0 and less than 2^32")
         kind = self.refiner.kind

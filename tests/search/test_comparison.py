@@ -20,6 +20,7 @@ def write_report(folder: Path, protocol: str, metric: str, rows: int = 1) -> Pat
     scenes = {"fern": {"summary": {metric: 20.0}}, "room": {"summary": {metric: 30.0}}}
     content = {
         "protocol": protocol, "resolution": "x2-504", "data": "photos", "device": "a CPU",
+        "precision": "float32",
         "scenes": ["fern", "room"], "methods": {"cb-nerf": {}},
         "rows": {f"cb-nerf {n}": {"mean": {metric: 25.0}, "scenes": scenes} for n in range(rows)},
     }  # fmt: skip

@@ -81,7 +81,7 @@ BAD = {
         "space: {codebook.size: {low: 2, high: 8, log: true, step: 2}}", "step must be positive",
     ),
     "step of zero": ("space: {codebook.size: {low: 2, high: 8, step: 0}}", "step must be positive"),
-    "a choice twice": ("space: {codebook.beta: {choices: [1, 1.0]}}", "name a value twice"),
+    "a choice twice": ("space: {codebook.beta: {choices: [1, 1.0]}}", "choices names"),
     "initial off the grid": (
         "initial: [{codebook.size: 70}]\nspace: {codebook.size: {low: 64, high: 128, step: 64}}",
         "outside the space",
