@@ -16,6 +16,7 @@ from cbnerf.data.library import DATA_VARIABLE
 from cbnerf.data.llff import write_capture
 from cbnerf.data.procedural import make_capture
 from cbnerf.data.renders import load_renders
+from cbnerf.nerf.model import AUTO_PRECISION
 from cbnerf.training.evaluation import mean_score, score_views
 
 KNOBS = [
@@ -105,6 +106,19 @@ def test_a_comparison_given_again_trains_nothing(compare, photographs: Path):
     before, _, _ = compare(*arguments)
     after, _, printed = compare(*arguments)
     assert after == before and "trained" not in printed
+
+
+def test_the_report_says_in_which_precision_stage_1_was_trained(
+    compare, photographs: Path, monkeypatch: pytest.MonkeyPatch
+):
+    arguments = (f"--data={photographs}", "--scenes=fern", "--methods=linear")
+    for precision in ("bfloat16", "float32"):
+        monkeypatch.setenv(AUTO_PRECISION, precision)
+        report, folder, _ = compare(*arguments)
+        assert report["precision"] == precision
+        assert report["methods"]["linear"]["field.precision"] == precision
+        for name in ("report.md", "report.html"):
+            assert f"Precision of stage 1: {precision}." in (folder / name).read_text()
 
 
 def test_table1_is_the_best_view_of_all_evaluations(compare, storage: Path, photographs: Path):
