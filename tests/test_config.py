@@ -43,7 +43,6 @@ def test_a_patch_fits_into_the_images_of_every_preset(config: Config):
 
 def test_a_preset_changes_only_what_its_resolution_names():
     schedule = {
-        "field.precision",
         "field.optim.batch_size",
         "field.optim.evaluations",
         "refiner.optim.steps",

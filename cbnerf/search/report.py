@@ -37,27 +37,29 @@ def write_report(ledger: Ledger, best: Config, number: int, scores: SceneScores)
     """Write `best.yaml`, `report.md` and `report.html` into the study's folder; returns all."""
     best_file = ledger.plan.folder / "best.yaml"
     save_config(best, best_file)
-    return [best_file, *write_page(study_page(ledger, best_file, number, scores), best_file.parent)]
+    page = study_page(ledger, best, number, scores, best_file.read_text(encoding="utf-8"))
+    return [best_file, *write_page(page, best_file.parent)]
 
 
-def study_page(ledger: Ledger, best: Path, number: int, scores: SceneScores) -> Page:
+def study_page(
+    ledger: Ledger, best: Config, number: int, scores: SceneScores, best_yaml: str
+) -> Page:
     """The report: best configuration, scores of each scene, charts, all configurations."""
     plan = ledger.plan
     notes = [
         f"{plan.method} at {plan.resolution}, protocol holdout, {plan.source}",
-        f"precision of stage 1: {plan.base.field.precision}",
+        f"precision of stage 1: {best.field.precision}",
         f"{len(ledger.told)} configurations, {len(ledger.stopped)} of them pruned; charts show the "
         "expected objectives of pruned configurations",
         "val selects, test is scored once; PSNR in dB, gain = refined - stage 1",
     ]
     notes += [] if plan.data else [NOT_COMPARABLE]
     configurations = f"Best configuration: number {number}"
-    text = best.read_text(encoding="utf-8")
     return Page(
         f"Study {plan.name}",
         notes,
         [
-            Section(configurations, [scene_table(scores), Code(best.name, text)]),
+            Section(configurations, [scene_table(scores), Code("best.yaml", best_yaml)]),
             Section("", list(charts(ledger))),
             Section("Configurations", [configuration_table(ledger)]),
         ],

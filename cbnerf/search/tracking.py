@@ -110,6 +110,8 @@ def without_password(uri: str) -> str:
 
 _ILLEGAL = re.compile(r"[^A-Za-z0-9_. -]")
 _MAX_NAME = 80
+_TAKEN = ("val", "test", "train", "codebook", "mean")
+"""First parts of our own metrics' names."""
 
 
 def legal_key(name: str) -> str:
@@ -119,7 +121,7 @@ def legal_key(name: str) -> str:
     appended, so that different names have different keys: `garden(1)` gives `garden_1_-46f1693b`.
     """
     legal = _ILLEGAL.sub("_", name)[:_MAX_NAME].strip(". ")
-    if legal == name:
+    if legal == name and name not in _TAKEN:
         return name
     return f"{legal}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 

@@ -16,6 +16,7 @@ from cbnerf.config import load_config, preset, save_config, with_overrides
 from cbnerf.data.library import DATA_VARIABLE, make_capture
 from cbnerf.data.llff import write_capture
 from cbnerf.data.renders import load_renders
+from cbnerf.nerf.model import AUTO_PRECISION
 from cbnerf.training.evaluation import mean_score, score_views
 
 KNOBS = [
@@ -126,6 +127,21 @@ def test_a_finished_comparison_reads_only_the_checkpoints_that_make_images(
     images_of_a_refiner = [row for row in after["rows"] if not row.endswith("stage 1")]
     assert len(read) == 2 * len(images_of_a_refiner)
     assert {path.name for path in read} == {"refiner.pt"}  # renders of fields are kept
+
+
+def test_the_report_says_in_which_precision_stage_1_was_trained(
+    compare, photographs: Path, monkeypatch: pytest.MonkeyPatch
+):
+    arguments = (f"--data={photographs}", "--scenes=fern", "--methods=linear")
+    for precision in ("bfloat16", "float32"):
+        monkeypatch.setenv(AUTO_PRECISION, precision)
+        report, folder, _ = compare(*arguments)
+        assert report["precision"] == precision
+        assert report["methods"]["linear"]["field.precision"] == precision
+        for name in ("report.md", "report.html"):
+            assert f"Precision of stage 1: {precision}." in (folder / name).read_text(
+                encoding="utf-8"
+            )
 
 
 def test_table1_is_the_best_view_of_all_evaluations(compare, storage: Path, photographs: Path):

@@ -8,6 +8,7 @@ import torch
 from cbnerf.config import METHODS, Config, with_overrides
 from cbnerf.nerf.fields import FeaturePlanes
 from cbnerf.nerf.model import (
+    AUTO_PRECISION,
     FieldModel,
     PlanesModel,
     autocast,
@@ -15,6 +16,8 @@ from cbnerf.nerf.model import (
     multiplies_bfloat16,
     proposal_loss,
     render_image,
+    resolve_precision,
+    settle_precision,
 )
 from cbnerf.nerf.rays import Cameras, make_rays, make_sub_pixel_rays
 from cbnerf.rng import Rng
@@ -177,7 +180,8 @@ def test_planes_are_composed_once_for_an_image(cameras: Cameras, monkeypatch: py
     platform.system() != "Linux" or not hasattr(torch.cpu, "get_capabilities"),
     reason="asks the kernel and a later torch",
 )
-def test_networks_multiply_in_bfloat16_where_the_processor_does():
+def test_networks_multiply_in_bfloat16_where_the_processor_does(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(AUTO_PRECISION, raising=False)
     cpu, field = torch.device("cpu"), METHODS["cb-nerf"].field
     told = {"avx512_bf16", "bf16"} & set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     assert multiplies_bfloat16(cpu) == bool(told)
@@ -189,3 +193,23 @@ def test_networks_multiply_in_bfloat16_where_the_processor_does():
     ):
         with autocast(replace(field, precision=precision), cpu):
             assert (weight @ weight).dtype == dtype
+
+
+@pytest.mark.parametrize("told", ["bfloat16", "float32"])
+def test_the_environment_decides_what_auto_is(told: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(AUTO_PRECISION, told)
+    cpu, weight = torch.device("cpu"), torch.ones(4, 4)
+    config = METHODS["cb-nerf"]
+    assert resolve_precision(config.field, cpu) == told
+    with autocast(config.field, cpu):
+        assert (weight @ weight).dtype == getattr(torch, told)
+    settled = settle_precision(config, cpu)
+    assert settled == with_overrides(config, {"field.precision": told})
+    for precision in ("bfloat16", "float32"):  # What is named stays.
+        assert resolve_precision(replace(config.field, precision=precision), cpu) == precision
+
+
+def test_another_word_for_a_precision_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(AUTO_PRECISION, "bf16")
+    with pytest.raises(ValueError, match="CBNERF_AUTO_PRECISION = 'bf16' must be bfloat16 or flo"):
+        resolve_precision(METHODS["cb-nerf"].field, torch.device("cpu"))

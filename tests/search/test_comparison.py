@@ -40,6 +40,7 @@ def test_protocols_stand_in_different_columns(tmp_path: Path, empty_store: Path)
             log_comparison(write_report(tmp_path / protocol, protocol, metric), tmp_path)
         )
         assert run.info.status == "FINISHED" and run.info.run_name == protocol
+        assert run.data.params["precision"] == "float32"
         assert run.data.params["protocol"] == protocol and run.data.params["scenes"] == "fern,room"
         assert run.data.metrics[f"{protocol}/cb-nerf 0/mean/{metric}"] == 25.0
         assert run.data.metrics[f"{protocol}/cb-nerf 0/room/{metric}"] == 30.0

@@ -70,7 +70,7 @@ def test_the_report_names_the_best_and_its_file_can_be_trained_from(tiny_plan):
     finish(ledger, [20.0, 21.0])
     best = ledger.best()
     assert best is not None
-    config = with_overrides(ledger.plan.base, best.params)
+    config = with_overrides(ledger.plan.base, best.params | {"field.precision": "bfloat16"})
     files = write_report(ledger, config, best.number, {"arcade": scores(20.0, 1.0)})
     by_name: dict[str, Path] = {file.name: file for file in files}
     assert load_config(by_name["best.yaml"]) == config
@@ -79,4 +79,5 @@ def test_the_report_names_the_best_and_its_file_can_be_trained_from(tiny_plan):
     tables = scene_table({"arcade": scores(20.0, 1.0)}), configuration_table(ledger)
     assert all(to_markdown(table) in text for table in tables)
     page = by_name["report.html"].read_text(encoding="utf-8")
+    assert all("precision of stage 1: bfloat16" in written for written in (text, page))
     assert all(to_html(table) in page for table in tables)

@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from drivers import PATIENCE, plan_of, search_without_ray
 from mlflow import MlflowClient
 
 from cbnerf.cli import Report
-from cbnerf.config import load_config
+from cbnerf.config import load_config, load_yaml
 from cbnerf.data.library import make_capture
 from cbnerf.data.llff import write_capture
+from cbnerf.nerf.model import AUTO_PRECISION
 from cbnerf.search import command
 from cbnerf.search.ledger import Ledger
+from cbnerf.training.checkpoint import load_checkpoint
 
 pytestmark = [
     pytest.mark.search,
@@ -34,6 +37,7 @@ ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "tune_configs" / "smoke.yaml"
 COMMAND = ["--config", str(SMOKE), "--scenes", "arcade,blinds"]
 CPU = ROOT / "tune_configs" / "cpu.yaml"
+CPU_DEVICE = torch.device("cpu")
 RACE = ["--config", str(CPU), "--scenes", "arcade,blinds", "--resolution", "tiny"]
 OTHERS = sorted({*(ROOT / "tune_configs").glob("*.yaml")} - {SMOKE, CPU})
 NAME = "cb-nerf-tiny-arcade-blinds"
@@ -63,13 +67,21 @@ class Drivers:
         self.study = folder / "runs" / "studies" / NAME
         self._mark = f"CBNERF_TEST={uuid.uuid4().hex}"
 
-    def run(self, *arguments: str, until: Callable[[], bool] | None = None, by: int = 0) -> Ended:
-        """Run to its end, or send the signal `by` to its process group once `until` is true."""
+    def run(
+        self,
+        *arguments: str,
+        until: Callable[[], bool] | None = None,
+        by: int = 0,
+        precision: str | None = None,
+    ) -> Ended:
+        """Run to its end, or send the signal `by` to its process group once `until` is true; on a
+        machine whose own precision is the one given."""
+        own = {} if precision is None else {AUTO_PRECISION: precision}
         name, value = self._mark.split("=")
         driver = subprocess.Popen(
             [sys.executable, ROOT / "tune.py", *arguments],
-            cwd=self.folder, env={**os.environ, name: value}, start_new_session=True, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            cwd=self.folder, env={**os.environ, **own, name: value}, start_new_session=True,
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             # A shell's background jobs ignore Ctrl-C, and so would what they start.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
@@ -137,9 +149,10 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     try:
         yield Story(
             folder,
-            finished=drivers.run(*COMMAND),
-            repeated=drivers.run(*COMMAND),
-            extended=drivers.run("--resume", "--name", NAME, "--trials", "3"),
+            finished=drivers.run(*COMMAND, precision="bfloat16"),
+            # Meanwhile it has moved to another kind of machine.
+            repeated=drivers.run(*COMMAND, precision="float32"),
+            extended=drivers.run("--resume", "--name", NAME, "--trials", "3", precision="float32"),
         )
     finally:
         drivers.end_all()
@@ -229,6 +242,30 @@ def test_mlflow_holds_each_run_of_the_study_once(story: Story):
             steps = [point.step for point in curve]
             assert steps == sorted(set(steps)) and steps[-1] == 10
     assert all("val/psnr" in run.data.metrics for run in runs)
+
+
+def test_a_study_keeps_to_the_precision_that_it_was_started_in(story: Story):
+    for ended in (story.finished, story.repeated, story.extended):
+        assert "precision  bfloat16 in stage 1" in ended.output.splitlines()
+    assert load_yaml(story.study / "request.yaml")["precision"] == "bfloat16"
+    assert load_config(story.study / "best.yaml").field.precision == "bfloat16"
+    for name in ("report.md", "report.html"):
+        assert "precision of stage 1: bfloat16" in (story.study / name).read_text(encoding="utf-8")
+    entries = list((story.folder / "runs" / "cache").glob("field-*"))
+    for entry in entries:
+        assert (
+            json.loads((entry / "manifest.json").read_text(encoding="utf-8"))["precision"]
+            == "bfloat16"
+        )
+        assert load_checkpoint(entry / "field.pt", "field", CPU_DEVICE).precision == "bfloat16"
+    assert len(entries) == 2
+    store, experiment = experiment_of(story.folder)
+    noted = [
+        (run.data.tags["cbnerf.kind"], run.data.params["precision"])
+        for run in MlflowClient(store).search_runs([experiment])
+        if run.data.tags["cbnerf.kind"] in ("configuration", "field")
+    ]
+    assert Counter(noted) == {("configuration", "bfloat16"): 3, ("field", "bfloat16"): 2}
 
 
 def test_stage_1_is_trained_once(story: Story):

@@ -1,5 +1,6 @@
 """The cache with real processes, files and locks; training is a file written slowly."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -202,3 +203,10 @@ def test_the_command_lists_verifies_and_prunes(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(SystemExit, match="2"):
         main(["cache", "list", "--storage", str(tmp_path / "nowhere")])
     assert "no such cache" in capsys.readouterr().err
+
+
+def test_the_manifest_notes_the_precision_of_stage_1(cache: StageCache):
+    for precision in ("bfloat16", "float32"):
+        entry = cache.complete(cache.path("field", "fern", precision), writer(), precision)
+        manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
+        assert manifest["precision"] == precision and list(manifest["files"]) == ["renders.npz"]

@@ -8,10 +8,11 @@ import torch
 from cbnerf.config import FIELD_KNOBS, flatten, preset, with_overrides
 from cbnerf.data.library import make_capture
 from cbnerf.data.scene import Scene, make_scene
+from cbnerf.nerf.model import AUTO_PRECISION, settle_precision
 from cbnerf.training import keys
 from cbnerf.training.keys import field_key, refiner_key
 
-CONFIG = with_overrides(preset("cb-nerf", "tiny"), {"field.precision": "float32"})
+CONFIG = settle_precision(preset("cb-nerf", "tiny"), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,8 @@ def other_value(value: Any) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, str):
-        return {"planes": "mlp", "box": "lanczos", "float32": "bfloat16"}[value]
+        return {"planes": "mlp", "box": "lanczos", "float32": "bfloat16",
+                "bfloat16": "float32"}[value]  # fmt: skip
     if isinstance(value, tuple):
         return (1, 2, 3)
     return value + 1 if isinstance(value, int) else value / 2
@@ -73,12 +75,23 @@ def test_the_code_of_stage_1_changes_the_key(scene: Scene, monkeypatch: pytest.M
 
 def test_equal_input_has_the_same_key(scene: Scene):
     again = make_scene(make_capture("arcade", width=32, num_views=3), CONFIG.data)
-    assert field_key(with_overrides(CONFIG, {}), again) == field_key(CONFIG, scene)
+    config = settle_precision(preset("cb-nerf", "tiny"), torch.device("cpu"))
+    assert field_key(config, again) == field_key(CONFIG, scene)
 
 
-def test_a_key_needs_the_precision_that_is_really_used(scene: Scene):
+def test_machines_of_different_precision_share_no_field(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+):
+    auto, found = preset("cb-nerf", "tiny"), []
     with pytest.raises(ValueError, match="needs the precision really used"):
-        field_key(with_overrides(CONFIG, {"field.precision": "auto"}), scene)
+        field_key(auto, scene)
+    for precision in ("bfloat16", "float32"):
+        monkeypatch.setenv(AUTO_PRECISION, precision)
+        found.append(field_key(settle_precision(auto, torch.device("cpu")), scene))
+        # Whoever names it shares it.
+        named = with_overrides(auto, {"field.precision": precision})
+        assert field_key(named, scene) == found[-1]
+    assert found[0] != found[1]
 
 
 def test_a_refiner_has_a_key_for_its_knobs_and_for_all_that_it_learned_from():

@@ -4,10 +4,13 @@ from pathlib import Path
 import imageio.v3 as iio
 import pytest
 import torch
+from comparing import assert_same_state, read_hashes
 
 from cbnerf.config import Config, load_config, with_overrides
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene
+from cbnerf.nerf.model import AUTO_PRECISION
+from cbnerf.training.checkpoint import load_checkpoint
 from cbnerf.training.models import load_field, load_refiner
 from cbnerf.training.stages import read_metrics, run_field, run_refiner
 
@@ -89,8 +92,7 @@ def test_an_unfinished_folder_goes_on_and_ends_alike(stage, run, stop_at, left, 
         torch.load(tmp_path / folder / f"{stage}.pt", weights_only=True)["model"]
         for folder in ("stopped", "whole")
     ]
-    for name, value in weights[1].items():
-        assert torch.equal(weights[0][name], value), name
+    assert_same_state(*weights)
 
 
 def test_rungs_lead_to_the_same_end(stage: str, run, config: Config, tmp_path: Path):
@@ -116,14 +118,46 @@ def test_other_knobs_are_refused_and_change_nothing(stage, run, config, stop_at,
             run(stop_at=stop_at)
     else:
         run()
-    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    before = read_hashes(tmp_path)
     other = with_overrides(config, {f"{stage}.optim.lr": 0.5})
     with pytest.raises(ValueError, match="with other knobs"):
         run(config=other)
-    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert read_hashes(tmp_path) == before
 
 
 @pytest.mark.parametrize("stage", ["field"], indirect=True)
 def test_a_finished_field_serves_any_stage_two(run, config: Config):
     metrics, _ = run()
     assert run(config=with_overrides(config, {"codebook.size": 7})) == (metrics, [])
+
+
+@pytest.mark.parametrize("stage", ["field"], indirect=True)
+def test_a_field_goes_on_in_the_precision_that_it_was_begun_in(
+    run, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(AUTO_PRECISION, "bfloat16")
+    with pytest.raises(InterruptedError):
+        run(stop_at=2)
+    begun = load_checkpoint(tmp_path / "field.pt", "field", CPU)
+    assert (begun.precision, begun.config.field.precision) == ("bfloat16", "auto")
+    before = read_hashes(tmp_path)
+    monkeypatch.setenv(AUTO_PRECISION, "float32")
+    with pytest.raises(ValueError, match="begun in bfloat16 .* give --field.precision bfloat16"):
+        run()
+    with pytest.raises(ValueError, match="with other knobs"):
+        run(config=with_overrides(config, {"field.precision": "float32"}))
+    assert read_hashes(tmp_path) == before
+    named = with_overrides(config, {"field.precision": "bfloat16"})
+    metrics, steps = run(config=named)
+    assert steps == [3, 4]
+    # What is finished is finished, on whatever machine.
+    assert run() == (metrics, []) and run(config=named) == (metrics, [])
+    with pytest.raises(ValueError, match="finished with other knobs"):
+        run(config=with_overrides(config, {"field.precision": "float32"}))
+
+
+@pytest.mark.parametrize("stage", ["refiner"], indirect=True)
+def test_a_refiner_computes_in_float32(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(AUTO_PRECISION, "bfloat16")
+    run()
+    assert load_checkpoint(tmp_path / "refiner.pt", "refiner", CPU).precision == "float32"
