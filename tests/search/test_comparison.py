@@ -8,7 +8,7 @@ import pytest
 from mlflow import MlflowClient
 
 from cbnerf.search.comparison import log_comparison
-from cbnerf.search.tracking import tracking_uri
+from cbnerf.search.mlflow_store import tracking_uri
 
 pytestmark = [
     pytest.mark.search,

@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from cbnerf.search.diary import Diary, catch_up
 from cbnerf.search.ledger import Ledger
+from cbnerf.search.mlflow_store import tracking_uri
 from cbnerf.search.plan import Plan, Unit
-from cbnerf.search.tracking import Tracker, tracking_uri
+from cbnerf.search.tracking import Tracker
 from cbnerf.search.writer import Writer
 
 pytestmark = [

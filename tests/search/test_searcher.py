@@ -15,9 +15,10 @@ from ray import tune
 from cbnerf.search import study
 from cbnerf.search.judge import Metrics
 from cbnerf.search.ledger import Ledger
+from cbnerf.search.mlflow_store import tracking_uri
 from cbnerf.search.plan import Plan, Unit
 from cbnerf.search.searcher import TuneSearcher
-from cbnerf.search.tracking import Tracker, tracking_uri
+from cbnerf.search.tracking import Tracker
 
 pytestmark = pytest.mark.search
 
