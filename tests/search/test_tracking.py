@@ -77,12 +77,13 @@ def track_configuration(tracker: Tracker, plan: Plan, leave: Callable[..., Any],
 
 
 def test_a_configuration_is_a_run_with_its_knobs_and_means(plan: Plan, leave_unit):
+    plan = plan.with_precision("float32")
     track_configuration(Tracker(plan, "one"), plan, leave_unit, 0)
     run = runs_of(plan)["configuration/0"]
     assert run.info.status == "FINISHED" and run.info.run_name == "configuration 00"
     assert run.data.params == {
         "method": "cb-nerf", "resolution": "tiny", "codebook.dim": "8", "codebook.size": "64",
-        "codebook.beta": "0.5",
+        "codebook.beta": "0.5", "precision": "float32",
     }  # fmt: skip
     assert run.data.metrics == {
         "val/psnr": 21.0, "val/ssim": 0.5, "val/gain": 0.25, "seconds": 1.5,
