@@ -115,7 +115,7 @@ def save_half_way(path: Path, config: Config) -> OptimConfig:
 
 
 def test_weights_alone_are_not_resumed(tmp_path: Path):
-    optim = OptimConfig(steps=4, batch_size=4, evaluations=1)
+    optim = OptimConfig(steps=4, batch_size=4, lr=0.1, evaluations=1)
     path = tmp_path / "half.pt"
     fit(
         make_task(optim), device=CPU, resume_from=None,
