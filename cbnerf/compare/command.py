@@ -27,7 +27,7 @@ class Request:
     """Train what is missing of several methods, and score all of them by one protocol."""
 
     scenes: str = "all"
-    """`all`, or names of scenes separated by commas."""
+    """`all`, or names of scenes separated by commas; one that holds a comma in double quotes."""
     methods: str = "all"
     """`all`, or names separated by commas; a YAML file is a method, too, such as a study's
     best.yaml."""

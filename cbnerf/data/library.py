@@ -3,6 +3,7 @@
 A built-in scene is drawn once and kept as an LLFF folder in the storage, one for each image width.
 """
 
+import csv
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -78,17 +79,18 @@ def _folder_of_scenes(place: Path) -> Path:
 
 
 def choose_scenes(wanted: str, available: list[str], folder: Path | None) -> tuple[str, ...]:
-    """`all`, those of the paper first and in its order, or names separated by commas."""
+    """`all`, those of the paper first and in its order, or names separated by commas; one that
+    holds a comma stands in double quotes."""
     where = str(folder) if folder else "the built-in scenes"
     if wanted == "all":
         of_paper = [scene for scene in PAPER_SCENES if scene in available]
         return tuple(of_paper + [scene for scene in available if scene not in of_paper])
-    chosen = [scene.strip() for scene in wanted.split(",") if scene.strip()]
+    chosen = _split_names(wanted, available)
     unknown = [scene for scene in chosen if scene not in available]
     if unknown or not chosen:
         raise ValueError(
             f"--scenes {wanted}: no scene {unknown[0] if unknown else ''!r} in {where}; "
-            f"there are {', '.join(available)}"
+            f"there are {', '.join(map(_quoted, available))}"
         )
     own = [scene for scene in chosen if folder is None and is_scene_folder(Path(scene))]
     if own:
@@ -97,6 +99,21 @@ def choose_scenes(wanted: str, available: list[str], folder: Path | None) -> tup
             "scene; give --data . for the folder, or rename it"
         )
     return tuple(dict.fromkeys(chosen))
+
+
+def _split_names(wanted: str, available: list[str]) -> list[str]:
+    if wanted in available:  # perhaps with a comma
+        return [wanted]
+    try:
+        (names,) = csv.reader([wanted], skipinitialspace=True)
+    except csv.Error as error:
+        raise ValueError(f"--scenes {wanted!r}: {error}") from None
+    return [name if name in available else name.strip() for name in names if name.strip()]
+
+
+def _quoted(name: str) -> str:
+    """A name as `--scenes` takes it among others."""
+    return '"' + name.replace('"', '""') + '"' if {",", '"'} & set(name) else name
 
 
 def check_scenes(

@@ -18,7 +18,6 @@ from filelock import FileLock, Timeout
 from mlflow.exceptions import MlflowException
 from ray.exceptions import RayError
 from ray.tune import TuneError
-from sqlalchemy.exc import SQLAlchemyError
 
 from cbnerf.config import load_yaml, with_overrides
 from cbnerf.console import expand_homes, explain_unforeseen, fail, one_line, prepare_output
@@ -35,6 +34,7 @@ from cbnerf.report.tables import to_markdown
 from cbnerf.search.estimate import calibrate
 from cbnerf.search.ledger import Ledger
 from cbnerf.search.machines import num_slots
+from cbnerf.search.mlflow_store import tracking_uri, without_password
 from cbnerf.search.plan import Plan, make_plan
 from cbnerf.search.report import scene_table, write_report
 from cbnerf.search.spec import parse_spec
@@ -44,7 +44,7 @@ from cbnerf.search.study import (
     quieten_libraries,
     run_study,
 )
-from cbnerf.search.tracking import NOT_COMPARABLE, tracking_uri, without_password
+from cbnerf.search.tracking import NOT_COMPARABLE
 from cbnerf.search.trial import load_scene
 from cbnerf.training.distributed import choose_device
 from cbnerf.training.models import count_parameters
@@ -62,7 +62,7 @@ class Options:
     """Search hyper-parameters of Codebook-NeRF over several scenes with Ray, Optuna and MLflow."""
 
     scenes: str = "all"
-    """`all`, or names of scenes separated by commas."""
+    """`all`, or names of scenes separated by commas; one that holds a comma in double quotes."""
     config: Path | None = None
     """Search specification; `tune_configs/default.yaml` if not given."""
     data: Path | None = None
@@ -125,9 +125,6 @@ def _explain(error: Exception, storage: Path) -> tuple[str, int]:
         case MlflowException():
             cause = one_line(f"MLflow: {error.message}")
             return explain_unforeseen(error, storage, cause), 1
-        case SQLAlchemyError():
-            what, file = one_line(str(error).splitlines()[0]), storage / "mlflow.db"
-            return f"MLflow's database ({what}); a damaged file is to be moved away: {file}", 2
         case ValueError() | OSError():
             return str(error), 2
         case _:

@@ -8,24 +8,21 @@ import time
 from pathlib import Path
 
 from mlflow.entities import Metric, Param
-from mlflow.exceptions import MlflowException
-from sqlalchemy.exc import SQLAlchemyError
 
-from cbnerf.search.tracking import legal_key, open_client, open_experiment
+from cbnerf.search.mlflow_store import legal_key, open_client, open_experiment, plain_errors
 
 EXPERIMENT = "comparisons"
 
 
 def check_mlflow(storage: Path) -> None:
     """Raise ValueError where a comparison could not be logged."""
-    try:
+    with plain_errors():
         open_experiment(open_client(storage), EXPERIMENT, storage, {})
-    except (MlflowException, SQLAlchemyError) as error:
-        raise ValueError(f"MLflow: {' '.join(str(error).split())[:300]}") from None
 
 
+@plain_errors()
 def log_comparison(folder: Path, storage: Path) -> str:
-    """Log the report in `folder`; returns the id of its run."""
+    """Log the report in `folder`; returns the id of its run. ValueError where it cannot be."""
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     client = open_client(storage)
     experiment = open_experiment(client, EXPERIMENT, storage, {})
@@ -35,7 +32,7 @@ def log_comparison(folder: Path, storage: Path) -> str:
     params = {name: report[name] for name in about}
     params |= {"scenes": ",".join(report["scenes"]), "methods": ",".join(report["methods"])}
     metrics = [
-        Metric(f"{report['protocol']}/{legal_key(row)}/{legal_key(place)}/{name}", value, now, 0)
+        Metric(f"{report['protocol']}/{legal_key(row)}/{place}/{name}", value, now, 0)
         for row, entry in report["rows"].items()
         for place, values in _places(entry).items()
         for name, value in values.items()
@@ -49,6 +46,6 @@ def log_comparison(folder: Path, storage: Path) -> str:
 
 
 def _places(entry: dict) -> dict[str, dict[str, float]]:
-    """Metrics of each scene and of their mean."""
-    scenes = {scene: scored["summary"] for scene, scored in entry["scenes"].items()}
+    """Metrics of each scene and of their mean, by its part of a key."""
+    scenes = {legal_key(scene): scored["summary"] for scene, scored in entry["scenes"].items()}
     return {"mean": entry["mean"], **scenes}

@@ -18,6 +18,7 @@ from cbnerf.search.searcher import unit_metrics
 from cbnerf.search.tasks import reason
 from cbnerf.search.tracking import Tracker
 from cbnerf.search.writer import Writer
+from cbnerf.training.stages import read_metrics
 
 _LOSSES = 5
 """How often a unit may lose its process before it has begun, until it counts as failed."""
@@ -134,6 +135,10 @@ def _units(trial: Any) -> list[Unit]:
 
 def catch_up(ledger: Ledger, tracker: Tracker) -> None:
     """Write what a killed search had booked and MLflow had not heard of yet."""
+    for scene, entry in ledger.fields.items():
+        folder = ledger.plan.cache.folder / entry
+        if (metrics := read_metrics(folder)) is not None:  # None: it was removed
+            tracker.log_field(scene, folder, metrics)
     for number in ledger.begun:
         if tracker.is_closed(number):
             continue

@@ -113,9 +113,14 @@ class Ledger:
         """What stage 1 took, by scene, where all configurations share it."""
         return self.study.user_attrs.get("field_seconds", {})
 
+    @property
+    def fields(self) -> dict[str, str]:
+        """Names of the cache's entries that all configurations refine, by scene."""
+        return self.study.user_attrs.get("fields", {})
+
     def note_field(self, scene: str, entry: str, seconds: float) -> None:
         """What all configurations refine; it must stay the same for as long as the study goes."""
-        entries = self.study.user_attrs.get("fields", {})
+        entries = self.fields
         if entries.get(scene, entry) != entry:
             raise ValueError(
                 f"study {self.plan.name}: photographs of {scene}, or the code of stage 1, have "

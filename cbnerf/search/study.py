@@ -72,12 +72,15 @@ def run_study(
     try:
         catch_up(ledger, tracker)
         if not ledger.is_over:
-            if plan.shares_fields:
-                with _timed(seconds, "stage 1"):
-                    _train_fields(_sharing_gpus(plan, ("field",)), ledger, tracker)
-            own: tuple[Stage, ...] = () if plan.shares_fields else ("field",)
-            with _timed(seconds, "search"):
-                _search(_sharing_gpus(plan, (*own, plan.stage)), ledger, tracker, concurrency)
+            with Writer() as write:
+                if plan.shares_fields:
+                    with _timed(seconds, "stage 1"):
+                        _train_fields(_sharing_gpus(plan, ("field",)), ledger, tracker, write)
+                own: tuple[Stage, ...] = () if plan.shares_fields else ("field",)
+                with _timed(seconds, "search"):
+                    shared = _sharing_gpus(plan, (*own, plan.stage))
+                    _search(shared, ledger, tracker, write, concurrency)
+                    write.wait()
         else:
             say("all configurations of this study are done; nothing is trained again")
         best = ledger.best()
@@ -123,20 +126,22 @@ def find_precision(plan: Plan) -> Precision:
     return call(plan, find_precision_here)
 
 
-def _train_fields(plan: Plan, ledger: Ledger, tracker: Tracker) -> None:
+def _train_fields(plan: Plan, ledger: Ledger, tracker: Tracker, write: Writer) -> None:
     with _progress(len(plan.scenes), "stage 1", "scene") as bar:
         for scene, (folder, metrics) in for_each_scene(plan, run_base_field, trains=True):
             ledger.note_field(scene, folder.name, metrics["seconds"])
-            tracker.log_field(scene, folder, metrics)
+            write(tracker.log_field, scene, folder, metrics)
             bar.update()
             if "val/psnr" in metrics:
                 bar.write(f"  stage 1  {scene:<12} val {metrics['val/psnr']:.2f} dB")
 
 
-def _search(plan: Plan, ledger: Ledger, tracker: Tracker, concurrency: int | None) -> None:
+def _search(
+    plan: Plan, ledger: Ledger, tracker: Tracker, write: Writer, concurrency: int | None
+) -> None:
     limit = _Room(plan) if concurrency is None else lambda: concurrency
     bar = _progress(plan.spec.trials, "search", "configuration", done=ledger.num_told)
-    with bar, Writer() as write:
+    with bar:
         diary = Diary(ledger, tracker, write, bar)
         while True:
             walks = plan.spec.resources.workers > 1

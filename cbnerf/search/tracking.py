@@ -4,30 +4,19 @@ One writer, on the driver, with explicit run ids. Runs are found again by their 
 study adds to its runs instead of making new ones. Stage-1 runs stand beside, linked by a tag.
 """
 
-import hashlib
-import os
-import re
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import imageio.v3 as iio
-from filelock import FileLock
-from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
-from mlflow.exceptions import MlflowException
-from sqlalchemy import create_engine, text
-from sqlalchemy.exc import SQLAlchemyError
 
 from cbnerf.config import flatten_field, with_overrides
-from cbnerf.files import whole
 from cbnerf.search.judge import Metrics
+from cbnerf.search.mlflow_store import legal_key, open_client, open_experiment
 from cbnerf.search.plan import Plan, Unit
 from cbnerf.training.checkpoint import Stage, save_weights
 from cbnerf.training.stages import CHECKPOINT_FILES, CONFIG_FILE, STRIP_FILE
@@ -35,152 +24,6 @@ from cbnerf.training.stages import CHECKPOINT_FILES, CONFIG_FILE, STRIP_FILE
 _ENDED = "cbnerf.ended"
 """Tag of a configuration's run: `finished`, `stopped` or `failed`."""
 NOT_COMPARABLE = "built-in scenes: not comparable with the paper"
-
-
-def tracking_uri(storage: Path) -> str:
-    """The server or database of MLFLOW_TRACKING_URI, else a SQLite file in the storage."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri(storage / "mlflow.db")
-
-
-def _sqlite_uri(file: Path) -> str:
-    # SQLAlchemy unquotes the path of a URL. Its own `URL.create` quotes more than it must, and
-    # MLflow makes an empty folder by the name of a quoted path.
-    return "sqlite:///" + str(file).replace("%", "%25").replace("?", "%3F")
-
-
-def is_embedded() -> bool:
-    """Whether MLflow's database is a file of the storage."""
-    return not os.environ.get("MLFLOW_TRACKING_URI")
-
-
-def open_client(storage: Path) -> MlflowClient:
-    """A client of the MLflow at `tracking_uri`; raises ValueError where that does not answer."""
-    uri = tracking_uri(storage)
-    try:
-        if is_embedded():
-            _make_database(storage)
-            _follow_storage(storage)
-        client = MlflowClient(uri)
-        with _impatient():
-            client.search_experiments(max_results=1)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"MLFLOW_TRACKING_URI: {without_password(uri)} needs the Python package {error.name}; "
-            "install it with pip"
-        ) from None
-    except (MlflowException, SQLAlchemyError) as error:
-        raise ValueError(_describe_failure(uri, error)) from None
-    return client
-
-
-def _describe_failure(uri: str, error: Exception) -> str:
-    cause = " ".join(str(getattr(error, "orig", None) or error).split())[-300:]
-    cause = re.sub(r"//[^/@\s]*@", "//", cause)  # passwords
-    if is_embedded():
-        return (
-            f"{uri.removeprefix('sqlite:///')}: not a database of this MLflow ({cause}); move it "
-            "away to start a new one, or run `mlflow db upgrade` on it"
-        )
-    return (
-        f"MLFLOW_TRACKING_URI: no server answers at {without_password(uri)} ({cause}); start it, "
-        "or unset the variable to keep the runs in the storage"
-    )
-
-
-@contextmanager
-def _impatient() -> Iterator[None]:
-    """MLflow's client gives up after one try of 20 s instead of minutes of silent retries."""
-    limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-    before = {name: os.environ.get(name) for name in limits}
-    os.environ.update(limits)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def without_password(uri: str) -> str:
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-
-
-_ILLEGAL = re.compile(r"[^A-Za-z0-9_. -]")
-_MAX_NAME = 80
-_TAKEN = ("val", "test", "train", "codebook", "mean")
-"""First parts of our own metrics' names."""
-
-
-def legal_key(name: str) -> str:
-    """A name as a part of MLflow's keys, which allow few characters.
-
-    Legal names stay as they are. In others each illegal character becomes `_`, and a hash is
-    appended, so that different names have different keys: `garden(1)` gives `garden_1_-46f1693b`.
-    """
-    legal = _ILLEGAL.sub("_", name)[:_MAX_NAME].strip(". ")
-    if legal == name and name not in _TAKEN:
-        return name
-    return f"{legal}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-
-
-def _make_database(storage: Path) -> None:
-    """MLflow makes a database in many steps and cannot go on with one that was made in part, so one
-    process makes it, and whole."""
-    storage.mkdir(parents=True, exist_ok=True)
-    file = storage / "mlflow.db"
-    with FileLock(storage / "mlflow.lock"):
-        if not file.exists():
-            for left in storage.glob(f".{file.name}.*"):  # by one that was killed
-                left.unlink()
-            with whole(file) as unfinished:
-                MlflowClient(_sqlite_uri(unfinished)).search_experiments()
-
-
-def _artifact_location(storage: Path, experiment: str) -> str:
-    return (storage / "mlartifacts" / experiment).as_uri()
-
-
-def _follow_storage(storage: Path) -> None:
-    """Point experiments and runs to the artifacts of this storage, after it was moved or copied.
-
-    MLflow stores absolute locations, and has no call to change them.
-    """
-    engine = create_engine(_sqlite_uri(storage / "mlflow.db"))
-    try:
-        with engine.begin() as database:
-            rows = database.execute(
-                text("SELECT experiment_id, name, artifact_location FROM experiments")
-            )
-            for number, name, before in rows.all():
-                now = _artifact_location(storage, name)
-                ending = now.removeprefix(storage.as_uri())
-                if before and before != now and before.endswith(ending):
-                    about = {"id": number, "now": now, "before": before, "length": len(before)}
-                    for update in _UPDATES_OF_LOCATIONS:
-                        database.execute(text(update), about)
-    finally:
-        engine.dispose()
-
-
-_UPDATES_OF_LOCATIONS = (
-    "UPDATE experiments SET artifact_location = :now WHERE experiment_id = :id",
-    "UPDATE runs SET artifact_uri = :now || substr(artifact_uri, :length + 1) "
-    "WHERE experiment_id = :id AND substr(artifact_uri, 1, :length) = :before",
-)
-
-
-def open_experiment(client: MlflowClient, name: str, storage: Path, tags: dict[str, str]) -> str:
-    """The id of an experiment, made or brought back where it must be."""
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        if found.lifecycle_stage == "deleted":
-            client.restore_experiment(found.experiment_id)
-        return found.experiment_id
-    artifacts = _artifact_location(storage, name) if is_embedded() else None
-    return client.create_experiment(name, artifact_location=artifacts, tags=tags)
 
 
 class Tracker:
@@ -196,7 +39,7 @@ class Tracker:
         self._fields: dict[str, str] = {}
         self._opened: set[str] = set()
         self._ended: set[str] = set()
-        """Keys of units trained to their end and of configurations that are closed."""
+        """Keys of fields and units trained to their end and of configurations that are closed."""
         self._runs: dict[str, str] = {}
         """Run ids by key."""
         self._latest: dict[str, dict[str, float]] = {}
@@ -204,13 +47,18 @@ class Tracker:
         for run in self._existing_runs():
             key, tags = run.data.tags["cbnerf.key"], run.data.tags
             self._runs[key], self._latest[run.info.run_id] = run.info.run_id, run.data.metrics
-            if _ENDED in tags or (key.startswith("unit/") and run.info.status == "FINISHED"):
+            of_training = key.startswith(("field/", "unit/"))
+            if _ENDED in tags or (of_training and run.info.status == "FINISHED"):
                 self._ended.add(key)
 
     def log_field(self, scene: str, folder: Path, metrics: dict[str, float]) -> None:
-        """A finished stage-1 run."""
-        run = self._run(f"field/{folder.name}", f"stage 1 {scene}", {"cbnerf.kind": "field",
-                        "cbnerf.scene": scene, "cbnerf.field": folder.name})  # fmt: skip
+        """A finished stage-1 run, once."""
+        key = f"field/{folder.name}"
+        if key in self._ended:
+            self._fields[scene] = self._runs[key]
+            return
+        run = self._run(key, f"stage 1 {scene}", {"cbnerf.kind": "field", "cbnerf.scene": scene,
+                        "cbnerf.field": folder.name})  # fmt: skip
         self._fields[scene] = run
         stage_1 = flatten_field(self._plan.base)
         precision = {"precision": stage_1["field.precision"]}
@@ -218,6 +66,7 @@ class Tracker:
         self._log_once(run, metrics, self._plan.base.field.optim.steps)
         self._log_stage(run, folder, "field")
         self._client.set_terminated(run)
+        self._ended.add(key)
 
     def start_unit(self, unit: Unit) -> None:
         """Open the runs of a unit's configuration and scene."""

@@ -29,6 +29,11 @@ class Writer:
         """Calls that have not been made yet."""
         return sum(not call.done() for call in self._waiting)
 
+    def wait(self) -> None:
+        """Wait until all calls have been made."""
+        while self._waiting:
+            self._waiting.popleft().result()
+
     def __enter__(self) -> "Writer":
         return self
 

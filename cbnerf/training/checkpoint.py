@@ -59,14 +59,17 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
 
 def save_weights(path: Path, stage: Stage, target: Path) -> None:
     """Copy a checkpoint without the state of its optimizer: enough to load the model."""
-    checkpoint = load_checkpoint(path, stage, torch.device("cpu"))
+    # Mapped, so that what is left out is not read either.
+    checkpoint = load_checkpoint(path, stage, torch.device("cpu"), mmap=True)
     save_checkpoint(checkpoint._replace(optimizer={}), target)
 
 
-def load_checkpoint(path: Path, stage: Stage, device: torch.device) -> Checkpoint:
-    """Read a checkpoint of the given stage."""
+def load_checkpoint(
+    path: Path, stage: Stage, device: torch.device, *, mmap: bool = False
+) -> Checkpoint:
+    """Read a checkpoint of the given stage; with `mmap` a tensor when it is used."""
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
     except Exception as error:  # a broken pickle can raise anything

@@ -182,6 +182,11 @@ def _resume(task: Task, optimizer: torch.optim.Optimizer, path: Path, device: to
             f"{path}: cannot resume, it was begun in {checkpoint.precision} and `auto` is "
             f"{task.precision} here; give --field.precision {checkpoint.precision}"
         )
+    if not checkpoint.optimizer:
+        raise ValueError(
+            f"{path}: cannot resume, it holds weights alone, as MLflow's copies do; remove it to "
+            "train anew"
+        )
     task.model.load_state_dict(checkpoint.model)
     optimizer.load_state_dict(checkpoint.optimizer)
     return checkpoint.step

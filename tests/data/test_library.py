@@ -53,6 +53,22 @@ def test_all_of_other_data_means_every_scene():
     assert len(BUILT_IN_SCENES) == 8
 
 
+@pytest.mark.parametrize(
+    "wanted, expected",
+    [
+        ("street, north", ("street, north",)),
+        ('fern,"street, north"', ("fern", "street, north")),
+        ('"street, north" , fern', ("street, north", "fern")),
+        ('"say ""x"""', ('say "x"',)),
+    ],
+)
+def test_a_name_with_a_comma_stands_in_quotes(wanted: str, expected: tuple[str, ...]):
+    available = ["fern", "street, north", 'say "x"']
+    assert choose_scenes(wanted, available, Path("data")) == expected
+    with pytest.raises(ValueError, match='there are fern, "street, north", "say ""x"""'):
+        choose_scenes("street,fern", available, Path("data"))
+
+
 def test_an_archive_may_have_unpacked_into_a_folder_of_its_own_name():
     inner = add_scenes(DEFAULT_DATA / DEFAULT_DATA.name, "fern", "trex", ".unfinished")
     assert locate_data(None) == (inner.resolve(), ["fern", "trex"])

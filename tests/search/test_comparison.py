@@ -8,7 +8,7 @@ import pytest
 from mlflow import MlflowClient
 
 from cbnerf.search.comparison import log_comparison
-from cbnerf.search.tracking import tracking_uri
+from cbnerf.search.mlflow_store import legal_key, tracking_uri
 
 pytestmark = [
     pytest.mark.search,
@@ -55,3 +55,18 @@ def test_a_large_comparison_is_logged_whole(tmp_path: Path, empty_store: Path):
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     run = log_comparison(write_report(tmp_path / "large", "holdout", "psnr", 350), tmp_path)
     assert len(MlflowClient(tracking_uri(tmp_path)).get_run(run).data.metrics) == 1050
+
+
+def test_scenes_and_methods_may_have_any_name(tmp_path: Path, empty_store: Path):
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    scenes = {"mean": 10.0, "garden(1)": 20.0, "street, north": 30.0, "küche": 40.0}
+    folder = write_report(tmp_path / "odd", "holdout", "psnr")
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    scored = {scene: {"summary": {"psnr": psnr}} for scene, psnr in scenes.items()}
+    report |= {"scenes": list(scenes), "methods": {"küche (2) best": {}}}
+    report["rows"] = {"vq-vae of küche (2) best": {"mean": {"psnr": 25.0}, "scenes": scored}}
+    (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    run = MlflowClient(tracking_uri(tmp_path)).get_run(log_comparison(folder, tmp_path))
+    row = f"holdout/{legal_key('vq-vae of küche (2) best')}"
+    wanted = {f"{row}/{legal_key(scene)}/psnr": psnr for scene, psnr in scenes.items()}
+    assert run.data.metrics == wanted | {f"{row}/mean/psnr": 25.0}

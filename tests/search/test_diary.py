@@ -7,14 +7,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from mlflow import MlflowClient
 from tqdm import tqdm
 
+from cbnerf.config import save_config
 from cbnerf.search.diary import Diary, catch_up
 from cbnerf.search.ledger import Ledger
+from cbnerf.search.mlflow_store import tracking_uri
 from cbnerf.search.plan import Plan, Unit
-from cbnerf.search.tracking import Tracker, tracking_uri
+from cbnerf.search.tracking import Tracker
 from cbnerf.search.writer import Writer
+from cbnerf.training.checkpoint import Checkpoint, save_checkpoint
 
 pytestmark = [
     pytest.mark.search,
@@ -83,6 +87,27 @@ def test_catching_up_twice_changes_nothing(plan: Plan, leave_unit):
     before = str(everything())
     catch_up(Ledger(plan), Tracker(plan, ledger.id))
     assert str(everything()) == before
+
+
+def test_fields_that_mlflow_had_not_heard_of_are_logged_once(plan: Plan):
+    ledger = Ledger(plan)
+    for scene in ("arcade", "blinds"):
+        ledger.note_field(scene, f"field-{scene}", 3.0)
+    folder = plan.cache.folder / "field-arcade"  # The other one was removed since.
+    save_config(plan.base, folder / "config.yaml")
+    weights = {"planes": torch.ones(2)}
+    checkpoint = Checkpoint("field", "arcade", 20, plan.base, "float32", weights, {"state": {}}, {})
+    save_checkpoint(checkpoint, folder / "field.pt")
+    (folder / "metrics.json").write_text('{"val/psnr": 19.0, "seconds": 3.0}', encoding="utf-8")
+    for _ in range(2):
+        tracker = Tracker(plan, ledger.id)
+        catch_up(ledger, tracker)
+        tracker.log_field("arcade", folder, {"val/psnr": 19.0, "seconds": 3.0})
+        (run,) = runs_of(plan).values()
+        assert run["info"]["status"] == "FINISHED"
+        client, number = MlflowClient(tracking_uri(plan.storage)), run["info"]["run_id"]
+        assert {file.path for file in client.list_artifacts(number)} == {"config.yaml", "field.pt"}
+        (folder / "field.pt").unlink(missing_ok=True)  # It is not read again.
 
 
 def test_a_configuration_that_was_stopped_unheard_ends_as_killed(plan: Plan, leave_unit):

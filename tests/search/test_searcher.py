@@ -15,9 +15,11 @@ from ray import tune
 from cbnerf.search import study
 from cbnerf.search.judge import Metrics
 from cbnerf.search.ledger import Ledger
+from cbnerf.search.mlflow_store import tracking_uri
 from cbnerf.search.plan import Plan, Unit
 from cbnerf.search.searcher import TuneSearcher
-from cbnerf.search.tracking import Tracker, tracking_uri
+from cbnerf.search.tracking import Tracker
+from cbnerf.search.writer import Writer
 
 pytestmark = pytest.mark.search
 
@@ -114,7 +116,8 @@ def test_a_failed_unit_tells_why_and_the_search_goes_on(
     monkeypatch.setattr(study, "run_units", run_units)
     monkeypatch.setattr(study, "MAX_FAILURES", 0)
     ledger = Ledger(plan)
-    study._search(plan, ledger, Tracker(plan, ledger.id), concurrency=2)
+    with Writer() as write:
+        study._search(plan, ledger, Tracker(plan, ledger.id), write, concurrency=2)
     output, errors = capfd.readouterr()
     assert "#00  arcade failed: train/loss not finite\n" in output
     assert "#00  blinds failed: RuntimeError: out of luck\n" in output

@@ -109,7 +109,8 @@ def test_a_configuration_that_needs_too_much_memory_fails_and_the_search_goes_on
     ledger = Ledger(plan)
     monkeypatch.setattr(study, "run_units", train_or_take_memory)
     monkeypatch.setattr(study.Tracker, "end_unit", lambda *about: None)  # there are no files
-    study._search(plan, ledger, study.Tracker(plan, ledger.id), concurrency=2)
+    with study.Writer() as write:
+        study._search(plan, ledger, study.Tracker(plan, ledger.id), write, concurrency=2)
     states = [trial.state for trial in ledger.study.get_trials()]
     assert states == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
     best = ledger.best()

@@ -19,6 +19,17 @@ def test_calls_are_made_in_their_order_by_another_thread():
     assert {thread for _, thread in made}.isdisjoint({threading.get_ident()})
 
 
+def test_waiting_ends_when_all_calls_are_made_or_one_fails():
+    made: list[int] = []
+    with pytest.raises(ZeroDivisionError), Writer() as write:
+        for number in range(5):
+            write(made.append, number)
+        write.wait()
+        assert made == list(range(5)) and len(write) == 0
+        write(lambda: 1 / 0)
+        write.wait()
+
+
 def test_the_caller_does_not_wait_until_the_limit():
     go = threading.Event()
     with Writer(limit=3) as write:

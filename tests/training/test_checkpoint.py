@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cbnerf.config import Config, preset
-from cbnerf.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from cbnerf.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_weights
 
 CPU = torch.device("cpu")
 
@@ -45,6 +45,19 @@ def test_checkpoints_read_back(method: str, checkpoint: Checkpoint, tmp_path: Pa
     stored = load_checkpoint(tmp_path / "new" / "field.pt", "field", CPU)
     assert stored[:5] == checkpoint[:5]
     for name in ("model", "optimizer", "cameras"):
+        assert as_bytes(dict(getattr(stored, name))) == as_bytes(dict(getattr(checkpoint, name)))
+
+
+def test_weights_alone_are_the_checkpoint_without_its_optimizer(
+    checkpoint: Checkpoint, tmp_path: Path
+):
+    state = {"state": {0: {"exp_avg": torch.ones(100_000)}}}
+    save_checkpoint(checkpoint._replace(optimizer=state), tmp_path / "field.pt")
+    save_weights(tmp_path / "field.pt", "field", tmp_path / "copy.pt")
+    assert (tmp_path / "copy.pt").stat().st_size < 20_000
+    stored = load_checkpoint(tmp_path / "copy.pt", "field", CPU)
+    assert stored[:5] == checkpoint[:5] and stored.optimizer == {}
+    for name in ("model", "cameras"):
         assert as_bytes(dict(getattr(stored, name))) == as_bytes(dict(getattr(checkpoint, name)))
 
 

@@ -28,7 +28,7 @@ def make_task(optim: OptimConfig, **changes) -> Task:
         stage="field", scene="line", config=Config(), optim=optim, model=model, losses=losses,
         param_groups=[{"params": list(model.parameters()), "lr": optim.lr}],
         evaluate=lambda: {"val/weight": model.weight.item(), "val/training": model.training},
-        cameras={},
+        cameras={}, precision="float32",
     )  # fmt: skip
     return task._replace(**changes)
 
@@ -112,6 +112,17 @@ def save_half_way(path: Path, config: Config) -> OptimConfig:
 
     fit(make_task(optim, config=config), device=CPU, report=keep, resume_from=None)
     return optim
+
+
+def test_weights_alone_are_not_resumed(tmp_path: Path):
+    optim = OptimConfig(steps=4, batch_size=4, lr=0.1, evaluations=1)
+    path = tmp_path / "half.pt"
+    fit(
+        make_task(optim), device=CPU, resume_from=None,
+        report=lambda step, metrics, made: save_checkpoint(made._replace(optimizer={}), path),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="half.pt: cannot resume, it holds weights alone"):
+        run(make_task(optim), resume_from=path)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,229 @@
+"""Where MLflow keeps runs: at MLFLOW_TRACKING_URI, else in a file and a folder of the storage.
+
+The store in the storage is *embedded*: it moves with the storage.
+"""
+
+import hashlib
+import os
+import re
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+from filelock import FileLock
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from sqlalchemy import create_engine, inspect, make_url, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from cbnerf.files import whole
+
+_VARIABLE = "MLFLOW_TRACKING_URI"
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+_PACKAGES = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
+"""What pip calls the drivers that have another name in Python."""
+_ARTIFACTS = "mlartifacts"
+
+
+def tracking_uri(storage: Path) -> str:
+    """The server or database of MLFLOW_TRACKING_URI, else a SQLite file in the storage."""
+    return os.environ.get(_VARIABLE) or _sqlite_uri(_database_file(storage))
+
+
+def _database_file(storage: Path) -> Path:
+    return storage / "mlflow.db"
+
+
+def _sqlite_uri(file: Path) -> str:
+    # MLflow makes the parent folder of a path behind `sqlite:///`, which it does not unquote as
+    # SQLAlchemy does; it leaves alone what names a driver. `URL.create` quotes what need not be.
+    quoted = str(file).replace("%", "%25").replace("?", "%3F")
+    return f"{'sqlite' if quoted == str(file) else 'sqlite+pysqlite'}:///{quoted}"
+
+
+def _is_embedded(uri: str, storage: Path) -> bool:
+    return uri == _sqlite_uri(_database_file(storage))
+
+
+def open_client(storage: Path) -> MlflowClient:
+    """A client of the MLflow at `tracking_uri`; raises ValueError where that does not answer."""
+    uri = tracking_uri(storage)
+    if _is_embedded(uri, storage):
+        place = str(_database_file(storage))
+    else:
+        place = f"{_VARIABLE}: {without_password(uri)}"
+    try:
+        if _is_embedded(uri, storage):
+            with FileLock(_prepared(storage) / "mlflow.lock"):
+                _make_database(storage)
+                _check_database(uri)
+                _follow_storage(storage)
+        elif urlsplit(uri).scheme.split("+")[0] in _DATABASES:
+            _check_database(uri)
+        client = MlflowClient(uri)
+        with _impatient():
+            client.search_experiments(max_results=1)
+    except ModuleNotFoundError as error:
+        package = _PACKAGES.get(error.name or "", error.name)
+        raise ValueError(f"{place} needs a driver; pip install '{package}'") from None
+    except (MlflowException, SQLAlchemyError) as error:
+        raise ValueError(f"{place}: {_describe(error, uri)}") from None
+    return client
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """What MLflow raises comes out as a ValueError of one line."""
+    try:
+        yield
+    except MlflowException as error:
+        raise ValueError(f"MLflow: {_first_words(error)}") from None
+
+
+def without_password(uri: str) -> str:
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def _describe(error: MlflowException | SQLAlchemyError, uri: str) -> str:
+    """What is wrong with a server or a database, and what to do about it."""
+    root = _root(error)
+    if isinstance(root, ssl.SSLError):
+        return (
+            f"its certificate is not trusted ({_first_words(root)}); name the file of its "
+            "authority in MLFLOW_TRACKING_SERVER_CERT_PATH"
+        )
+    if isinstance(error, MlflowException) and root is error:  # an answer
+        return _first_words(error).replace("<database_uri>", f"'{without_password(uri)}'")
+    if uri.startswith("http"):
+        return (
+            f"no server answers ({_first_words(root)}); start it, or unset the variable to keep "
+            "the runs in the storage"
+        )
+    return (
+        f"cannot be used as MLflow's database ({_first_words(root)}); a file that is damaged or of "
+        "something else is to be moved away, and runs are kept in a new one"
+    )
+
+
+def _root(error: BaseException) -> BaseException:
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
+
+
+def _first_words(error: BaseException) -> str:
+    """The first line, without passwords; SQLAlchemy adds its statements below."""
+    line = str(error).strip().partition("\n")[0]
+    return re.sub(r"//[^/@\s]*@", "//", line)[:300]
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """MLflow's client gives up after one try of 20 s instead of minutes of silent retries."""
+    limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+    before = {name: os.environ.get(name) for name in limits}
+    os.environ.update(limits)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _check_database(uri: str) -> None:
+    """Raise SQLAlchemyError at once where MLflow would try for minutes, without a word."""
+    url = make_url(uri)
+    if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
+        return  # MLflow makes it.
+    engine = create_engine(url)
+    try:
+        inspect(engine).get_table_names()
+    finally:
+        engine.dispose()
+
+
+def _prepared(storage: Path) -> Path:
+    storage.mkdir(parents=True, exist_ok=True)
+    return storage
+
+
+def _make_database(storage: Path) -> None:
+    """MLflow makes a database in many steps and cannot go on with one that was made in part, so one
+    process makes it, and whole."""
+    file = _database_file(storage)
+    if not file.exists() or file.stat().st_size == 0:  # a full disk leaves an empty one
+        for left in storage.glob(f".{file.name}.*"):  # by one that was killed
+            left.unlink()
+        with whole(file) as unfinished:
+            MlflowClient(_sqlite_uri(unfinished)).search_experiments()
+
+
+def _artifact_location(storage: Path, experiment: str) -> str:
+    return (storage / _ARTIFACTS / experiment).as_uri()
+
+
+def _follow_storage(storage: Path) -> None:
+    """Point experiments and runs to the artifacts of this storage, after it was moved or copied.
+
+    MLflow stores absolute locations, and has no call to change them.
+    """
+    engine = create_engine(_sqlite_uri(_database_file(storage)))
+    try:
+        with engine.begin() as database:
+            rows = database.execute(
+                text("SELECT experiment_id, artifact_location FROM experiments")
+            )
+            for number, before in rows.all():
+                # By its last folder, for an experiment can have another name by now.
+                place, _, folder = (before or "").rpartition("/")
+                now = f"{(storage / _ARTIFACTS).as_uri()}/{folder}"
+                is_ours = place.startswith("file:") and place.endswith(f"/{_ARTIFACTS}")
+                if is_ours and before != now:
+                    about = {"id": number, "now": now, "before": before, "length": len(before)}
+                    for update in _UPDATES_OF_LOCATIONS:
+                        database.execute(text(update), about)
+    finally:
+        engine.dispose()
+
+
+_UPDATES_OF_LOCATIONS = (
+    "UPDATE experiments SET artifact_location = :now WHERE experiment_id = :id",
+    "UPDATE runs SET artifact_uri = :now || substr(artifact_uri, :length + 1) "
+    "WHERE experiment_id = :id AND substr(artifact_uri, 1, :length) = :before",
+)
+
+
+def open_experiment(client: MlflowClient, name: str, storage: Path, tags: dict[str, str]) -> str:
+    """The id of an experiment, made or brought back where it must be."""
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        if found.lifecycle_stage == "deleted":
+            client.restore_experiment(found.experiment_id)
+        return found.experiment_id
+    embedded = _is_embedded(client.tracking_uri, storage)
+    artifacts = _artifact_location(storage, name) if embedded else None
+    return client.create_experiment(name, artifact_location=artifacts, tags=tags)
+
+
+_ILLEGAL = re.compile(r"[^A-Za-z0-9_. -]")
+_TAKEN = ("train", "val", "test", "mean")
+"""Beginnings of other keys, which a scene of that name would write over."""
+_MAX_NAME = 80
+
+
+def legal_key(name: str) -> str:
+    """The name of a scene or of a row as a part of MLflow's keys, which allow few characters.
+
+    Legal names stay as they are. In others each illegal character becomes `_`, and a hash is
+    appended, so that different names have different keys: `garden(1)` gives `garden_1_-46f1693b`.
+    """
+    legal = _ILLEGAL.sub("_", name)[:_MAX_NAME].strip(". ")
+    if legal == name and name not in _TAKEN:
+        return name
+    return f"{legal}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
