@@ -67,7 +67,8 @@ def check_space(base: Config, spec: SearchSpec) -> None:
         )
     if "auto" in getattr(space.get("field.precision"), "choices", ()):
         raise ValueError(
-            "space: field.precision: `auto` depends on the machine; search bfloat16 and float32"
+            "space: field.precision: `auto` is another one on another machine; search bfloat16 and "
+            "float32"
         )
     if "seed" in space:
         raise ValueError("space: seed would choose the luckiest of equal configurations")

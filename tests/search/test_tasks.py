@@ -35,7 +35,8 @@ def small_ray() -> Iterator[None]:
     memory = psutil.virtual_memory()
     limit = (memory.used + ROOM) / memory.total
     ray.init(
-        num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
+        logging_level=logging.ERROR,
         _system_config={"memory_usage_threshold": limit, "memory_monitor_refresh_ms": 100},
     )  # fmt: skip
     yield

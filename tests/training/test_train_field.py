@@ -5,7 +5,7 @@ import torch
 
 from cbnerf.config import METHODS, Config, preset, with_overrides
 from cbnerf.data.scene import Scene
-from cbnerf.nerf.rays import Cameras, make_rays
+from cbnerf.nerf.rays import Cameras, make_rays, make_sub_pixel_rays
 from cbnerf.training.evaluation import render_views
 from cbnerf.training.field import low_res_cameras, train_field
 from cbnerf.training.models import load_field
@@ -119,6 +119,8 @@ def test_low_res_cameras_cast_the_same_rays(tiny_cameras: Cameras):
 )
 def test_a_pixel_is_one_ray_or_some_of_its_sub_pixels(changes, size, rays, train, monkeypatch):
     def look(cameras, views, rows, columns, scale, chosen):
+        if len(chosen) != 16:  # those of the check for divergence
+            return make_sub_pixel_rays(cameras, views, rows, columns, scale, chosen)
         assert (cameras.size, scale, chosen.shape) == (size, size[0] // 24, (16, rays))
         assert all(len(set(row)) == rays for row in chosen.tolist())
         opposite = changes.get("field.opposite_sub_rays", True)
