@@ -90,5 +90,5 @@ class TuneSearcher(Searcher):
 
 def unit_metrics(result: dict[str, Any]) -> Metrics:
     """Our own metrics out of all that Tune adds to a result."""
-    own = ("train/", "val/", "codebook/")
-    return {k: float(v) for k, v in result.items() if k.startswith(own) or k == "seconds"}
+    own, exact = ("train/", "val/", "codebook/"), ("seconds", "parameters")
+    return {k: float(v) for k, v in result.items() if k.startswith(own) or k in exact}
