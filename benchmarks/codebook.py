@@ -23,12 +23,14 @@ from provenance import provenance
 from scipy.stats import t as student
 from torch import Tensor
 
-from cbnerf.config import Config, preset, with_overrides
+from cbnerf.config import Config
 from cbnerf.data.llff import read_capture
 from cbnerf.data.pixels import scale_below
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene, make_scene
 from cbnerf.data.splits import split_views
+from cbnerf.overrides import with_overrides
+from cbnerf.presets import preset
 from cbnerf.training.distributed import choose_device
 from cbnerf.training.evaluation import refine_views, score_views
 from cbnerf.training.refiner import train_refiner
@@ -135,18 +137,18 @@ def _try(
     below: dict[str, tuple[Scene, Renders]], row: str, served: tuple[str, ...], seed: int,
 ) -> Iterator[Trial]:  # fmt: skip
     """Train one refiner, and score it on each scene that it serves."""
-    (scene, renders), *beside = (pairs[name] for name in served)
-    others = []
+    (scene, renders), *joint = (pairs[name] for name in served)
+    sources = []
     if options.protocol == "unseen-scene":
-        others = [pair for other, pair in pairs.items() if other not in served]
+        sources = [pair for other, pair in pairs.items() if other not in served]
     elif below:
-        others = [below[name] for name in served]
+        sources = [below[name] for name in served]
     last: dict[str, float] = {}
     device = choose_device()
     refiner = train_refiner(
         config, scene, renders,
         device=device, report=lambda step, metrics, kept: last.update(metrics),
-        beside=beside, others=others,
+        joint=joint, sources=sources,
     )  # fmt: skip
     health = {key: last[key] for key in HEALTH if key in last}
     for name in served:

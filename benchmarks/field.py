@@ -21,12 +21,14 @@ import tyro
 from clock import TimeIsUp, clock
 from provenance import provenance
 
-from cbnerf.config import Config, preset, with_overrides
+from cbnerf.config import Config
 from cbnerf.data.llff import read_capture
 from cbnerf.data.scene import Scene, make_scene
 from cbnerf.data.splits import split_views
 from cbnerf.metrics import to_8bit
 from cbnerf.nerf.model import build_field
+from cbnerf.overrides import with_overrides
+from cbnerf.presets import preset
 from cbnerf.training.checkpoint import Checkpoint
 from cbnerf.training.distributed import choose_device
 from cbnerf.training.evaluation import mean_scores, render_views

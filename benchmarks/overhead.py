@@ -23,14 +23,15 @@ import torch
 import tyro
 from provenance import provenance
 
-from cbnerf.config import Config, with_overrides
+from cbnerf.config import Config
 from cbnerf.data.renders import load_renders
-from cbnerf.search.ledger import Ledger, Unit
+from cbnerf.overrides import with_overrides
+from cbnerf.search.driver import quieten_libraries, run_study
 from cbnerf.search.plan import Plan, make_plan
 from cbnerf.search.spec import parse_spec
-from cbnerf.search.study import quieten_libraries, run_study
+from cbnerf.search.state import StudyState, Unit
 from cbnerf.search.tracking import Tracker
-from cbnerf.search.trial import load_scene
+from cbnerf.search.worker import load_scene
 from cbnerf.training.stages import RENDERS_FILE, run_refiner
 
 FEW, MANY = 1, 11
@@ -49,11 +50,11 @@ class Booking(NamedTuple):
     at: float
     training: float
     writing: float
-    """Seconds that ledger and tracker have taken so far, the latter in a thread of its own."""
+    """Seconds that state and tracker have taken so far, the latter in a thread of its own."""
 
 
 def watch(bookings: list[Booking]) -> None:
-    """From now on each booked unit leaves an entry, and what ledger and tracker take is summed."""
+    """From now on each booked unit leaves an entry, and what state and tracker take is summed."""
     spent = 0.0
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,17 +70,17 @@ def watch(bookings: list[Booking]) -> None:
 
     for owner, names in {
         Tracker: ("start_unit", "log_step", "end_unit", "end_configuration"),
-        Ledger: ("next_unit",),
+        StudyState: ("next_unit",),
     }.items():
         for name in names:
             setattr(owner, name, timed(getattr(owner, name)))
-    book = timed(Ledger.book)
+    book = timed(StudyState.record)
 
-    def book_and_note(ledger: Ledger, unit: Unit, metrics: dict[str, float] | None) -> None:
-        book(ledger, unit, metrics)
+    def book_and_note(state: StudyState, unit: Unit, metrics: dict[str, float] | None) -> None:
+        book(state, unit, metrics)
         bookings.append(Booking(time.perf_counter(), (metrics or {})["seconds"], spent))
 
-    Ledger.book = book_and_note  # type: ignore[method-assign]
+    StudyState.record = book_and_note  # type: ignore[method-assign]
 
 
 def study(options: Options, storage: Path, evaluations: int) -> Plan:

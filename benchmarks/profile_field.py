@@ -22,10 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from cbnerf.config import preset, with_overrides
 from cbnerf.data.library import make_capture
 from cbnerf.data.scene import make_scene
 from cbnerf.nerf.model import multiplies_bfloat16
+from cbnerf.overrides import with_overrides
+from cbnerf.presets import preset
 from cbnerf.training.distributed import choose_device
 from cbnerf.training.field import train_field
 

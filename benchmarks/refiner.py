@@ -18,11 +18,12 @@ import tyro
 from clock import TimeIsUp, clock
 from provenance import provenance
 
-from cbnerf.config import preset, with_overrides
 from cbnerf.data.llff import read_capture
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene, make_scene
 from cbnerf.data.splits import split_views
+from cbnerf.overrides import with_overrides
+from cbnerf.presets import preset
 from cbnerf.training.checkpoint import Checkpoint
 from cbnerf.training.distributed import choose_device
 from cbnerf.training.evaluation import mean_scores, refine_views

@@ -6,7 +6,7 @@
 
 Trials do not train: each comes back after a simulated time with a value that its knobs decide.
 What stands between them is what a study on a cluster runs with: the searcher that Tune asks, the
-ledger with Optuna's journal on disk, the race, the diary and MLflow's runs.
+state with Optuna's journal on disk, the race, the diary and MLflow's runs.
 """
 
 import heapq
@@ -30,12 +30,12 @@ import tyro
 from provenance import provenance
 from tqdm import tqdm
 
-from cbnerf.config import save_config, with_overrides
+from cbnerf.overrides import save_config, with_overrides
 from cbnerf.search.diary import Diary
-from cbnerf.search.ledger import Ledger, Unit
 from cbnerf.search.plan import Plan, make_plan
 from cbnerf.search.searcher import TuneSearcher
 from cbnerf.search.spec import load_spec
+from cbnerf.search.state import StudyState, Unit
 from cbnerf.search.tracking import Tracker
 from cbnerf.search.writer import Writer
 
@@ -117,11 +117,11 @@ class TimedWriter(Writer):
 
 def simulate(
     options: Options, plan: Plan, tracker: Any, write: TimedWriter, watch: Stopwatch
-) -> tuple[list[Tenth], Ledger, float]:
-    """The tenths of a search, its ledger, and the simulated seconds that it took."""
-    ledger = Ledger(plan)
-    diary = Diary(ledger, tracker, write, tqdm(disable=True))
-    searcher = TuneSearcher(ledger, diary.end_unit, limit=lambda: options.workers)
+) -> tuple[list[Tenth], StudyState, float]:
+    """The tenths of a search, its state, and the simulated seconds that it took."""
+    state = StudyState(plan)
+    diary = Diary(state, tracker, write, tqdm(disable=True))
+    searcher = TuneSearcher(state, diary.end_unit, limit=lambda: options.workers)
     rng = np.random.default_rng(0)
     running: list[tuple[float, int, SimpleNamespace]] = []
     handed, clock, tenths = 0, 0.0, []
@@ -144,7 +144,7 @@ def simulate(
             tenths.append(_tenth(watch, write, options.trials // 10, time.perf_counter() - since))
             since = time.perf_counter()
             print(tenths[-1], f"{time.perf_counter() - started:.0f} s", flush=True)
-    return tenths, ledger, clock
+    return tenths, state, clock
 
 
 def _report(
@@ -211,11 +211,11 @@ def main(options: Options) -> None:
         watch = Stopwatch()
         write = TimedWriter(watch)
         with write:
-            tenths, ledger, clock = simulate(options, plan, tracker, write, watch)
+            tenths, state, clock = simulate(options, plan, tracker, write, watch)
             started, behind = time.perf_counter(), len(write)
         late = time.perf_counter() - started
         journal = (plan.folder / "optuna.journal").stat().st_size / 2**20
-    lines = list(_lines(options, tenths, ledger, clock, journal, behind, late))
+    lines = list(_lines(options, tenths, state, clock, journal, behind, late))
     print("\n".join(lines))
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / f"{options.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -224,7 +224,7 @@ def main(options: Options) -> None:
 def _lines(
     options: Options,
     tenths: list[Tenth],
-    ledger: Ledger,
+    state: StudyState,
     clock: float,
     journal: float,
     behind: int,
@@ -233,8 +233,8 @@ def _lines(
     yield f"# {options.trials} trials on {options.workers} simulated workers\n"
     yield provenance(1)
     yield (
-        f"Tracking: {options.tracking.split('://')[0]}. {ledger.num_told} configurations ended, "
-        f"{len(ledger.stopped)} of them stopped; {clock / 60:.0f} simulated minutes; Optuna's "
+        f"Tracking: {options.tracking.split('://')[0]}. {state.num_ended} configurations ended, "
+        f"{len(state.pruned)} of them stopped; {clock / 60:.0f} simulated minutes; Optuna's "
         f"journal {journal:.0f} MiB."
         + (f" At the end {behind} calls were left for MLflow, for {late:.0f} s." if behind else "")
         + "\n"

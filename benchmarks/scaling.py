@@ -25,10 +25,12 @@ import torch.distributed as dist
 import tyro
 from provenance import provenance
 
-from cbnerf.config import Config, preset, with_overrides
+from cbnerf.config import Config
 from cbnerf.data.library import make_capture
 from cbnerf.data.scene import Scene, make_scene
 from cbnerf.nerf.model import render_image
+from cbnerf.overrides import with_overrides
+from cbnerf.presets import preset
 from cbnerf.training.field import scene_cameras, train_field
 
 CPU = torch.device("cpu")

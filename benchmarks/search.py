@@ -3,7 +3,7 @@
     python benchmarks/search.py
 
 `search_table.py` has recorded what random configurations reach. Here whole searches run against
-that table in simulated time, with the ledger, judge and sampler that real searches run with; a
+that table in simulated time, with the state, racing and sampler that real searches run with; a
 proposed configuration gets the row of its nearest recorded neighbour. `naive` trains both stages of
 every scene for every configuration; all others train stage 1 once per scene.
 """
@@ -24,9 +24,9 @@ import tyro
 from provenance import provenance
 
 from cbnerf.config import flatten
-from cbnerf.search.ledger import Ledger
 from cbnerf.search.plan import Plan, make_plan
 from cbnerf.search.spec import Choices, Sampler, Stopping, load_spec
+from cbnerf.search.state import StudyState
 
 TARGETS = (0.05, 0.02, 0.01)
 """dB below the best of the table that a search has to come within."""
@@ -159,7 +159,7 @@ def replay(options: Options, name: str, workers: int, repetition: int) -> Trace:
     table = load_table(options.table, plan)
     plan = replace(plan, scenes=table.scenes)
     # Without the preset, which lies within 0.02 dB of the best: nothing would be left to find.
-    ledger = Ledger(plan, optuna.create_study(direction="maximize"))
+    state = StudyState(plan, optuna.create_study(direction="maximize"))
     seed = repetition % table.psnr.shape[-1]
     first_rung = table.psnr.shape[2] - plan.rungs
     rows: dict[int, int] = {}
@@ -168,8 +168,8 @@ def replay(options: Options, name: str, workers: int, repetition: int) -> Trace:
     running: list[tuple[float, int, Any]] = []
     history: list[tuple[float, float, float]] = []
     wrong, count = 0, 0
-    while not ledger.is_over:
-        while len(running) < workers and (unit := ledger.next_unit()):
+    while not state.is_over:
+        while len(running) < workers and (unit := state.next_unit()):
             row = rows.setdefault(unit.configuration, _nearest(plan, table, unit.overrides))
             scene = table.scenes.index(unit.scene)
             rungs = slice(unit.rung + first_rung if unit.rung else 0, unit.rung + first_rung + 1)
@@ -185,20 +185,20 @@ def replay(options: Options, name: str, workers: int, repetition: int) -> Trace:
         clock, _, (unit, scene, seconds) = heapq.heappop(running)
         busy += seconds
         row, rung = rows[unit.configuration], unit.rung + first_rung
-        before = ledger.best()
-        ledger.book(unit, {
+        before = state.best()
+        state.record(unit, {
             "val/psnr": table.psnr[row, scene, rung, seed],
             "val/ssim": table.ssim[row, scene, rung, seed],
             "seconds": seconds,
         })  # fmt: skip
-        best = ledger.best()
-        if unit.configuration in ledger.stopped and before is not None:
+        best = state.best()
+        if unit.configuration in state.pruned and before is not None:
             ahead = table.truth[row] - table.truth[rows[before.number]]
             wrong += ahead > Stopping().margin
         if best is not None:
             regret = float(table.truth.max() - table.truth[rows[best.number]])
             history.append((busy, clock, regret))
-    return _trace(history, busy, wrong / max(len(ledger.stopped), 1), table, options.trials)
+    return _trace(history, busy, wrong / max(len(state.pruned), 1), table, options.trials)
 
 
 def _trace(

@@ -20,9 +20,11 @@ import torch
 import tyro
 from provenance import provenance
 
-from cbnerf.config import Config, preset, with_overrides
+from cbnerf.config import Config
 from cbnerf.data.library import read_scene
 from cbnerf.data.renders import load_renders
+from cbnerf.overrides import with_overrides
+from cbnerf.presets import preset
 from cbnerf.scenes import BUILT_IN_SCENES
 from cbnerf.search.spec import Choices, SearchSpec, load_spec
 from cbnerf.training.stages import RENDERS_FILE, run_field, run_refiner

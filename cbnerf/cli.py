@@ -24,14 +24,7 @@ from cbnerf.codebook.refiner import DEFAULT_TILE, Refiner
 from cbnerf.compare.command import Request, report_folder, settle
 from cbnerf.compare.report import write_report
 from cbnerf.compare.run import run_comparison
-from cbnerf.config import (
-    DEFAULT_METHOD,
-    DEFAULT_RESOLUTION,
-    Config,
-    KnobError,
-    load_config,
-    preset,
-)
+from cbnerf.config import Config, KnobError
 from cbnerf.console import expand_homes, explain_unforeseen, fail, prepare_output
 from cbnerf.data.library import NUM_VIEWS, default_storage, describe_photographs, make_capture
 from cbnerf.data.llff import find_photographs, is_scene_folder, read_capture, write_capture
@@ -41,6 +34,8 @@ from cbnerf.data.scene import Scene, make_scene
 from cbnerf.data.splits import MIN_TRAINING_VIEWS, check_views, split_views
 from cbnerf.files import expand_home
 from cbnerf.nerf.path import spiral_path
+from cbnerf.overrides import load_config
+from cbnerf.presets import DEFAULT_METHOD, DEFAULT_RESOLUTION, preset
 from cbnerf.scenes import BUILT_IN_SCENES
 from cbnerf.training.cache import StageCache
 from cbnerf.training.checkpoint import Checkpoint, load_checkpoint
@@ -116,12 +111,12 @@ class TrainRefiner:
         if len(self.scene) > 1 and not self.config.codebook.shared:
             raise ValueError("--scene: several scenes share a refiner with --codebook.shared only")
         with joined_processes() as device:
-            (scene, renders), *beside = from_rank_0(
+            (scene, renders), *joint = from_rank_0(
                 lambda: list(map(self._load, self.scene, self.field))
             )
             metrics = run_refiner(
                 self.config, scene, renders, self.output,
-                device=device, report=_print_report, beside=beside,
+                device=device, report=_print_report, joint=joint,
             )  # fmt: skip
             _print_metrics(self.output, metrics)
 

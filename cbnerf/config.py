@@ -1,23 +1,15 @@
-"""Every knob of cbnerf: frozen dataclasses, presets, strict overrides by dotted name.
+"""Every knob of cbnerf, as frozen dataclasses with their checks.
 
 A knob has one name everywhere: `codebook.size` is the field `Config.codebook.size`, the flag
 `--codebook.size`, the key in a search space, the Optuna parameter and the MLflow parameter.
 Imports no torch, so that `--help` and the check of a YAML file are instant.
 """
 
-import difflib
 import math
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
-import yaml
-
-from cbnerf.files import write_whole
-from cbnerf.strict_yaml import MOST, load_yaml, shown
+from cbnerf.strict_yaml import MOST, shown
 
 
 class KnobError(ValueError):
@@ -355,104 +347,6 @@ class Config:
         )  # fmt: skip
 
 
-_MLP_FIELD = FieldConfig(
-    kind="mlp",
-    sub_rays=0,
-    num_fine_samples=64,
-    # NeRF-SR: 512 pixels a step; about 30 epochs of fern at 504x378.
-    optim=OptimConfig(steps=56_000, batch_size=512, lr=5e-4, lr_end=0.01),
-)
-_PAPER_REFINER = RefinerConfig(
-    kind="paper",
-    skips="hr",
-    # Released code: constant lr, 1.56 M steps; 3 epochs (47 k) in NeRF-SR's refiner.
-    optim=OptimConfig(steps=46_875, batch_size=32, lr=5e-4, lr_end=1.0, warmup_steps=0),
-)
-_REFERENCE_REFINER = replace(_PAPER_REFINER, kind="reference", channels=128)
-_HEALTHY_CODEBOOK = CodebookConfig(
-    dim=32, imitation="ce", ema=True, kmeans_init=True, revive_below=0.05
-)
-
-METHODS: dict[str, Config] = {
-    "nerf": Config(
-        field=replace(_MLP_FIELD, super_sampling=False), refiner=RefinerConfig(kind="none")
-    ),
-    "nerf-sr": Config(field=_MLP_FIELD, refiner=_REFERENCE_REFINER),
-    "cb-nerf-paper": Config(
-        field=_MLP_FIELD, codebook=CodebookConfig(imitation="vq"), refiner=_PAPER_REFINER
-    ),
-    "cb-nerf": Config(codebook=_HEALTHY_CODEBOOK),
-    "residual-cnn": Config(refiner=RefinerConfig(codes=False), codebook=_HEALTHY_CODEBOOK),
-    "linear": Config(refiner=RefinerConfig(kind="linear")),
-}
-"""Complete configurations by the name of their method (DESIGN.md, section 4)."""
-
-_CPU_SIZE = {
-    "field.num_coarse_samples": 32,
-    "field.num_fine_samples": 24,
-    "field.optim.batch_size": 512,
-    "refiner.channels": 24,
-    "refiner.blocks": 3,
-    "refiner.patch_size": 32,
-    "refiner.optim.batch_size": 8,
-}
-RESOLUTIONS: dict[str, dict[str, Any]] = {
-    "x2-504": {"data.width": 504, "data.scale": 2},
-    "x2-1008": {"data.width": 1008, "data.scale": 2},
-    "x4-1008": {"data.width": 1008, "data.scale": 4},
-    "x2-252": _CPU_SIZE | {
-        "data.width": 252, "field.optim.steps": 1500, "refiner.optim.steps": 1000,
-    },
-    "x2-128": _CPU_SIZE | {
-        "data.width": 128, "field.num_fine_samples": 16, "field.optim.steps": 330,
-        # Few steps need a high learning rate.
-        "field.planes.grid_lr": 3.0,
-        # The filters, which gain most, are solved at each evaluation, not trained.
-        "refiner.optim.steps": 60, "refiner.optim.evaluations": 1,
-    },
-    "tiny": _CPU_SIZE | {
-        "data.width": 64, "field.num_fine_samples": 16, "field.optim.steps": 20,
-        "field.optim.batch_size": 64,
-        "field.planes.hidden": 16, "field.mlp.width": 32,
-        "refiner.optim.steps": 10, "refiner.optim.batch_size": 2, "refiner.optim.evaluations": 2,
-        "refiner.channels": 8, "codebook.size": 64,
-    },
-}  # fmt: skip
-"""Overrides by name: image size and, below 504 pixels, a schedule for CPUs."""
-
-_PUBLISHED_CPU_SIZE = {
-    "field.optim.batch_size": 128,
-    # A render by the MLP takes as long as twenty of its steps.
-    "field.optim.evaluations": 2,
-}
-_PUBLISHED: dict[str, dict[str, Any]] = {
-    # NeRF-SR: 2048 rays of a step at either scale.
-    "x4-1008": {"field.optim.batch_size": 128},
-    "x2-252": _PUBLISHED_CPU_SIZE | {
-        "field.optim.steps": 6000, "refiner.optim.steps": 10_000,
-    },
-    "x2-128": _PUBLISHED_CPU_SIZE | {
-        "field.optim.steps": 2000, "refiner.optim.steps": 1500, "refiner.optim.evaluations": 4,
-    },
-}  # fmt: skip
-"""Further overrides of the methods with NeRF's MLP. At CPU sizes they take more and smaller
-updates: the steps of the planes and their refiner are far too few for them."""
-
-
-DEFAULT_METHOD = "cb-nerf"
-DEFAULT_RESOLUTION = "x2-504"
-
-
-def preset(method: str, resolution: str = DEFAULT_RESOLUTION) -> Config:
-    """The configuration of a method at a resolution."""
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
-    if resolution not in RESOLUTIONS:
-        raise ValueError(f"unknown resolution {resolution!r}; choose from {', '.join(RESOLUTIONS)}")
-    published = _PUBLISHED.get(resolution, {}) if METHODS[method].field.kind == "mlp" else {}
-    return with_overrides(METHODS[method], RESOLUTIONS[resolution] | published)
-
-
 FIELD_KNOBS = ("data.", "field.", "seed", "deterministic")
 """Prefixes of the knobs of stage 1."""
 
@@ -460,95 +354,3 @@ FIELD_KNOBS = ("data.", "field.", "seed", "deterministic")
 def flatten_field(config: Config) -> dict[str, Any]:
     """The knobs of stage 1."""
     return {name: v for name, v in flatten(config).items() if name.startswith(FIELD_KNOBS)}
-
-
-def knob_type(name: str) -> Any:
-    """The annotated type of a knob, such as `int` for `codebook.size`."""
-    kind: Any = Config
-    for part in name.split("."):
-        hints = typing.get_type_hints(kind) if is_dataclass(kind) else {}
-        if part not in hints:
-            raise ValueError(f"unknown knob {shown(name)}{_suggestion(name)}")
-        kind = hints[part]
-    if is_dataclass(kind):
-        raise ValueError(f"{name!r} is a group of knobs, not a knob{_suggestion(name)}")
-    return kind
-
-
-def _suggestion(name: str) -> str:
-    close = difflib.get_close_matches(name, flatten(Config()), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
-
-
-def cast(name: str, value: Any) -> Any:
-    """A value read from YAML or a command line, checked against the type of the knob `name`."""
-    kind = knob_type(name)
-    try:
-        return _cast(kind, value)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{name} = {shown(value)} is not {_describe(kind)}") from None
-
-
-def _cast(kind: Any, value: Any) -> Any:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        if value not in args:
-            raise ValueError
-        return value
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise TypeError
-        return tuple(_cast(args[0], item) for item in value)
-    if kind is bool or isinstance(value, bool):
-        if kind is not bool or not isinstance(value, bool):
-            raise TypeError
-        return value
-    if not isinstance(value, int | float | str):  # such as bytes, which Python reads numbers of
-        raise TypeError
-    if kind is int:
-        if isinstance(value, float) and value != int(value):
-            raise ValueError
-        return int(value)
-    if kind is float:
-        return float(value)
-    raise TypeError(kind)
-
-
-def _describe(kind: Any) -> str:
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(typing.get_args(kind))
-    if isinstance(kind, types.GenericAlias):
-        return "a list of integers"
-    return {int: "an integer", float: "a number", bool: "true or false"}[kind]
-
-
-def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
-    """A copy with some knobs changed; an unknown name or a wrong type is a `ValueError`."""
-    return _replace_knobs(config, {name: cast(name, value) for name, value in overrides.items()})
-
-
-def _replace_knobs(node: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
-    """Replace all at once, because the checks of a group may relate its knobs to each other."""
-    changed = {}
-    for knob in fields(node):
-        name, value = prefix + knob.name, getattr(node, knob.name)
-        if is_dataclass(value):
-            changed[knob.name] = _replace_knobs(value, values, name + ".")
-        elif name in values:
-            changed[knob.name] = values[name]
-    return replace(node, **changed)
-
-
-def save_config(config: Config, path: Path) -> None:
-    """Write all knobs as plain YAML."""
-    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(config).items()}
-    write_whole(path, yaml.safe_dump(plain, sort_keys=False))
-
-
-def load_config(path: Path, base: Config = Config()) -> Config:
-    """Read a file of `save_config`; knobs that it does not name keep their values in `base`."""
-    try:
-        return with_overrides(base, load_yaml(path))
-    except ValueError as error:
-        message = str(error)
-        raise ValueError(message if str(path) in message else f"{path}: {message}") from None

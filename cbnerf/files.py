@@ -39,7 +39,7 @@ def check_may_write(folder: Path) -> None:
 
 
 @contextmanager
-def whole(target: Path) -> Iterator[Path]:
+def atomic_write(target: Path) -> Iterator[Path]:
     """A path beside `target` for a new file or folder, which takes its place at the end; where
     that fails nothing of it is left. A folder can only take the place of an empty one."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def expand_home(path: Path) -> Path:
         raise ValueError(f"{path}: there is no such home folder") from None
 
 
-def write_whole(target: Path, text: str) -> None:
+def atomic_write_text(target: Path, text: str) -> None:
     """Write a text file, or replace it."""
-    with whole(target) as file:
+    with atomic_write(target) as file:
         file.write_text(text, encoding="utf-8")

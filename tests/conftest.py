@@ -5,11 +5,12 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from cbnerf.config import Config, preset
+from cbnerf.config import Config
 from cbnerf.data.library import make_capture
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Capture, Scene, make_scene
 from cbnerf.nerf.rays import Cameras
+from cbnerf.presets import preset
 from cbnerf.training.field import scene_cameras
 
 torch.set_num_threads(1)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from cbnerf.cli import main
-from cbnerf.config import load_config, preset, with_overrides
 from cbnerf.data.llff import read_capture, write_capture
 from cbnerf.data.scene import Capture
+from cbnerf.overrides import load_config, with_overrides
+from cbnerf.presets import preset
 
 SHORT = [
     "--resolution=tiny", "--field.optim.steps=3", "--field.num-coarse-samples=8",

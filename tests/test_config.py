@@ -7,19 +7,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cbnerf.config import (
-    METHODS,
-    RESOLUTIONS,
-    Config,
-    DataConfig,
-    cast,
-    flatten,
-    knob_type,
-    load_config,
-    preset,
-    save_config,
-    with_overrides,
-)
+from cbnerf.config import Config, DataConfig, flatten
+from cbnerf.overrides import cast, knob_type, load_config, save_config, with_overrides
+from cbnerf.presets import METHODS, RESOLUTIONS, preset
 
 every_preset = pytest.mark.parametrize(
     "config", [preset(method, resolution) for method in METHODS for resolution in RESOLUTIONS]

@@ -10,15 +10,21 @@ from pathlib import Path
 import pytest
 
 import cbnerf
-from cbnerf.files import check_may_write, expand_home, is_about_space, whole, write_whole
+from cbnerf.files import (
+    atomic_write,
+    atomic_write_text,
+    check_may_write,
+    expand_home,
+    is_about_space,
+)
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_a_reader_sees_the_old_text_or_the_new_one(tmp_path: Path):
     target = tmp_path / "deep" / "file.txt"
-    write_whole(target, "old")
-    with whole(target) as unfinished:
+    atomic_write_text(target, "old")
+    with atomic_write(target) as unfinished:
         unfinished.write_text("new, and longer", encoding="utf-8")
         assert target.read_text(encoding="utf-8") == "old"
     assert target.read_text(encoding="utf-8") == "new, and longer"
@@ -28,11 +34,11 @@ def test_a_reader_sees_the_old_text_or_the_new_one(tmp_path: Path):
 @pytest.mark.parametrize("error", [OSError("no space"), KeyboardInterrupt()])
 def test_what_fails_leaves_nothing_and_harms_nothing(tmp_path: Path, error: BaseException):
     target = tmp_path / "file.txt"
-    write_whole(target, "old")
-    with pytest.raises(type(error)), whole(target) as unfinished:
+    atomic_write_text(target, "old")
+    with pytest.raises(type(error)), atomic_write(target) as unfinished:
         unfinished.write_text("half", encoding="utf-8")
         raise error
-    with pytest.raises(type(error)), whole(tmp_path / "folder") as unfinished:
+    with pytest.raises(type(error)), atomic_write(tmp_path / "folder") as unfinished:
         (unfinished / "deeper").mkdir(parents=True)
         raise error
     assert list(tmp_path.iterdir()) == [target]
@@ -40,7 +46,7 @@ def test_what_fails_leaves_nothing_and_harms_nothing(tmp_path: Path, error: Base
 
 
 def test_a_folder_comes_with_all_that_is_in_it(tmp_path: Path):
-    with whole(tmp_path / "folder") as unfinished:
+    with atomic_write(tmp_path / "folder") as unfinished:
         unfinished.mkdir()
         (unfinished / "one").write_text("1", encoding="utf-8")
         assert not (tmp_path / "folder").exists()
@@ -58,8 +64,8 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_text_is_utf8_in_any_locale(tmp_path: Path):
     code = (
-        "import sys; from pathlib import Path; from cbnerf.files import write_whole; "
-        "write_whole(Path(sys.argv[1]), 'k\\xfcche \\u2192')"
+        "import sys; from pathlib import Path; from cbnerf.files import atomic_write_text; "
+        "atomic_write_text(Path(sys.argv[1]), 'k\\xfcche \\u2192')"
     )
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     file = tmp_path / "report.html"

@@ -12,7 +12,8 @@ import cbnerf
 
 PACKAGE = Path(cbnerf.__file__).parent
 LEFT_TO_RIGHT = [
-    {"files", "strict_yaml"}, {"config", "console"}, {"rng", "metrics", "downsampling"},
+    {"files", "strict_yaml"}, {"config", "console"}, {"overrides"}, {"presets"},
+    {"rng", "metrics", "downsampling"},
     {"nerf", "codebook", "scenes", "report"}, {"baselines"}, {"data"},
     {"training"}, {"compare"}, {"search"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
@@ -75,7 +76,7 @@ def test_the_command_line_loads_nothing_of_the_search():
 @pytest.mark.search
 def test_a_worker_of_a_search_starts_without_what_its_driver_needs():
     slow_to_load = {"optuna", "mlflow", "scipy", "matplotlib"}
-    assert not loaded_by("cbnerf.search.trial") & slow_to_load
+    assert not loaded_by("cbnerf.search.worker") & slow_to_load
     assert loaded_by("cbnerf.search.command") >= slow_to_load
 
 

@@ -9,7 +9,8 @@ import pytest
 import tyro
 
 from cbnerf.cli import Compare, parse_command
-from cbnerf.config import Config, flatten, load_yaml
+from cbnerf.config import Config, flatten
+from cbnerf.strict_yaml import load_yaml
 
 ROOT = Path(__file__).parent.parent
 PAGES = {

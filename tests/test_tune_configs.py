@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cbnerf.config import preset
+from cbnerf.presets import preset
 from cbnerf.search.spec import load_spec
 
 ROOT = Path(__file__).parents[1]

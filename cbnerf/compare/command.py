@@ -7,17 +7,11 @@ import torch
 
 from cbnerf.compare.protocols import Protocol, adapt
 from cbnerf.compare.run import Comparison
-from cbnerf.config import (
-    DEFAULT_METHOD,
-    METHODS,
-    Config,
-    cast,
-    load_config,
-    preset,
-    with_overrides,
-)
+from cbnerf.config import Config
 from cbnerf.data.library import check_scenes, choose_scenes, default_storage, locate_data
 from cbnerf.nerf.model import settle_precision
+from cbnerf.overrides import cast, load_config, with_overrides
+from cbnerf.presets import DEFAULT_METHOD, METHODS, preset
 from cbnerf.strict_yaml import parse_yaml, shown
 from cbnerf.training.distributed import choose_device
 

@@ -10,7 +10,7 @@ from cbnerf.config import Config
 from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
-from cbnerf.files import write_whole
+from cbnerf.files import atomic_write_text
 from cbnerf.training.checkpoint import Checkpoint, load_checkpoint
 from cbnerf.training.evaluation import refine_views
 from cbnerf.training.models import build_refiner
@@ -41,7 +41,7 @@ class History:
         refined = refine_views(refiner.eval(), self._renders.rgb, self._device, references)
         best = max(map(released_psnr, refined, self._scene.images))
         history = read_history(self._folder) | {step: best}
-        write_whole(self._folder / _HISTORY_FILE, json.dumps(history, indent=1))
+        atomic_write_text(self._folder / _HISTORY_FILE, json.dumps(history, indent=1))
 
     def catch_up(self) -> None:
         """Score the last checkpoint if a run was killed between writing and scoring it."""

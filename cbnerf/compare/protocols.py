@@ -10,9 +10,10 @@ from typing import Literal
 from jaxtyping import UInt8
 from torch import Tensor
 
-from cbnerf.config import Config, DataConfig, with_overrides
+from cbnerf.config import Config, DataConfig
 from cbnerf.data.library import PAPER_SCENES
 from cbnerf.data.splits import split_views
+from cbnerf.overrides import with_overrides
 
 Protocol = Literal["holdout", "unseen-scene", "low-res-only", "table1"]
 

@@ -20,7 +20,7 @@ from cbnerf.compare.score_tables import (
     view_tables,
 )
 from cbnerf.config import flatten
-from cbnerf.files import write_whole
+from cbnerf.files import atomic_write_text
 from cbnerf.report import figures
 from cbnerf.report.figures import Panel
 from cbnerf.report.page import HTML_FILE, MARKDOWN_FILE, Page, Picture, Section, write_page
@@ -51,9 +51,9 @@ def write_report(
     ]
     notes = _notes(comparison, results, device)
     write_page(Page(_title(comparison), notes, [Section("", [*main, *pictures, *details])]), folder)
-    write_whole(folder / "tables.tex", "\n\n".join(map(to_latex, main)) + "\n")
+    atomic_write_text(folder / "tables.tex", "\n\n".join(map(to_latex, main)) + "\n")
     content = to_plain(comparison, results, device)
-    write_whole(folder / "report.json", json.dumps(content, indent=1) + "\n")
+    atomic_write_text(folder / "report.json", json.dumps(content, indent=1) + "\n")
     return "\n\n".join(map(to_markdown, main))
 
 

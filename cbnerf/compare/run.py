@@ -72,12 +72,12 @@ class Comparison:
         return next(iter(self.methods.values())).data
 
     def scene(self, name: str) -> Scene:
-        """A scene of the comparison, or one of `others`."""
+        """A scene of the comparison, or one of `sources`."""
         at_full_size = name.removesuffix(_BELOW)
         scene = read_scene(at_full_size, self.data, self.storage, self.split)
         return scene if name == at_full_size else scale_below(scene, self.split.low_res_kernel)
 
-    def others(self, name: str) -> list[str]:
+    def sources(self, name: str) -> list[str]:
         """What a refiner of this scene is trained on, if not on the scene itself."""
         if self.protocol == "low-res-only":
             return [name + _BELOW]
@@ -88,11 +88,11 @@ class Comparison:
     @cached_property
     def _field_keys(self) -> dict[tuple[str, str], str]:
         """By method and scene; photographs are hashed, which takes a while."""
-        others = {other for name in self.scenes for other in self.others(name)}
+        sources = {other for name in self.scenes for other in self.sources(name)}
         return {
             (method, name): field_key(config, self.scene(name))
             for method, config in self.methods.items()
-            for name in {*self.scenes, *others}
+            for name in {*self.scenes, *sources}
         }
 
     def served(self, method: str, name: str) -> list[str]:
@@ -103,13 +103,13 @@ class Comparison:
         return sorted(self.scenes) if shared else [name]
 
     def field_folder(self, method: str, name: str) -> Path:
-        """Where the field of a method stands for a scene or one of `others`."""
+        """Where the field of a method stands for a scene or one of `sources`."""
         return self.cache.path("field", name, self._field_keys[method, name])
 
     def refiner_folder(self, method: str, name: str) -> Path:
         """Where the refiner of a method stands for a scene."""
         served = self.served(method, name)
-        fields = [self._field_keys[method, one] for one in (*served, *self.others(name))]
+        fields = [self._field_keys[method, one] for one in (*served, *self.sources(name))]
         whose = "all" if len(served) > 1 else name
         return self.cache.path("refiner", whose, refiner_key(self.methods[method], fields))
 
@@ -208,13 +208,13 @@ def _train_refiner(
         return comparison.scene(one), load_renders(folder / RENDERS_FILE)
 
     def train(folder: Path) -> None:
-        report, ((scene, renders), *beside) = ignore, map(load, served)
+        report, ((scene, renders), *joint) = ignore, map(load, served)
         if comparison.protocol == "table1":
             report = History(config, scene, renders, folder, device)
             report.catch_up()
         metrics = run_refiner(
             config, scene, renders, folder, device=device, report=report,
-            beside=beside, others=[load(one) for one in comparison.others(name)],
+            joint=joint, sources=[load(one) for one in comparison.sources(name)],
         )  # fmt: skip
         say(f"{', '.join(served)}: stage 2 of {method} trained in {metrics['seconds']:.0f} s")
 

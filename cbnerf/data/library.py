@@ -24,7 +24,7 @@ from cbnerf.data.llff import (
 )
 from cbnerf.data.scene import Capture, Scene, make_scene
 from cbnerf.data.splits import check_views
-from cbnerf.files import expand_home, whole
+from cbnerf.files import atomic_write, expand_home
 from cbnerf.scenes import BUILT_IN_SCENES, make_camera, make_world, place_cameras
 from cbnerf.scenes.raycasting import render
 
@@ -160,7 +160,7 @@ def _draw_once(name: str, folder: Path, width: int) -> None:
         if (folder / POSES_FILE).exists():
             return
         shutil.rmtree(folder, ignore_errors=True)
-        with whole(folder) as drawn:
+        with atomic_write(folder) as drawn:
             write_capture(drawn, make_capture(name, width=width))
 
 

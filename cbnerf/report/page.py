@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from cbnerf.files import whole, write_whole
+from cbnerf.files import atomic_write, atomic_write_text
 from cbnerf.report.tables import STYLE, Table, to_html, to_markdown
 
 MARKDOWN_FILE, HTML_FILE = "report.md", "report.html"
@@ -70,10 +70,10 @@ def write_page(page: Page, folder: Path) -> list[Path]:
     pictures = [b for s in page.sections for b in s.blocks if isinstance(b, Picture)]
     files = [folder / f"{picture.name}.png" for picture in pictures]
     for file, picture in zip(files, pictures, strict=True):
-        with whole(file) as unfinished:
+        with atomic_write(file) as unfinished:
             picture.image.save(unfinished, "PNG")
-    write_whole(folder / MARKDOWN_FILE, page_to_markdown(page))
-    write_whole(folder / HTML_FILE, page_to_html(page))
+    atomic_write_text(folder / MARKDOWN_FILE, page_to_markdown(page))
+    atomic_write_text(folder / HTML_FILE, page_to_html(page))
     return [folder / MARKDOWN_FILE, folder / HTML_FILE, *files]
 
 

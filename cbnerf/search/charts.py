@@ -10,15 +10,15 @@ from optuna.trial import FrozenTrial, TrialState
 from plotly.io import to_html as chart_to_html
 
 from cbnerf.report.page import Chart
-from cbnerf.search.ledger import Ledger
+from cbnerf.search.state import StudyState
 
 _ENOUGH = 4
 """Finished or pruned configurations that a chart of importances needs."""
 
 
-def charts(ledger: Ledger) -> Iterator[Chart]:
+def charts(state: StudyState) -> Iterator[Chart]:
     """The charts of a study; the first one embeds plotly's script for all of them."""
-    for index, (title, about, figure) in enumerate(_figures(ledger)):
+    for index, (title, about, figure) in enumerate(_figures(state)):
         figure.update_layout(title=None, margin={"t": 30})
         html = chart_to_html(
             figure, full_html=False, include_plotlyjs=index == 0, div_id=f"chart-{index}"
@@ -26,9 +26,9 @@ def charts(ledger: Ledger) -> Iterator[Chart]:
         yield Chart(title, about, html)
 
 
-def _figures(ledger: Ledger) -> Iterator[tuple[str, str, go.Figure]]:
+def _figures(state: StudyState) -> Iterator[tuple[str, str, go.Figure]]:
     """Title, a sentence and the chart."""
-    study, objectives = ledger.study, ledger.plan.spec.objectives
+    study, objectives = state.study, state.plan.spec.objectives
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     for index, name in enumerate(objectives):
         # Without a target, Optuna draws the best so far; it knows that of a single objective.
@@ -38,7 +38,7 @@ def _figures(ledger: Ledger) -> Iterator[tuple[str, str, go.Figure]]:
     if len(objectives) in (2, 3):
         figure = visualization.plot_pareto_front(study, target_names=list(objectives))
         yield "Pareto front", "No configuration is better in all objectives.", figure
-    if len(complete) >= _ENOUGH and len(ledger.plan.spec.space) > 1:
+    if len(complete) >= _ENOUGH and len(state.plan.spec.space) > 1:
         first = objectives[0]
         # Given a target, Optuna takes low for good; it knows the direction of a single objective.
         target = None if len(objectives) == 1 else lambda trial: -trial.values[0]
@@ -46,66 +46,66 @@ def _figures(ledger: Ledger) -> Iterator[tuple[str, str, go.Figure]]:
         about = f"One line per configuration, the darker the better in {first}."
         yield "Parallel coordinates", about, figure
         about = "Share of each knob in what separates good configurations (PED-ANOVA)."
-        yield "Importances", about, importances(ledger)
-    yield "Race", "Units of each configuration, and what became of it.", _race(ledger)
-    if ledger.field_seconds:
+        yield "Importances", about, importances(state)
+    yield "Race", "Units of each configuration, and what became of it.", _race(state)
+    if state.field_seconds:
         about = "Training seconds: measured, and what the same configurations would have taken."
-        yield "Cost", about, _cost(ledger)
+        yield "Cost", about, _cost(state)
 
 
-def importances(ledger: Ledger) -> go.Figure:
+def importances(state: StudyState) -> go.Figure:
     """PED-ANOVA's share of each knob in what makes a configuration good, overall and, where
     scenes are trained apart, by scene."""
     figure = go.Figure()
-    evaluator, first = PedAnovaImportanceEvaluator(), ledger.plan.spec.objectives[0]
+    evaluator, first = PedAnovaImportanceEvaluator(), state.plan.spec.objectives[0]
     # PED-ANOVA asks what makes a target low.
     targets = {"overall": lambda trial: -trial.values[0]}
-    trainings = ledger.plan.trainings
+    trainings = state.plan.trainings
     for scene in trainings if len(trainings) > 1 else ():
-        targets[scene] = lambda trial, s=scene: -_value_on(ledger, trial, s, first)
+        targets[scene] = lambda trial, s=scene: -_value_on(state, trial, s, first)
     for name, target in targets.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # That it does.
-            shares = get_param_importances(ledger.study, evaluator=evaluator, target=target)
+            shares = get_param_importances(state.study, evaluator=evaluator, target=target)
         visible = True if name == "overall" else "legendonly"
         bar = go.Bar(x=list(shares), y=list(shares.values()), name=name, visible=visible)
         figure.add_trace(bar)
     return figure
 
 
-def _value_on(ledger: Ledger, trial: FrozenTrial, scene: str, quality: str) -> float:
+def _value_on(state: StudyState, trial: FrozenTrial, scene: str, quality: str) -> float:
     """The objective on one scene at the highest rung reached; the mean where it never ran."""
-    reached = [(rung, m) for (s, rung), m in ledger.results(trial.number).items() if s == scene]
+    reached = [(rung, m) for (s, rung), m in state.results(trial.number).items() if s == scene]
     metrics = max(reached, key=lambda pair: pair[0], default=(0, None))[1]
     return metrics[quality] if metrics else trial.values[0]
 
 
-def _race(ledger: Ledger) -> go.Figure:
+def _race(state: StudyState) -> go.Figure:
     figure = go.Figure()
-    trials = ledger.study.get_trials(deepcopy=False)
-    for rung in range(ledger.plan.rungs):
+    trials = state.study.get_trials(deepcopy=False)
+    for rung in range(state.plan.rungs):
         counts = {
-            number: sum(r == rung for _, r in ledger.results(number)) for number in ledger.told
+            number: sum(r == rung for _, r in state.results(number)) for number in state.ended
         }
-        ends = [ledger.how_it_ended(trials[number]) for number in counts]
+        ends = [state.describe_end(trials[number]) for number in counts]
         bar = go.Bar(x=list(counts), y=list(counts.values()), name=f"rung {rung}", hovertext=ends)
         figure.add_trace(bar)
     figure.update_layout(barmode="stack", xaxis_title="configuration", yaxis_title="units")
     return figure
 
 
-def _cost(ledger: Ledger) -> go.Figure:
-    fields = sum(ledger.field_seconds.values())
+def _cost(state: StudyState) -> go.Figure:
+    fields = sum(state.field_seconds.values())
     whole, spent = [], 0.0
-    for number in ledger.told:
+    for number in state.ended:
         last: dict[str, float] = {}
-        for (scene, _), metrics in sorted(ledger.results(number).items(), key=lambda e: e[0][1]):
+        for (scene, _), metrics in sorted(state.results(number).items(), key=lambda e: e[0][1]):
             if metrics:
                 last[scene] = metrics.get("seconds", 0.0)  # of all rungs so far
         spent += sum(last.values())
-        if number not in ledger.stopped:
+        if number not in state.pruned:
             whole.append(sum(last.values()))
-    each, count = sum(whole) / max(len(whole), 1), len(ledger.told)
+    each, count = sum(whole) / max(len(whole), 1), len(state.ended)
     bars = {
         "both stages, every scene": count * (fields + each),
         "stage 1 once": fields + count * each,

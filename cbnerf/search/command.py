@@ -19,7 +19,6 @@ from mlflow.exceptions import MlflowException
 from ray.exceptions import RayError
 from ray.tune import TuneError
 
-from cbnerf.config import load_yaml, with_overrides
 from cbnerf.console import expand_homes, explain_unforeseen, fail, one_line, prepare_output
 from cbnerf.data.library import (
     DATA_VARIABLE,
@@ -29,23 +28,25 @@ from cbnerf.data.library import (
     describe_photographs,
 )
 from cbnerf.data.llff import fingerprint
-from cbnerf.files import check_may_write, is_about_space, write_whole
+from cbnerf.files import atomic_write_text, check_may_write, is_about_space
+from cbnerf.overrides import with_overrides
 from cbnerf.report.tables import to_markdown
-from cbnerf.search.estimate import calibrate
-from cbnerf.search.ledger import Ledger
-from cbnerf.search.machines import num_slots
-from cbnerf.search.mlflow_store import tracking_uri, without_password
-from cbnerf.search.plan import Plan, make_plan
-from cbnerf.search.report import scene_table, write_report
-from cbnerf.search.spec import parse_spec
-from cbnerf.search.study import (
+from cbnerf.search.driver import (
     find_precision,
     known_scores,
     quieten_libraries,
     run_study,
 )
+from cbnerf.search.estimate import calibrate
+from cbnerf.search.machines import num_slots
+from cbnerf.search.mlflow_store import tracking_uri, without_password
+from cbnerf.search.plan import Plan, make_plan
+from cbnerf.search.report import scene_table, write_report
+from cbnerf.search.spec import parse_spec
+from cbnerf.search.state import StudyState
 from cbnerf.search.tracking import NOT_COMPARABLE
-from cbnerf.search.trial import load_scene
+from cbnerf.search.worker import load_scene
+from cbnerf.strict_yaml import load_yaml
 from cbnerf.training.distributed import choose_device
 from cbnerf.training.models import count_parameters
 
@@ -164,7 +165,7 @@ def _run(options: Options, default_config: Path) -> None:
             print(f"precision  {plan.base.field.precision} in stage 1", flush=True)
             settled = request | {"resolution": plan.resolution,
                                  "precision": plan.base.field.precision}  # fmt: skip
-            write_whole(plan.folder / _REQUEST_FILE, yaml.safe_dump(settled, sort_keys=False))
+            atomic_write_text(plan.folder / _REQUEST_FILE, yaml.safe_dump(settled, sort_keys=False))
             outcome = run_study(plan, print, concurrency)
     if outcome is None:
         raise ValueError(
@@ -201,12 +202,12 @@ def report_study(storage: Path, name: str) -> Path:
     quieten_libraries()
     options = Options(storage=storage, name=name, resume=True)
     plan = _with_same_precision(_plan(_load_request(options), options, has_gpu=False))
-    ledger = Ledger(plan, adopt=False)
-    best = ledger.best()
+    state = StudyState(plan, adopt=False)
+    best = state.best()
     if best is None:
         raise ValueError(f"study {name}: no configuration has finished yet")
     config = with_overrides(plan.base, best.params)
-    *_, page = write_report(ledger, config, best.number, known_scores(ledger, best.number))
+    *_, page = write_report(state, config, best.number, known_scores(state, best.number))
     return page
 
 

@@ -1,7 +1,7 @@
-"""What is written down while a study runs: lines on the screen, runs in MLflow, the ledger.
+"""What is written down while a study runs: lines on the screen, runs in MLflow, the state.
 
 MLflow is written behind the search, which does not wait for it. A search that is killed may leave
-MLflow behind the ledger; `catch_up` mends that when the study goes on.
+MLflow behind the state; `catch_up` mends that when the study goes on.
 """
 
 from collections import Counter
@@ -11,10 +11,10 @@ from typing import Any
 from ray import tune
 from tqdm import tqdm
 
-from cbnerf.search.judge import Metrics
-from cbnerf.search.ledger import Ledger
 from cbnerf.search.plan import Unit
+from cbnerf.search.racing import Metrics
 from cbnerf.search.searcher import unit_metrics
+from cbnerf.search.state import StudyState
 from cbnerf.search.tasks import reason
 from cbnerf.search.tracking import Tracker
 from cbnerf.search.writer import Writer
@@ -27,8 +27,8 @@ _LOSSES = 5
 class Diary(tune.Callback):
     """Follows the units of a study: progress on the screen, runs in MLflow."""
 
-    def __init__(self, ledger: Ledger, tracker: Tracker, write: Writer, bar: "tqdm[Any]"):
-        self._ledger = ledger
+    def __init__(self, state: StudyState, tracker: Tracker, write: Writer, bar: "tqdm[Any]"):
+        self._state = state
         self._tracker = tracker
         self._write = write
         self._bar = bar
@@ -66,23 +66,23 @@ class Diary(tune.Callback):
             self._explain(units, why)
 
     def end_unit(self, unit: Unit, metrics: Metrics | None) -> None:
-        """Book a unit; what the ledger has booked is never done again.
+        """Book a unit; what the state has booked is never done again.
 
         Tune tries a training again whose process has died, but not one that was about to begin:
         that is handed out anew.
         """
         if metrics is None:
-            self._ledger.plan.check_disk()  # A full disk says nothing about a configuration.
+            self._state.plan.check_disk()  # A full disk says nothing about a configuration.
             if _place(unit) not in self._begun:
                 self._losses[_place(unit)] += 1
                 if self._losses[_place(unit)] <= _LOSSES:
-                    self._ledger.take_back(unit)
+                    self._state.release(unit)
                     return
                 self._write(self._tracker.start_unit, unit)
         self._write(self._tracker.end_unit, unit, metrics)
-        told = self._ledger.num_told
-        self._ledger.book(unit, metrics)
-        if self._ledger.num_told > told:
+        told = self._state.num_ended
+        self._state.record(unit, metrics)
+        if self._state.num_ended > told:
             self._end_configuration(unit)
 
     def lose_unit(self, unit: Unit, why: str) -> None:
@@ -94,8 +94,8 @@ class Diary(tune.Callback):
         self.end_unit(unit, None)
 
     def _end_configuration(self, unit: Unit) -> None:
-        self._write(*_closing(self._ledger, self._tracker, unit.configuration))
-        self._bar.update(self._ledger.num_told - self._bar.n)
+        self._write(*_closing(self._state, self._tracker, unit.configuration))
+        self._bar.update(self._state.num_ended - self._bar.n)
         self._announce(unit)
 
     def _explain(self, units: list[Unit], reason: str) -> None:
@@ -106,8 +106,8 @@ class Diary(tune.Callback):
         self._bar.write(f"  #{units[0].configuration:02d}  {scenes} failed: {reason}")
 
     def _announce(self, unit: Unit) -> None:
-        best, stop = self._ledger.best(), self._ledger.stopped.get(unit.configuration)
-        trial = self._ledger.study.get_trials(deepcopy=False)[unit.configuration]
+        best, stop = self._state.best(), self._state.pruned.get(unit.configuration)
+        trial = self._state.study.get_trials(deepcopy=False)[unit.configuration]
         if stop is not None:
             value = f"stopped, {stop.reason}"
         elif trial.values is None:
@@ -133,25 +133,25 @@ def _units(trial: Any) -> list[Unit]:
     return [Unit(**unit) for unit in trial.config["units"]]
 
 
-def catch_up(ledger: Ledger, tracker: Tracker) -> None:
+def catch_up(state: StudyState, tracker: Tracker) -> None:
     """Write what a killed search had booked and MLflow had not heard of yet."""
-    for scene, entry in ledger.fields.items():
-        folder = ledger.plan.cache.folder / entry
+    for scene, entry in state.fields.items():
+        folder = state.plan.cache.folder / entry
         if (metrics := read_metrics(folder)) is not None:  # None: it was removed
             tracker.log_field(scene, folder, metrics)
-    for number in ledger.begun:
+    for number in state.started:
         if tracker.is_closed(number):
             continue
-        for unit, metrics in ledger.booked_units(number):
+        for unit, metrics in state.recorded_units(number):
             tracker.start_unit(unit)
             tracker.end_unit(unit, metrics)
-        if number in ledger.told:
-            close, *about = _closing(ledger, tracker, number)
+        if number in state.ended:
+            close, *about = _closing(state, tracker, number)
             close(*about)
 
 
-def _closing(ledger: Ledger, tracker: Tracker, number: int) -> tuple[Any, ...]:
+def _closing(state: StudyState, tracker: Tracker, number: int) -> tuple[Any, ...]:
     """The call that closes the run of a configuration, and its arguments."""
-    if (stop := ledger.stopped.get(number)) is not None:
-        return tracker.stop_configuration, number, stop.reason
-    return tracker.end_configuration, number, ledger.whole_results(number)
+    if (stop := state.pruned.get(number)) is not None:
+        return tracker.prune_configuration, number, stop.reason
+    return tracker.end_configuration, number, state.full_results(number)

@@ -6,14 +6,15 @@ from typing import NamedTuple
 
 import torch
 
-from cbnerf.config import Config, KnobError, OptimConfig, with_overrides
+from cbnerf.config import Config, KnobError, OptimConfig
 from cbnerf.data.llff import find_photographs
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
+from cbnerf.overrides import with_overrides
 from cbnerf.search.plan import Plan
 from cbnerf.search.spec import Choices, Range
-from cbnerf.search.trial import load_scene
+from cbnerf.search.worker import load_scene
 from cbnerf.training.checkpoint import Stage
 from cbnerf.training.distributed import choose_device
 from cbnerf.training.evaluation import render_views
@@ -134,11 +135,11 @@ def _try_field(config: Config, scene: Scene, device: torch.device, steps: int) -
 def _try_refiner(
     config: Config, scene: Scene, device: torch.device, steps: int, num_together: int
 ) -> None:
-    """Train on photographs in place of renders; the scene stands in for others beside it."""
+    """Train on photographs in place of renders; the scene stands in for its joint scenes."""
     pair = scene, Renders(scene.images, torch.zeros(scene.images.shape[:3], dtype=torch.float16))
     short = _shortened(config, "refiner", steps)
-    beside = [pair] * (num_together - 1)
-    train_refiner(short, *pair, device=device, report=ignore, beside=beside)
+    joint = [pair] * (num_together - 1)
+    train_refiner(short, *pair, device=device, report=ignore, joint=joint)
 
 
 def _shortened(config: Config, stage: str, steps: int) -> Config:

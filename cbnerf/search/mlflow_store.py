@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy import create_engine, inspect, make_url, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from cbnerf.files import whole
+from cbnerf.files import atomic_write
 
 _VARIABLE = "MLFLOW_TRACKING_URI"
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -160,7 +160,7 @@ def _make_database(storage: Path) -> None:
     if not file.exists() or file.stat().st_size == 0:  # a full disk leaves an empty one
         for left in storage.glob(f".{file.name}.*"):  # by one that was killed
             left.unlink()
-        with whole(file) as unfinished:
+        with atomic_write(file) as unfinished:
             MlflowClient(_sqlite_uri(unfinished)).search_experiments()
 
 

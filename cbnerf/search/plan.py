@@ -5,8 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cbnerf.config import FIELD_KNOBS, Config, preset, with_overrides
+from cbnerf.config import FIELD_KNOBS, Config
 from cbnerf.data.library import choose_scenes, locate_data, scene_folder
+from cbnerf.overrides import with_overrides
+from cbnerf.presets import preset
 from cbnerf.search.space import check_space
 from cbnerf.search.spec import SearchSpec
 from cbnerf.training.cache import StageCache

@@ -3,11 +3,12 @@
 import math
 from pathlib import Path
 
-from cbnerf.config import Config, save_config
+from cbnerf.config import Config
+from cbnerf.overrides import save_config
 from cbnerf.report.page import Code, Page, Section, write_page
 from cbnerf.report.tables import Cell, Table
 from cbnerf.search.charts import charts
-from cbnerf.search.ledger import Ledger
+from cbnerf.search.state import StudyState
 from cbnerf.search.tracking import NOT_COMPARABLE
 
 SceneScores = dict[str, dict[str, dict[str, float]]]
@@ -33,23 +34,23 @@ def scene_table(scores: SceneScores) -> Table:
     return Table("", header, rows)
 
 
-def write_report(ledger: Ledger, best: Config, number: int, scores: SceneScores) -> list[Path]:
+def write_report(state: StudyState, best: Config, number: int, scores: SceneScores) -> list[Path]:
     """Write `best.yaml`, `report.md` and `report.html` into the study's folder; returns all."""
-    best_file = ledger.plan.folder / "best.yaml"
+    best_file = state.plan.folder / "best.yaml"
     save_config(best, best_file)
-    page = study_page(ledger, best, number, scores, best_file.read_text(encoding="utf-8"))
+    page = study_page(state, best, number, scores, best_file.read_text(encoding="utf-8"))
     return [best_file, *write_page(page, best_file.parent)]
 
 
 def study_page(
-    ledger: Ledger, best: Config, number: int, scores: SceneScores, best_yaml: str
+    state: StudyState, best: Config, number: int, scores: SceneScores, best_yaml: str
 ) -> Page:
     """The report: best configuration, scores of each scene, charts, all configurations."""
-    plan = ledger.plan
+    plan = state.plan
     notes = [
         f"{plan.method} at {plan.resolution}, protocol holdout, {plan.source}",
         f"precision of stage 1: {best.field.precision}",
-        f"{len(ledger.told)} configurations, {len(ledger.stopped)} of them pruned; charts show the "
+        f"{len(state.ended)} configurations, {len(state.pruned)} of them pruned; charts show the "
         "expected objectives of pruned configurations",
         "val selects, test is scored once; PSNR in dB, gain = refined - stage 1",
     ]
@@ -60,23 +61,23 @@ def study_page(
         notes,
         [
             Section(configurations, [scene_table(scores), Code("best.yaml", best_yaml)]),
-            Section("", list(charts(ledger))),
-            Section("Configurations", [configuration_table(ledger)]),
+            Section("", list(charts(state))),
+            Section("Configurations", [configuration_table(state)]),
         ],
     )
 
 
-def configuration_table(ledger: Ledger) -> Table:
+def configuration_table(state: StudyState) -> Table:
     """All configurations with their objectives, best first."""
-    names, objectives = list(ledger.plan.spec.space), ledger.plan.spec.objectives
-    trials = ledger.study.get_trials(deepcopy=False)
+    names, objectives = list(state.plan.spec.space), state.plan.spec.objectives
+    trials = state.study.get_trials(deepcopy=False)
     trials.sort(key=lambda trial: trial.values[0] if trial.values else -math.inf, reverse=True)
     rows = []
     for trial in trials:
         if trial.params:
             values = [f"{value:.5g}" for value in trial.values or []] or ["-"] * len(objectives)
             knobs = [_short(trial.params.get(name, "")) for name in names]
-            cells = [str(trial.number), *values, ledger.how_it_ended(trial), *knobs]
+            cells = [str(trial.number), *values, state.describe_end(trial), *knobs]
             rows.append([Cell(text) for text in cells])
     return Table("", ["#", *objectives, "end", *names], rows)
 

@@ -1,6 +1,6 @@
 """Tune's view of a search: a Tune trial trains one unit, or several one after the other.
 
-The ledger decides, Tune places and restarts. Neither trusts the other's memory: what a search keeps
+The state decides, Tune places and restarts. Neither trusts the other's memory: what a search keeps
 stands in the Optuna study alone.
 """
 
@@ -9,24 +9,24 @@ from typing import Any, Literal
 
 from ray.tune.search import Searcher
 
-from cbnerf.search.judge import Metrics
-from cbnerf.search.ledger import Ledger
 from cbnerf.search.plan import Unit
+from cbnerf.search.racing import Metrics
+from cbnerf.search.state import StudyState
 
 Ended = Callable[[Unit, Metrics | None], None]
 """Books a unit that has ended; no metrics mean that it failed."""
 
 
 class TuneSearcher(Searcher):
-    """Hands the ledger's units to Tune as `{"units": [...]}` and books what it hears of them."""
+    """Hands the state's units to Tune as `{"units": [...]}` and books what it hears of them."""
 
     def __init__(
-        self, ledger: Ledger, ended: Ended, *, limit: Callable[[], int], walk: bool = False
+        self, state: StudyState, ended: Ended, *, limit: Callable[[], int], walk: bool = False
     ):
         """At most `limit()` trials are under way or wait for room, at any time. With `walk` a trial
         goes through all scenes of a rung, else it has one unit."""
         super().__init__()  # Given a metric, Tune would end the study at a unit without it.
-        self._ledger = ledger
+        self._state = state
         self._ended = ended
         self._limit = limit
         self._walk = walk
@@ -41,7 +41,7 @@ class TuneSearcher(Searcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | Literal["FINISHED"] | None:  # type: ignore[override]
         units = self._next() if len(self._units) < self._limit() else []
         if not units:
-            return Searcher.FINISHED if self._ledger.is_over else None  # type: ignore[return-value]
+            return Searcher.FINISHED if self._state.is_over else None  # type: ignore[return-value]
         self._units[trial_id], self._ended_units[trial_id] = units, set()
         return {"units": [unit._asdict() for unit in units]}
 
@@ -83,8 +83,8 @@ class TuneSearcher(Searcher):
 
     def _next(self) -> list[Unit]:
         if self._walk:
-            return self._ledger.next_walk()
-        unit = self._ledger.next_unit()
+            return self._state.next_walk()
+        unit = self._state.next_unit()
         return [unit] if unit else []
 
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import Any, NamedTuple
 
-from cbnerf.config import FIELD_KNOBS, Config, KnobError, flatten, with_overrides
+from cbnerf.config import FIELD_KNOBS, Config, KnobError, flatten
+from cbnerf.overrides import with_overrides
 from cbnerf.search.spec import Choices, Range, SearchSpec
 
 

@@ -9,7 +9,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from cbnerf.config import METHODS, RESOLUTIONS, Config, cast, knob_type, with_overrides
+from cbnerf.config import Config
+from cbnerf.overrides import cast, knob_type, with_overrides
+from cbnerf.presets import METHODS, RESOLUTIONS
 from cbnerf.strict_yaml import MOST, load_yaml, shown
 
 MIN_GPU = 0.01

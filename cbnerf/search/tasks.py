@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from cbnerf.search.machines import worker_resources
 from cbnerf.search.plan import Plan
-from cbnerf.search.trial import MAX_FAILURES
+from cbnerf.search.worker import MAX_FAILURES
 
 
 def for_each_scene(

@@ -14,10 +14,11 @@ from typing import Any
 import imageio.v3 as iio
 from mlflow.entities import Metric, Param, Run, RunTag
 
-from cbnerf.config import flatten_field, with_overrides
-from cbnerf.search.judge import Metrics
+from cbnerf.config import flatten_field
+from cbnerf.overrides import with_overrides
 from cbnerf.search.mlflow_store import legal_key, open_client, open_experiment
 from cbnerf.search.plan import Plan, Unit
+from cbnerf.search.racing import Metrics
 from cbnerf.training.checkpoint import Stage, save_weights
 from cbnerf.training.stages import CHECKPOINT_FILES, CONFIG_FILE, STRIP_FILE
 
@@ -133,7 +134,7 @@ class Tracker:
         self._log_once(run, means, 0)
         self._close(number, "finished", "FINISHED")
 
-    def stop_configuration(self, number: int, reason: str) -> None:
+    def prune_configuration(self, number: int, reason: str) -> None:
         """A configuration that was given up: its open runs end as killed, with the reason."""
         run = self._runs[_configuration_key(number)]
         self._client.set_tag(run, "mlflow.note.content", f"stopped: {reason}")

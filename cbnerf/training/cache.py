@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from filelock import FileLock, Timeout
 
-from cbnerf.files import write_whole
+from cbnerf.files import atomic_write_text
 from cbnerf.training.checkpoint import Stage, load_checkpoint
 from cbnerf.training.stages import CHECKPOINT_FILES
 
@@ -195,7 +195,7 @@ def _seal(entry: Path, precision: str) -> None:
     files = sorted(file for file in entry.iterdir() if file.name != _MANIFEST)
     hashed = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
     manifest = {"precision": precision, "files": hashed}
-    write_whole(entry / _MANIFEST, json.dumps(manifest, indent=1))
+    atomic_write_text(entry / _MANIFEST, json.dumps(manifest, indent=1))
 
 
 def _read_files(entry: Path) -> dict[str, dict[str, Any]]:

@@ -6,9 +6,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from cbnerf.config import Config, flatten, flatten_field, with_overrides
-from cbnerf.files import whole
+from cbnerf.config import Config, flatten, flatten_field
+from cbnerf.files import atomic_write
 from cbnerf.nerf.model import Precision
+from cbnerf.overrides import with_overrides
 
 Stage = Literal["field", "refiner"]
 
@@ -53,7 +54,7 @@ def is_trained_with(checkpoint: Checkpoint, config: Config) -> bool:
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     """Write a checkpoint, or replace it; a reader never sees half a file."""
     content = checkpoint._asdict() | {"config": flatten(checkpoint.config)}
-    with whole(path) as file:
+    with atomic_write(path) as file:
         torch.save(content, file)
 
 

@@ -43,16 +43,16 @@ def train_refiner(
     report: Report,
     resume_from: Path | None = None,
     until: int | None = None,
-    beside: Pairs = (),
-    others: Pairs = (),
+    joint: Pairs = (),
+    sources: Pairs = (),
 ) -> AnyRefiner:
     """Train on the training views' photographs and renders; score refined validation views.
 
-    With `beside` those scenes share the refiner: it is trained on them, too, and scores are means
-    over all. With `others` those scenes alone are trained on (`unseen-scene`, `low-res-only`); what
-    codes learn there is trusted as far as one of them confirms it for another, and of `scene` the
-    low-res photographs of its training views have a say (`refiner.consistency`). With `until` the
-    training stops after that many of its steps, to be resumed.
+    `joint` scenes share the refiner: it is trained on them as well, and scores are means over all.
+    With `sources` it is trained on those scenes alone (`unseen-scene`, `low-res-only`): filters of
+    the codes are weighted by cross-validation between source scenes, and the low-res photographs of
+    the training views of `scene` constrain the result (`refiner.consistency`). With `until` the
+    training stops after that many of its steps and can be resumed.
 
     Reports the losses as `train/...`, codebook health since the last report as `codebook/...` (of
     rank 0's patches), `val/psnr` (dB), `val/ssim`, and `val/gain` (dB), the change of PSNR against
@@ -68,7 +68,7 @@ def train_refiner(
         torch.manual_seed(config.seed)
         refiner = build_refiner(config).to(device)
 
-    scenes, served = trained_on(scene, beside, others), [(scene, renders), *beside]
+    scenes, served = trained_on(scene, joint, sources), [(scene, renders), *joint]
     validation = _Validation(config, served)
     before = validation.scores(lambda rgb, references: rgb)
 
@@ -76,8 +76,8 @@ def train_refiner(
     if isinstance(refiner, Refiner):
         health = CodebookHealth(refiner.autoencoder.quantizer.num_codes, device)
 
-    seen, wanted, parts = _training_views(config, others or served, by_scene=bool(others))
-    held_out = [part for part in sorted({*parts}) if part or len(others) > 1]
+    seen, wanted, parts = _training_views(config, sources or served, by_scene=bool(sources))
+    held_out = [part for part in sorted({*parts}) if part or len(sources) > 1]
     if isinstance(refiner, Refiner) and resume_from is None:
         refiner.start_from(unit_views(wanted, device))
 
@@ -91,7 +91,7 @@ def train_refiner(
             views = unit_views(seen, device), unit_views(wanted, device)
             pairs = ((render[0], photograph[0]) for render, photograph in zip(*views, strict=True))
             losses["train/loss"] = fit_filter(refiner, pairs)
-        if others and config.refiner.consistency:
+        if sources and config.refiner.consistency:
             _agree_with_low_res(config, refiner, scene, renders, device)
         return losses
 
@@ -115,7 +115,7 @@ def train_refiner(
     if health is not None:
         patches = PatchSampler(seen, wanted, config.refiner.patch_size, device)
         losses = _code_losses(config, patches, health)
-    elif others or beside:
+    elif sources or joint:
         raise KnobError("refiner.kind = reference needs a high-res photograph of its scene")
     else:
         losses = _reference_losses(config, scene, renders, device)
@@ -138,10 +138,10 @@ def train_refiner(
     return refiner
 
 
-def trained_on(scene: Scene, beside: Pairs, others: Pairs) -> str:
+def trained_on(scene: Scene, joint: Pairs, sources: Pairs) -> str:
     """The scenes that a refiner is made of, in words that tell it from others."""
-    names = ", ".join([scene.name, *(one.name for one, _ in beside)])
-    return f"{names} from {', '.join(one.name for one, _ in others)}" if others else names
+    names = ", ".join([scene.name, *(one.name for one, _ in joint)])
+    return f"{names} from {', '.join(one.name for one, _ in sources)}" if sources else names
 
 
 def _code_losses(config: Config, patches: PatchSampler, health: CodebookHealth) -> DrawLosses:

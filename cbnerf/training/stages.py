@@ -14,12 +14,13 @@ import imageio.v3 as iio
 import torch
 from torch import nn
 
-from cbnerf.config import Config, OptimConfig, save_config
+from cbnerf.config import Config, OptimConfig
 from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders, save_renders
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
-from cbnerf.files import write_whole
+from cbnerf.files import atomic_write_text
+from cbnerf.overrides import save_config
 from cbnerf.training.checkpoint import (
     Checkpoint,
     Stage,
@@ -78,21 +79,21 @@ def run_refiner(
     *,
     device: torch.device,
     report: Report = ignore,
-    beside: Pairs = (),
-    others: Pairs = (),
+    joint: Pairs = (),
+    sources: Pairs = (),
     until: int | None = None,
 ) -> dict[str, float]:
     """Train stage 2 and write a strip (photograph | stage 1 | refined) of a validation view.
 
-    With `beside` it is trained on those scenes, too, and validated on all (`codebook.shared`); with
-    `others` on those scenes alone (protocols `unseen-scene` and `low-res-only`). With `until` it
+    With `joint` it is trained on those scenes, too, and validated on all (`codebook.shared`); with
+    `sources` on those scenes alone (protocols `unseen-scene` and `low-res-only`). With `until` it
     stops after that many steps, and a later call goes on from there.
     """
 
     def train(keep: Report, resume_from: Path | None) -> nn.Module:
         refiner = train_refiner(
             config, scene, renders, device=device, report=keep, resume_from=resume_from,
-            beside=beside, others=others, until=until,
+            joint=joint, sources=sources, until=until,
         )  # fmt: skip
         if process_rank() == 0 and _is_whole(until, config.refiner.optim):
             view = (split_views(scene.num_views, config.data).val or [0])[0]
@@ -102,7 +103,7 @@ def run_refiner(
             iio.imwrite(folder / STRIP_FILE, strip.numpy())
         return refiner
 
-    scenes = trained_on(scene, beside, others)
+    scenes = trained_on(scene, joint, sources)
     return _run(config, "refiner", scenes, folder, train, report, until)
 
 
@@ -147,7 +148,7 @@ def _run(
             "seconds": before + time.monotonic() - started,  # including the renders
             "parameters": float(sum(parameter.numel() for parameter in model.parameters())),
         }
-        write_whole(folder / METRICS_FILE, json.dumps(last, indent=1))
+        atomic_write_text(folder / METRICS_FILE, json.dumps(last, indent=1))
     return last
 
 

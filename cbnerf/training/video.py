@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from cbnerf.codebook.refiner import DEFAULT_TILE
-from cbnerf.files import write_whole
+from cbnerf.files import atomic_write_text
 from cbnerf.nerf.model import FieldModel
 from cbnerf.nerf.rays import Cameras
 from cbnerf.nerf.warp import warping_error
@@ -46,7 +46,7 @@ def write_videos(
         if num_frames > 1:
             result = warping_error(frames.float() / 255, renders.depth.float(), _on_cpu(path))
             metrics |= {f"{name}/warping_error": result.error, "seen": result.seen}
-    write_whole(folder / VIDEO_FILE, json.dumps(metrics, indent=1))
+    atomic_write_text(folder / VIDEO_FILE, json.dumps(metrics, indent=1))
     return metrics
 
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from cbnerf.baselines.nerf_sr import ReferenceRefiner
-from cbnerf.config import METHODS, with_overrides
+from cbnerf.overrides import with_overrides
+from cbnerf.presets import METHODS
 
 
 def make_refiner(channels: int = 4) -> ReferenceRefiner:

@@ -8,7 +8,9 @@ from cbnerf.codebook.fsq import FiniteScalarQuantizer, build_quantizer
 from cbnerf.codebook.imitation import imitation_loss
 from cbnerf.codebook.quantizer import VectorQuantizer, find_nearest, vq_loss
 from cbnerf.codebook.refiner import refiner_losses
-from cbnerf.config import FSQ_LEVELS, CodebookConfig, preset, with_overrides
+from cbnerf.config import FSQ_LEVELS, CodebookConfig
+from cbnerf.overrides import with_overrides
+from cbnerf.presets import preset
 from cbnerf.training.models import build_refiner
 
 every_size = pytest.mark.parametrize("size", FSQ_LEVELS)

@@ -9,8 +9,10 @@ from cbnerf.baselines.linear import LinearRefiner
 from cbnerf.baselines.nerf_sr import ReferenceRefiner
 from cbnerf.baselines.paper import PaperRefiner
 from cbnerf.codebook.refiner import Refinement, ResidualRefiner, refiner_losses
-from cbnerf.config import METHODS, RESOLUTIONS, LossConfig, preset, with_overrides
+from cbnerf.config import LossConfig
 from cbnerf.downsampling import REACH, Kernel, downsample
+from cbnerf.overrides import with_overrides
+from cbnerf.presets import METHODS, RESOLUTIONS, preset
 from cbnerf.training.models import build_refiner
 
 SMALL = {"refiner.channels": 6, "refiner.blocks": 2, "codebook.size": 16, "codebook.dim": 4}

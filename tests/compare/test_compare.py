@@ -12,11 +12,12 @@ from PIL import Image
 from cbnerf.cli import main
 from cbnerf.compare.protocols import released_psnr
 from cbnerf.compare.report import REPORT_FILES
-from cbnerf.config import load_config, preset, save_config, with_overrides
 from cbnerf.data.library import DATA_VARIABLE, make_capture
 from cbnerf.data.llff import write_capture
 from cbnerf.data.renders import load_renders
 from cbnerf.nerf.model import AUTO_PRECISION
+from cbnerf.overrides import load_config, save_config, with_overrides
+from cbnerf.presets import preset
 from cbnerf.training.evaluation import mean_score, score_views
 
 KNOBS = [

@@ -12,9 +12,9 @@ from cbnerf.compare.protocols import (
     scored_views,
     summarise,
 )
-from cbnerf.config import METHODS
 from cbnerf.data.splits import split_views
 from cbnerf.metrics import psnr
+from cbnerf.presets import METHODS
 
 CONFIG = METHODS["cb-nerf"]
 

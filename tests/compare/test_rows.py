@@ -5,7 +5,7 @@ from PIL import Image
 
 from cbnerf.compare.protocols import WITHOUT_PHOTOGRAPH, Protocol
 from cbnerf.compare.rows import enlarge, make_rows
-from cbnerf.config import METHODS, RESOLUTIONS, preset
+from cbnerf.presets import METHODS, RESOLUTIONS, preset
 
 ALL = [
     "nerf", "nerf bicubic", "nerf lanczos", "nerf-sr stage 1", "nerf-sr", "cb-nerf-paper",

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cbnerf.config import METHODS, Config, preset, with_overrides
+from cbnerf.config import Config
 from cbnerf.data.references import (
     ReferencePatchSampler,
     find_content,
@@ -12,6 +12,8 @@ from cbnerf.data.references import (
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
 from cbnerf.nerf.rays import Cameras, project
+from cbnerf.overrides import with_overrides
+from cbnerf.presets import METHODS, preset
 from cbnerf.rng import Rng
 
 CPU = torch.device("cpu")

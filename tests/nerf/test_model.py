@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cbnerf.config import METHODS, Config, with_overrides
+from cbnerf.config import Config
 from cbnerf.nerf.fields import FeaturePlanes
 from cbnerf.nerf.model import (
     AUTO_PRECISION,
@@ -20,6 +20,8 @@ from cbnerf.nerf.model import (
     settle_precision,
 )
 from cbnerf.nerf.rays import Cameras, make_rays, make_sub_pixel_rays
+from cbnerf.overrides import with_overrides
+from cbnerf.presets import METHODS
 from cbnerf.rng import Rng
 from cbnerf.training.field import low_res_cameras
 

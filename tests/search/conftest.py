@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from cbnerf.config import save_config, with_overrides
 from cbnerf.data.library import DATA_VARIABLE
+from cbnerf.overrides import save_config, with_overrides
 from cbnerf.search.plan import Plan, make_plan
 from cbnerf.search.spec import parse_spec
 from cbnerf.training.checkpoint import Checkpoint, save_checkpoint

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from cbnerf.config import load_yaml, with_overrides
 from cbnerf.data.renders import load_renders
-from cbnerf.search.ledger import Ledger
+from cbnerf.overrides import with_overrides
 from cbnerf.search.plan import Plan, make_plan
 from cbnerf.search.spec import parse_spec
-from cbnerf.search.trial import load_scene, run_base_field
+from cbnerf.search.state import StudyState
+from cbnerf.search.worker import load_scene, run_base_field
+from cbnerf.strict_yaml import load_yaml
 from cbnerf.training.stages import RENDERS_FILE, run_refiner
 
 PATIENCE = 900
@@ -64,11 +65,11 @@ def plan_of(storage: Path, name: str) -> Plan:
     )
 
 
-def search_without_ray(plan: Plan) -> Ledger:
+def search_without_ray(plan: Plan) -> StudyState:
     """The search of stage 2 with its units one after the other in this process."""
     fields = {scene: run_base_field(plan, scene)[0] for scene in plan.scenes}
-    ledger = Ledger(plan)
-    while (unit := ledger.next_unit()) is not None:
+    state = StudyState(plan)
+    while (unit := state.next_unit()) is not None:
         config = with_overrides(plan.base, unit.overrides)
         metrics = run_refiner(
             config, load_scene(plan, unit.scene, config.data),
@@ -76,5 +77,5 @@ def search_without_ray(plan: Plan) -> Ledger:
             plan.trial_folder(unit.configuration, unit.scene),
             device=torch.device("cpu"), until=plan.steps(config, unit.rung),
         )  # fmt: skip
-        ledger.book(unit, metrics)
-    return ledger
+        state.record(unit, metrics)
+    return state

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from cbnerf.search.charts import charts, importances
-from cbnerf.search.ledger import Ledger
 from cbnerf.search.plan import Unit
+from cbnerf.search.state import StudyState
 
 pytestmark = pytest.mark.search
 
@@ -16,14 +16,14 @@ ALONE = {"rule": "none"}
 CHARTS = ["History of val/psnr", "Parallel coordinates", "Importances", "Race", "Cost"]
 
 
-def run(ledger: Ledger, score: Callable[[Unit], float]) -> None:
-    while unit := ledger.next_unit():
+def run(state: StudyState, score: Callable[[Unit], float]) -> None:
+    while unit := state.next_unit():
         psnr = score(unit)
-        ledger.book(unit, {"val/psnr": psnr, "val/ssim": psnr / 40, "seconds": 2.0})
+        state.record(unit, {"val/psnr": psnr, "val/ssim": psnr / 40, "seconds": 2.0})
 
 
-def titles(ledger: Ledger) -> list[str]:
-    return [chart.title for chart in charts(ledger)]
+def titles(state: StudyState) -> list[str]:
+    return [chart.title for chart in charts(state)]
 
 
 def beta(unit: Unit) -> float:
@@ -31,34 +31,34 @@ def beta(unit: Unit) -> float:
 
 
 def test_a_study_with_a_shared_stage_1_has_all_charts(tiny_plan):
-    ledger = Ledger(tiny_plan(trials=6, stopping=ALONE))
-    run(ledger, beta)
-    ledger.note_field("arcade", "field-arcade-0123", 30.0)
-    drawn = list(charts(ledger))
+    state = StudyState(tiny_plan(trials=6, stopping=ALONE))
+    run(state, beta)
+    state.record_field("arcade", "field-arcade-0123", 30.0)
+    drawn = list(charts(state))
     assert [chart.title for chart in drawn] == CHARTS
     assert all(chart.html.count("Plotly.newPlot(") == 1 for chart in drawn)
 
 
 def test_charts_load_nothing_from_elsewhere(tiny_plan):
-    ledger = Ledger(tiny_plan(trials=4, stopping=ALONE))
-    run(ledger, beta)
-    html = "".join(chart.html for chart in charts(ledger))
+    state = StudyState(tiny_plan(trials=4, stopping=ALONE))
+    run(state, beta)
+    html = "".join(chart.html for chart in charts(state))
     tags = re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", html)
     assert tags and not any(re.search(r"(?:src|href)=", tag) for tag in tags)
 
 
 def test_without_a_shared_stage_1_and_with_few_configurations_charts_are_left_out(tiny_plan):
-    ledger = Ledger(tiny_plan(trials=2, stopping=ALONE))
-    run(ledger, beta)
-    assert titles(ledger) == ["History of val/psnr", "Race"]
+    state = StudyState(tiny_plan(trials=2, stopping=ALONE))
+    run(state, beta)
+    assert titles(state) == ["History of val/psnr", "Race"]
 
 
 @pytest.mark.parametrize("objectives", [["val/psnr", "val/ssim"], ["val/psnr", "codebook.size"]])
 def test_several_objectives_have_histories_and_a_pareto_front(tiny_plan, objectives: list[str]):
-    ledger = Ledger(tiny_plan(trials=5, stopping=ALONE, objectives=objectives))
-    run(ledger, beta)
+    state = StudyState(tiny_plan(trials=5, stopping=ALONE, objectives=objectives))
+    run(state, beta)
     histories = [f"History of {name}" for name in objectives]
-    assert titles(ledger)[:3] == [*histories, "Pareto front"]
+    assert titles(state)[:3] == [*histories, "Pareto front"]
 
 
 @pytest.mark.parametrize(
@@ -71,14 +71,14 @@ def test_importances_tell_what_makes_a_configuration_good(tiny_plan, scenes: str
         "codebook.ema_decay": {"low": 0.1, "high": 0.9},
     }
     plan = tiny_plan(scenes, trials=60, stopping=ALONE, space=space, sampler="random")
-    ledger = Ledger(plan)
+    state = StudyState(plan)
 
     def score(unit: Unit) -> float:
         best, worst = unit.overrides["codebook.beta"], unit.overrides["codebook.ema_decay"]
         return 20 + best - 5 * (worst > 0.75)
 
-    run(ledger, score)
-    drawn = importances(ledger).data
+    run(state, score)
+    drawn = importances(state).data
     assert [bar.name for bar in drawn] == bars
     for bar in drawn:
         shares = dict(zip(bar.x, bar.y, strict=True))

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from ray.cluster_utils import Cluster
 
 from cbnerf.cli import Report
-from cbnerf.config import load_yaml
 from cbnerf.data.library import make_capture
 from cbnerf.data.llff import write_capture
 from cbnerf.search import command
-from cbnerf.search.ledger import Ledger
 from cbnerf.search.plan import Plan
+from cbnerf.search.state import StudyState
+from cbnerf.strict_yaml import load_yaml
 
 pytestmark = pytest.mark.search
 
@@ -133,7 +133,7 @@ def test_a_report_of_what_has_not_got_far_writes_nothing(tmp_path: Path):
         with pytest.raises(ValueError, match=f"study study: {problem}"):
             Report(study="study", storage=Path("runs")).run()
         assert content(tmp_path) == before
-        driver = driver or Ledger(plan)  # It has asked for nothing yet.
+        driver = driver or StudyState(plan)  # It has asked for nothing yet.
         assert driver.next_unit()
     before = content(tmp_path)
     with pytest.raises(ValueError, match="no study 'other' in runs/studies; there are study"):

@@ -11,11 +11,11 @@ import torch
 from mlflow import MlflowClient
 from tqdm import tqdm
 
-from cbnerf.config import save_config
+from cbnerf.overrides import save_config
 from cbnerf.search.diary import Diary, catch_up
-from cbnerf.search.ledger import Ledger
 from cbnerf.search.mlflow_store import tracking_uri
 from cbnerf.search.plan import Plan, Unit
+from cbnerf.search.state import StudyState
 from cbnerf.search.tracking import Tracker
 from cbnerf.search.writer import Writer
 from cbnerf.training.checkpoint import Checkpoint, save_checkpoint
@@ -34,18 +34,18 @@ def plan(tiny_plan: Callable[..., Plan], empty_store: Path) -> Plan:
     return plan
 
 
-def book_all(plan: Plan, leave: Callable[..., Any], num_units: int) -> Ledger:
+def book_all(plan: Plan, leave: Callable[..., Any], num_units: int) -> StudyState:
     """A search that books units and tells MLflow nothing; later configurations are worse."""
-    ledger = Ledger(plan)
+    state = StudyState(plan)
     for _ in range(num_units):
-        unit = ledger.next_unit()
+        unit = state.next_unit()
         assert unit is not None
         psnr = 20.0 - 3 * unit.configuration
         metrics = {"val/psnr": psnr, "val/ssim": 0.5, "val/gain": 0.25, "seconds": 1.5}
         if unit.rung == plan.rungs - 1:
             metrics = leave(plan, unit.configuration, unit.scene, unit.overrides, psnr)
-        ledger.book(unit, metrics)
-    return ledger
+        state.record(unit, metrics)
+    return state
 
 
 def runs_of(plan: Plan) -> dict[str, dict[str, Any]]:
@@ -57,23 +57,23 @@ def runs_of(plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 def test_mlflow_catches_up_with_the_ledger(plan: Plan, leave_unit):
-    ledger = book_all(plan, leave_unit, num_units=5)
-    catch_up(ledger, Tracker(plan, ledger.id))
+    state = book_all(plan, leave_unit, num_units=5)
+    catch_up(state, Tracker(plan, state.id))
     runs = runs_of(plan)
     assert runs["configuration/0"]["info"]["status"] == "FINISHED"
     assert runs["configuration/0"]["data"]["metrics"]["arcade/psnr"] == 20.0
     for scene in plan.scenes:
         assert runs[f"unit/0/{scene}"]["info"]["status"] == "FINISHED"
         assert runs[f"unit/0/{scene}"]["data"]["metrics"]["val/psnr"] == 20.0
-    (unit,) = [unit for unit, _ in ledger.booked_units(1)]
+    (unit,) = [unit for unit, _ in state.recorded_units(1)]
     child = runs[f"unit/1/{unit.scene}"]
     assert child["data"]["metrics"]["val/psnr"] == 17.0
     assert child["data"]["params"]["codebook.size"] == str(unit.overrides["codebook.size"])
 
 
 def test_catching_up_twice_changes_nothing(plan: Plan, leave_unit):
-    ledger = book_all(plan, leave_unit, num_units=5)
-    catch_up(ledger, Tracker(plan, ledger.id))
+    state = book_all(plan, leave_unit, num_units=5)
+    catch_up(state, Tracker(plan, state.id))
     client = MlflowClient(tracking_uri(plan.storage))
 
     def everything() -> list[Any]:
@@ -85,14 +85,14 @@ def test_catching_up_twice_changes_nothing(plan: Plan, leave_unit):
         )]  # fmt: skip
 
     before = str(everything())
-    catch_up(Ledger(plan), Tracker(plan, ledger.id))
+    catch_up(StudyState(plan), Tracker(plan, state.id))
     assert str(everything()) == before
 
 
 def test_fields_that_mlflow_had_not_heard_of_are_logged_once(plan: Plan):
-    ledger = Ledger(plan)
+    state = StudyState(plan)
     for scene in ("arcade", "blinds"):
-        ledger.note_field(scene, f"field-{scene}", 3.0)
+        state.record_field(scene, f"field-{scene}", 3.0)
     folder = plan.cache.folder / "field-arcade"  # The other one was removed since.
     save_config(plan.base, folder / "config.yaml")
     weights = {"planes": torch.ones(2)}
@@ -100,8 +100,8 @@ def test_fields_that_mlflow_had_not_heard_of_are_logged_once(plan: Plan):
     save_checkpoint(checkpoint, folder / "field.pt")
     (folder / "metrics.json").write_text('{"val/psnr": 19.0, "seconds": 3.0}', encoding="utf-8")
     for _ in range(2):
-        tracker = Tracker(plan, ledger.id)
-        catch_up(ledger, tracker)
+        tracker = Tracker(plan, state.id)
+        catch_up(state, tracker)
         tracker.log_field("arcade", folder, {"val/psnr": 19.0, "seconds": 3.0})
         (run,) = runs_of(plan).values()
         assert run["info"]["status"] == "FINISHED"
@@ -111,44 +111,44 @@ def test_fields_that_mlflow_had_not_heard_of_are_logged_once(plan: Plan):
 
 
 def test_a_configuration_that_was_stopped_unheard_ends_as_killed(plan: Plan, leave_unit):
-    ledger = book_all(plan, leave_unit, num_units=5)
-    assert list(ledger.stopped) == [1]
-    catch_up(ledger, Tracker(plan, ledger.id))
+    state = book_all(plan, leave_unit, num_units=5)
+    assert list(state.pruned) == [1]
+    catch_up(state, Tracker(plan, state.id))
     runs = runs_of(plan)
     statuses = {key: run["info"]["status"] for key, run in runs.items() if "/1" in key}
     assert set(statuses.values()) == {"KILLED"} and len(statuses) == 2
 
 
 def test_a_unit_whose_process_dies_before_it_begins_is_handed_out_again(plan: Plan):
-    ledger = Ledger(plan)
+    state = StudyState(plan)
     with Writer() as write, tqdm(disable=True) as bar:
-        diary = Diary(ledger, Tracker(plan, ledger.id), write, bar)
-        first = ledger.next_unit()
+        diary = Diary(state, Tracker(plan, state.id), write, bar)
+        first = state.next_unit()
         assert first is not None
         diary.end_unit(first, None)
-        again = ledger.next_unit()
-        assert again == first and ledger.num_booked == 0
+        again = state.next_unit()
+        assert again == first and state.num_recorded == 0
         # Begun, it died, and died again when it was to begin once more.
         diary.on_trial_start(0, [], trial_of(again))
         diary.on_trial_recover(0, [], trial_of(again))
         diary.end_unit(again, None)
-        assert ledger.next_unit() == first and ledger.num_booked == 0
+        assert state.next_unit() == first and state.num_recorded == 0
         diary.on_trial_start(0, [], trial_of(again))
         diary.end_unit(again, None)
-    assert ledger.results(0) == {(first.scene, 0): None}
+    assert state.results(0) == {(first.scene, 0): None}
 
 
 def test_a_unit_that_can_never_begin_fails_in_the_end(plan: Plan):
-    ledger = Ledger(plan)
+    state = StudyState(plan)
     with Writer() as write, tqdm(disable=True) as bar:
-        diary = Diary(ledger, Tracker(plan, ledger.id), write, bar)
+        diary = Diary(state, Tracker(plan, state.id), write, bar)
         for _ in range(20):
-            unit = ledger.next_unit()
+            unit = state.next_unit()
             assert unit is not None
             diary.end_unit(unit, None)
-            if ledger.num_booked:
+            if state.num_recorded:
                 break
-    assert ledger.results(0) == {(unit.scene, 0): None}
+    assert state.results(0) == {(unit.scene, 0): None}
     assert runs_of(plan)[f"unit/0/{unit.scene}"]["info"]["status"] == "FAILED"
 
 

@@ -15,10 +15,11 @@ from drivers import finish, rays_processes, wait_for
 from mlflow import MlflowClient
 from torch.multiprocessing.spawn import spawn
 
-from cbnerf.config import Config, load_config
+from cbnerf.config import Config
 from cbnerf.data.llff import read_capture
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene, make_scene
+from cbnerf.overrides import load_config
 from cbnerf.training.stages import run_field, run_refiner
 
 pytestmark = [

@@ -19,10 +19,10 @@ from drivers import finish, plan_of, rays_processes, search_without_ray, wait_fo
 from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 
-from cbnerf.config import load_yaml
-from cbnerf.search.ledger import Ledger
 from cbnerf.search.plan import make_plan
 from cbnerf.search.spec import parse_spec
+from cbnerf.search.state import StudyState
+from cbnerf.strict_yaml import load_yaml
 
 pytestmark = [pytest.mark.search, pytest.mark.slow]
 
@@ -52,10 +52,10 @@ class Study:
             stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    def ledger(self) -> Ledger:
-        return Ledger(plan_of(self.storage, self.name), adopt=False)
+    def state(self) -> StudyState:
+        return StudyState(plan_of(self.storage, self.name), adopt=False)
 
-    def num_booked(self) -> int:
+    def num_recorded(self) -> int:
         journal = self.folder / "optuna.journal"
         return (
             len(re.findall(r'/0": ?{', journal.read_text(encoding="utf-8")))
@@ -73,13 +73,13 @@ class Study:
         """Knobs and value of each configuration; all units are booked, each once."""
         journal = (self.folder / "optuna.journal").read_text(encoding="utf-8")
         assert all(journal.count(f'"{n}/{scene}/{rung}"') == 1 for n, scene, rung in BOOKED)
-        return outcome(self.ledger())
+        return outcome(self.state())
 
 
-def outcome(ledger: Ledger) -> list[tuple[dict[str, Any], float]]:
+def outcome(state: StudyState) -> list[tuple[dict[str, Any], float]]:
     """Knobs and value of each configuration; all units are booked."""
-    trials = ledger.study.get_trials()
-    assert {(n, *place) for n in range(len(trials)) for place in ledger.results(n)} == BOOKED
+    trials = state.study.get_trials()
+    assert {(n, *place) for n in range(len(trials)) for place in state.results(n)} == BOOKED
     assert all(trial.value is not None for trial in trials)
     return [(trial.params, float(trial.value or 0)) for trial in trials]
 
@@ -140,8 +140,8 @@ def test_trainings_and_machines_die_and_others_join_late(tmp_path: Path, undistu
         cluster.remove_node(first, allow_graceful=False)
         time.sleep(3)  # For a while there is no machine at all.
         second = cluster.add_node(num_cpus=1)
-        wait_for(lambda: study.num_booked() >= 1 and kill_a_training(), driver)
-        wait_for(lambda: study.num_booked() >= 2, driver)
+        wait_for(lambda: study.num_recorded() >= 1 and kill_a_training(), driver)
+        wait_for(lambda: study.num_recorded() >= 2, driver)
         cluster.remove_node(second, allow_graceful=False)
         cluster.add_node(num_cpus=1)
         finish(driver)
@@ -162,7 +162,7 @@ def test_two_studies_share_a_cluster_and_mlflows_server_is_gone_for_a_while(
                 for name in ("one", "two")
             ]
             drivers = [study.start() for study in studies]
-            wait_for(lambda: studies[0].num_booked() >= 1, drivers[0])
+            wait_for(lambda: studies[0].num_recorded() >= 1, drivers[0])
             assert "under way in another process" in finish(studies[0].start(), status=2)
             stop(server)
             time.sleep(8)
@@ -221,8 +221,8 @@ def test_a_full_disk_ends_the_study_and_room_lets_it_go_on(tmp_path: Path, undis
         with machines(1) as cluster:
             study = Study(disk / "runs", cluster.address)
             driver = study.start()
-            wait_for(lambda: study.num_booked() >= 1, driver)
-            before = study.num_booked()
+            wait_for(lambda: study.num_recorded() >= 1, driver)
+            before = study.num_recorded()
             filler = disk / "filler"
             with filler.open("wb", buffering=0) as file, pytest.raises(OSError):
                 while True:
@@ -231,7 +231,7 @@ def test_a_full_disk_ends_the_study_and_room_lets_it_go_on(tmp_path: Path, undis
             assert "make room" in errors or "No space left" in errors
             assert "Traceback" not in errors
             filler.unlink()
-            assert study.num_booked() >= before
+            assert study.num_recorded() >= before
             finish(study.start())
         assert study.outcome() == undisturbed
     finally:

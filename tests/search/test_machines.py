@@ -18,6 +18,7 @@ import torch.distributed as dist
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
+from cbnerf.search.driver import _sharing_gpus
 from cbnerf.search.machines import (
     device_of_worker,
     num_slots,
@@ -26,9 +27,8 @@ from cbnerf.search.machines import (
     worker_group,
 )
 from cbnerf.search.plan import Plan
-from cbnerf.search.study import _sharing_gpus
 from cbnerf.search.tasks import _remote
-from cbnerf.search.trial import _train_together
+from cbnerf.search.worker import _train_together
 
 pytestmark = pytest.mark.search
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find this file

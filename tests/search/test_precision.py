@@ -7,9 +7,9 @@ import ray
 import torch
 
 from cbnerf.nerf.model import AUTO_PRECISION, multiplies_bfloat16
+from cbnerf.search.driver import find_precision
 from cbnerf.search.plan import Plan
-from cbnerf.search.study import find_precision
-from cbnerf.search.trial import run_base_field
+from cbnerf.search.worker import run_base_field
 from cbnerf.training.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.search

@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from cbnerf.config import load_config, with_overrides
+from cbnerf.overrides import load_config, with_overrides
 from cbnerf.report.tables import Table, to_html, to_markdown
-from cbnerf.search.ledger import Ledger
 from cbnerf.search.report import configuration_table, scene_table, write_report
+from cbnerf.search.state import StudyState
 from cbnerf.search.tracking import NOT_COMPARABLE
 
 pytestmark = pytest.mark.search
@@ -48,35 +48,35 @@ def test_the_lines_of_a_table_are_equally_long():
     assert len({len(line) for line in to_markdown(table).splitlines()}) == 1
 
 
-def finish(ledger: Ledger, values: list[float | None]) -> None:
+def finish(state: StudyState, values: list[float | None]) -> None:
     for value in values:
-        unit = ledger.next_unit()
+        unit = state.next_unit()
         assert unit is not None
-        ledger.book(unit, None if value is None else {"val/psnr": value})
+        state.record(unit, None if value is None else {"val/psnr": value})
 
 
 def test_configurations_are_listed_best_first(tiny_plan):
-    ledger = Ledger(tiny_plan("arcade", trials=4, stopping={"rule": "none"}))
-    finish(ledger, [20.0, None, 21.5])
-    header, *rows = cells(configuration_table(ledger))
-    assert header == ["#", "val/psnr", "end", *ledger.plan.spec.space]
+    state = StudyState(tiny_plan("arcade", trials=4, stopping={"rule": "none"}))
+    finish(state, [20.0, None, 21.5])
+    header, *rows = cells(configuration_table(state))
+    assert header == ["#", "val/psnr", "end", *state.plan.spec.space]
     assert [row[:3] for row in rows] == [
         ["2", "21.5", "finished"], ["0", "20", "finished"], ["1", "-", "fail"],
     ]  # fmt: skip
 
 
 def test_the_report_names_the_best_and_its_file_can_be_trained_from(tiny_plan):
-    ledger = Ledger(tiny_plan("arcade", trials=2, stopping={"rule": "none"}))
-    finish(ledger, [20.0, 21.0])
-    best = ledger.best()
+    state = StudyState(tiny_plan("arcade", trials=2, stopping={"rule": "none"}))
+    finish(state, [20.0, 21.0])
+    best = state.best()
     assert best is not None
-    config = with_overrides(ledger.plan.base, best.params | {"field.precision": "bfloat16"})
-    files = write_report(ledger, config, best.number, {"arcade": scores(20.0, 1.0)})
+    config = with_overrides(state.plan.base, best.params | {"field.precision": "bfloat16"})
+    files = write_report(state, config, best.number, {"arcade": scores(20.0, 1.0)})
     by_name: dict[str, Path] = {file.name: file for file in files}
     assert load_config(by_name["best.yaml"]) == config
     text = by_name["report.md"].read_text(encoding="utf-8")
     assert "Best configuration: number 1" in text and NOT_COMPARABLE in text
-    tables = scene_table({"arcade": scores(20.0, 1.0)}), configuration_table(ledger)
+    tables = scene_table({"arcade": scores(20.0, 1.0)}), configuration_table(state)
     assert all(to_markdown(table) in text for table in tables)
     page = by_name["report.html"].read_text(encoding="utf-8")
     assert all("precision of stage 1: bfloat16" in written for written in (text, page))

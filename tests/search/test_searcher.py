@@ -12,12 +12,12 @@ from mlflow import MlflowClient
 from optuna.trial import TrialState
 from ray import tune
 
-from cbnerf.search import study
-from cbnerf.search.judge import Metrics
-from cbnerf.search.ledger import Ledger
+from cbnerf.search import driver
 from cbnerf.search.mlflow_store import tracking_uri
 from cbnerf.search.plan import Plan, Unit
+from cbnerf.search.racing import Metrics
 from cbnerf.search.searcher import TuneSearcher
+from cbnerf.search.state import StudyState
 from cbnerf.search.tracking import Tracker
 from cbnerf.search.writer import Writer
 
@@ -28,11 +28,11 @@ NO_STOPPING = {"rule": "none", "rungs": 1}
 
 @pytest.fixture(autouse=True, scope="module")
 def quiet() -> None:
-    study.quieten_libraries()
+    driver.quieten_libraries()
 
 
-def states(ledger: Ledger) -> list[TrialState]:
-    return [trial.state for trial in ledger.study.get_trials()]
+def states(state: StudyState) -> list[TrialState]:
+    return [trial.state for trial in state.study.get_trials()]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def local_ray() -> Iterator[None]:
 @pytest.mark.parametrize("walk", [False, True])
 def test_tune_runs_every_unit_and_books_its_last_report(tiny_plan, local_ray, walk: bool):
     plan = tiny_plan("arcade,blinds", trials=4, stopping=NO_STOPPING)
-    ledger = Ledger(plan)
+    state = StudyState(plan)
     ended: list[tuple[int, str]] = []
 
     def quadratic(config: dict[str, Any]) -> None:
@@ -59,14 +59,14 @@ def test_tune_runs_every_unit_and_books_its_last_report(tiny_plan, local_ray, wa
             loss = (math.log(unit["overrides"]["codebook.beta"]) - 0.3) ** 2
             tune.report({"val/psnr": -loss, "unit": index, "ended": True})
 
-    def book(unit: Unit, metrics: Metrics | None) -> None:
-        ledger.book(unit, metrics)
+    def record(unit: Unit, metrics: Metrics | None) -> None:
+        state.record(unit, metrics)
         ended.append(unit[:2])
 
     tune.Tuner(
         quadratic,
         tune_config=tune.TuneConfig(
-            search_alg=TuneSearcher(ledger, book, limit=lambda: 2, walk=walk),
+            search_alg=TuneSearcher(state, record, limit=lambda: 2, walk=walk),
             num_samples=8,
             reuse_actors=True,
         ),
@@ -75,7 +75,7 @@ def test_tune_runs_every_unit_and_books_its_last_report(tiny_plan, local_ray, wa
     whole = [(n, scene) for n in (0, 1, 3) for scene in plan.scenes]
     assert sorted(pair for pair in ended if pair[0] != 2) == whole
     assert len(ended) == len(set(ended)) and (2, "arcade") in ended
-    for trial in ledger.study.get_trials():
+    for trial in state.study.get_trials():
         if trial.number == 2:
             assert trial.state == TrialState.FAIL
         else:
@@ -85,8 +85,8 @@ def test_tune_runs_every_unit_and_books_its_last_report(tiny_plan, local_ray, wa
 
 def test_no_more_trials_stand_than_the_limit_says_at_that_time(tiny_plan):
     plan = tiny_plan("arcade,blinds", trials=6, stopping=NO_STOPPING)
-    ledger, limit = Ledger(plan), 1
-    searcher = TuneSearcher(ledger, ledger.book, limit=lambda: limit)
+    state, limit = StudyState(plan), 1
+    searcher = TuneSearcher(state, state.book, limit=lambda: limit)
     assert searcher.suggest("a") and searcher.suggest("b") is None
     limit = 3
     assert searcher.suggest("b") and searcher.suggest("c") and searcher.suggest("d") is None
@@ -113,16 +113,16 @@ def test_a_failed_unit_tells_why_and_the_search_goes_on(
             metrics = leave_unit(plan, number, scene, overrides, 20.0)
             tune.report({**metrics, "unit": 0, "ended": True})
 
-    monkeypatch.setattr(study, "run_units", run_units)
-    monkeypatch.setattr(study, "MAX_FAILURES", 0)
-    ledger = Ledger(plan)
+    monkeypatch.setattr(driver, "run_units", run_units)
+    monkeypatch.setattr(driver, "MAX_FAILURES", 0)
+    state = StudyState(plan)
     with Writer() as write:
-        study._search(plan, ledger, Tracker(plan, ledger.id), write, concurrency=2)
+        driver._search(plan, state, Tracker(plan, state.id), write, concurrency=2)
     output, errors = capfd.readouterr()
     assert "#00  arcade failed: train/loss not finite\n" in output
     assert "#00  blinds failed: RuntimeError: out of luck\n" in output
     assert "#01  20.000 *" in output and "Traceback" not in output + errors
-    assert states(ledger) == [TrialState.FAIL, TrialState.COMPLETE]
+    assert states(state) == [TrialState.FAIL, TrialState.COMPLETE]
     client = MlflowClient(tracking_uri(plan.storage))
     experiment = client.get_experiment_by_name(plan.name)
     assert experiment is not None
@@ -138,8 +138,8 @@ def test_a_failed_unit_tells_why_and_the_search_goes_on(
 
 def test_units_whose_processes_are_named_are_told_from_others(tiny_plan):
     plan = tiny_plan("arcade,blinds", trials=6, stopping=NO_STOPPING)
-    ledger = Ledger(plan)
-    searcher = TuneSearcher(ledger, ledger.book, limit=lambda: 9)
+    state = StudyState(plan)
+    searcher = TuneSearcher(state, state.book, limit=lambda: 9)
     units = {}
     for pid, trial_id in enumerate("abc", start=70):
         about = searcher.suggest(trial_id)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from cbnerf.config import preset, with_overrides
+from cbnerf.overrides import with_overrides
+from cbnerf.presets import preset
 from cbnerf.search.space import check_space
 from cbnerf.search.spec import load_spec, parse_spec
 

@@ -13,9 +13,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cbnerf.config import Config, with_overrides
+from cbnerf.config import Config
+from cbnerf.overrides import with_overrides
 from cbnerf.search.plan import make_plan
-from cbnerf.search.proposals import even_point, initial_points, make_study, propose, suggest
+from cbnerf.search.sampler import initial_points, make_study, propose, quasi_random_point, suggest
 from cbnerf.search.spec import (
     COSTS,
     QUALITIES,
@@ -169,7 +170,7 @@ def test_every_point_of_a_search_lies_in_its_space(write, content: dict[str, Any
         spec, scenes="arcade", data=None, name="sweep", storage=Path("runs"), has_gpu=False
     )
     study = make_study(plan)
-    tried = initial_points(plan) + [even_point(plan, number) for number in (0, 1, 97)]
+    tried = initial_points(plan) + [quasi_random_point(plan, number) for number in (0, 1, 97)]
     for number in range(6):
         trial = propose(plan, study, number)
         tried.append(suggest(trial, plan))

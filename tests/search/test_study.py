@@ -20,12 +20,13 @@ from drivers import PATIENCE, plan_of, search_without_ray
 from mlflow import MlflowClient
 
 from cbnerf.cli import Report
-from cbnerf.config import load_config, load_yaml
 from cbnerf.data.library import make_capture
 from cbnerf.data.llff import write_capture
 from cbnerf.nerf.model import AUTO_PRECISION
+from cbnerf.overrides import load_config
 from cbnerf.search import command
-from cbnerf.search.ledger import Ledger
+from cbnerf.search.state import StudyState
+from cbnerf.strict_yaml import load_yaml
 from cbnerf.training.checkpoint import load_checkpoint
 
 pytestmark = [
@@ -303,7 +304,7 @@ def test_a_race_survives_kill_and_ctrl_c_and_repeats_no_unit(tmp_path: Path):
     assert set(finished.bookings.values()) == {1}
     for before in (killed, interrupted):
         assert before.trained.items() <= finished.trained.items()
-    trials = Ledger(plan_of(tmp_path / "runs", NAME), adopt=False).study.get_trials()
+    trials = StudyState(plan_of(tmp_path / "runs", NAME), adopt=False).study.get_trials()
     assert len(trials) == 6 and all(trial.values is not None for trial in trials)
     store, experiment = experiment_of(tmp_path)
     runs = MlflowClient(store).search_runs([experiment])
@@ -329,7 +330,7 @@ def test_every_search_of_tune_configs_comes_to_its_report(
     assert call(monkeypatch, *arguments) == 0, capfd.readouterr().err
     study = shelf / "studies" / file.stem
     assert {"best.yaml", "report.md", "report.html"} <= {entry.name for entry in study.iterdir()}
-    assert len(Ledger(plan_of(shelf, file.stem), adopt=False).study.get_trials()) == 3
+    assert len(StudyState(plan_of(shelf, file.stem), adopt=False).study.get_trials()) == 3
 
 
 @pytest.mark.slow
@@ -340,16 +341,16 @@ def test_one_at_a_time_a_race_is_the_same_bit_for_bit_with_and_without_ray(
     assert call(monkeypatch, *arguments, "--storage", "with") == 0, capfd.readouterr().err
     plan = plan_of(tmp_path / "with", NAME)
     alone = search_without_ray(replace(plan, storage=tmp_path / "without"))
-    assert trials_of(Ledger(plan, adopt=False)) == trials_of(alone)
+    assert trials_of(StudyState(plan, adopt=False)) == trials_of(alone)
 
 
-def trials_of(ledger: Ledger) -> list[tuple[dict[str, Any], list[float] | None, dict[Any, Any]]]:
+def trials_of(state: StudyState) -> list[tuple[dict[str, Any], list[float] | None, dict[Any, Any]]]:
     """Knobs, objectives and values of the units of each configuration, but for their seconds."""
     trials = []
-    for trial in ledger.study.get_trials():
+    for trial in state.study.get_trials():
         units = {
             place: metrics and {name: v for name, v in metrics.items() if name != "seconds"}
-            for place, metrics in ledger.results(trial.number).items()
+            for place, metrics in state.results(trial.number).items()
         }
         trials.append((trial.params, trial.values, units))
     return trials

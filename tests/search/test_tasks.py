@@ -16,9 +16,9 @@ import ray
 from optuna.trial import TrialState
 from ray import cloudpickle, tune
 
-from cbnerf.search import study
-from cbnerf.search.ledger import Ledger
+from cbnerf.search import driver
 from cbnerf.search.plan import Plan
+from cbnerf.search.state import StudyState
 from cbnerf.search.tasks import for_each_scene, reason
 
 pytestmark = [
@@ -107,15 +107,15 @@ def test_a_configuration_that_needs_too_much_memory_fails_and_the_search_goes_on
                      space={"field.optim.lr": {"low": 1e-3, "high": 1e-1}})  # fmt: skip
     plan.storage.mkdir(exist_ok=True)
     shutil.copy(empty_store, plan.storage / "mlflow.db")
-    ledger = Ledger(plan)
-    monkeypatch.setattr(study, "run_units", train_or_take_memory)
-    monkeypatch.setattr(study.Tracker, "end_unit", lambda *about: None)  # there are no files
-    with study.Writer() as write:
-        study._search(plan, ledger, study.Tracker(plan, ledger.id), write, concurrency=2)
-    states = [trial.state for trial in ledger.study.get_trials()]
+    state = StudyState(plan)
+    monkeypatch.setattr(driver, "run_units", train_or_take_memory)
+    monkeypatch.setattr(driver.Tracker, "end_unit", lambda *about: None)  # there are no files
+    with driver.Writer() as write:
+        driver._search(plan, state, driver.Tracker(plan, state.id), write, concurrency=2)
+    states = [trial.state for trial in state.study.get_trials()]
     assert states == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
-    best = ledger.best()
-    assert ledger.is_over and best is not None and best.value == 22
+    best = state.best()
+    assert state.is_over and best is not None and best.value == 22
     told = [line for line in capsys.readouterr().out.splitlines() if "nearly full (" in line]
     assert told and all(line.startswith("  #00  arcade: the memory of ") for line in told)
 

@@ -11,10 +11,10 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from cbnerf.config import save_config
-from cbnerf.search.ledger import Unit
+from cbnerf.overrides import save_config
 from cbnerf.search.mlflow_store import legal_key, tracking_uri
 from cbnerf.search.plan import Plan
+from cbnerf.search.state import Unit
 from cbnerf.search.tracking import NOT_COMPARABLE, Tracker
 from cbnerf.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
@@ -238,7 +238,7 @@ def test_a_stopped_configuration_ends_as_killed_and_says_why(plan: Plan):
     tracker = Tracker(plan, "one")
     tracker.start_unit(Unit(0, "arcade", 0, KNOBS))
     assert not tracker.is_closed(0)
-    tracker.stop_configuration(0, "1.2% to beat #00 after 1 units")
+    tracker.prune_configuration(0, "1.2% to beat #00 after 1 units")
     runs = runs_of(plan)
     assert {runs[key].info.status for key in ("configuration/0", "unit/0/arcade")} == {"KILLED"}
     assert "1.2% to beat" in runs["configuration/0"].data.tags["mlflow.note.content"]

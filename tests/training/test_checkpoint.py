@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from cbnerf.config import Config, preset
+from cbnerf.config import Config
+from cbnerf.presets import preset
 from cbnerf.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_weights
 
 CPU = torch.device("cpu")

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cbnerf.config import Config, preset, with_overrides
+from cbnerf.config import Config
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
+from cbnerf.overrides import with_overrides
+from cbnerf.presets import preset
 from cbnerf.training.field import train_field
 from cbnerf.training.refiner import train_refiner
 from cbnerf.training.stages import ignore

@@ -11,9 +11,10 @@ from fake_gpu import GPU, GpuTensor, fake_gpu
 from test_determinism import METHODS, make_config
 
 from cbnerf.codebook.refiner import Refiner
-from cbnerf.config import Config, with_overrides
+from cbnerf.config import Config
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
+from cbnerf.overrides import with_overrides
 from cbnerf.training.evaluation import refine_views
 from cbnerf.training.field import scene_cameras, train_field
 from cbnerf.training.inspection import inspect_codebook
@@ -89,8 +90,8 @@ def test_stage_2_of_other_scenes(method: str, tiny_scene: Scene, tiny_renders: R
     config, pair = make_steps(method, 2), (tiny_scene, tiny_renders)
     refiners = []
     with fake_gpu():
-        refiners.append(train_refiner(config, *pair, device=GPU, report=ignore, others=[pair] * 2))
-    refiners.append(train_refiner(config, *pair, device=CPU, report=ignore, others=[pair] * 2))
+        refiners.append(train_refiner(config, *pair, device=GPU, report=ignore, sources=[pair] * 2))
+    refiners.append(train_refiner(config, *pair, device=CPU, report=ignore, sources=[pair] * 2))
     assert_same_model(*refiners)
 
 

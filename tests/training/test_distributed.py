@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from cbnerf.config import Config, KnobError, with_overrides
+from cbnerf.config import Config, KnobError
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
+from cbnerf.overrides import with_overrides
 from cbnerf.training.distributed import from_rank_0
 from cbnerf.training.field import train_field
 from cbnerf.training.refiner import train_refiner

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from cbnerf.cli import main
-from cbnerf.config import preset, with_overrides
 from cbnerf.data.scene import Scene
+from cbnerf.overrides import with_overrides
+from cbnerf.presets import preset
 from cbnerf.training.divergence import DivergenceCheck
 from cbnerf.training.field import train_field
 from cbnerf.training.stages import ignore

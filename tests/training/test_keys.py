@@ -5,10 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from cbnerf.config import FIELD_KNOBS, flatten, preset, with_overrides
+from cbnerf.config import FIELD_KNOBS, flatten
 from cbnerf.data.library import make_capture
 from cbnerf.data.scene import Scene, make_scene
 from cbnerf.nerf.model import AUTO_PRECISION, settle_precision
+from cbnerf.overrides import with_overrides
+from cbnerf.presets import preset
 from cbnerf.training import keys
 from cbnerf.training.keys import field_key, refiner_key
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from cbnerf.config import Config, OptimConfig, with_overrides
+from cbnerf.config import Config, OptimConfig
+from cbnerf.overrides import with_overrides
 from cbnerf.rng import Rng
 from cbnerf.training import loop
 from cbnerf.training.checkpoint import save_checkpoint

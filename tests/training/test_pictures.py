@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cbnerf.config import METHODS, with_overrides
+from cbnerf.overrides import with_overrides
+from cbnerf.presets import METHODS
 from cbnerf.training.models import build_refiner
 from cbnerf.training.pictures import color_codes, draw_agreement, draw_codes, draw_map, draw_usage
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from comparing import assert_same_state, read_hashes
 
-from cbnerf.config import Config, load_config, with_overrides
+from cbnerf.config import Config
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene
 from cbnerf.nerf.model import AUTO_PRECISION
+from cbnerf.overrides import load_config, with_overrides
 from cbnerf.training.checkpoint import load_checkpoint
 from cbnerf.training.models import load_field, load_refiner
 from cbnerf.training.stages import read_metrics, run_field, run_refiner

@@ -3,9 +3,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cbnerf.config import METHODS, Config, preset, with_overrides
+from cbnerf.config import Config
 from cbnerf.data.scene import Scene
 from cbnerf.nerf.rays import Cameras, make_rays, make_sub_pixel_rays
+from cbnerf.overrides import with_overrides
+from cbnerf.presets import METHODS, preset
 from cbnerf.training.evaluation import render_views
 from cbnerf.training.field import low_res_cameras, train_field
 from cbnerf.training.models import load_field

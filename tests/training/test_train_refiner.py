@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from cbnerf.codebook.refiner import ResidualRefiner
-from cbnerf.config import METHODS, Config, preset, with_overrides
+from cbnerf.config import Config
 from cbnerf.data.pixels import downsample
 from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
 from cbnerf.downsampling import Kernel
+from cbnerf.overrides import with_overrides
+from cbnerf.presets import METHODS, preset
 from cbnerf.training.evaluation import mean_scores, refine_views
 from cbnerf.training.models import count_parameters, load_refiner
 from cbnerf.training.refiner import Pairs, _training_views, train_refiner
@@ -135,7 +137,7 @@ def mirror_blocks(scene: Scene) -> Scene:
 
 
 @pytest.fixture
-def others(tiny_scene, tiny_renders) -> Pairs:
+def sources(tiny_scene, tiny_renders) -> Pairs:
     wide = replace(tiny_scene, name="wide", images=tiny_scene.images.flip(2))
     smaller = replace(tiny_scene, name="smaller", images=tiny_scene.images[:, :40])
     cut = Renders(tiny_renders.rgb[:, :40], tiny_renders.depth[:, :40])
@@ -144,14 +146,14 @@ def others(tiny_scene, tiny_renders) -> Pairs:
 
 @pytest.mark.parametrize("method", ["cb-nerf", "linear"])
 def test_an_unseen_scene_gives_low_res_photographs_of_training_views_alone(
-    method: str, others, tiny_scene, tiny_renders, keep
+    method: str, sources, tiny_scene, tiny_renders, keep
 ):
-    def weights(scene: Scene, consistency: float, others: Pairs = others) -> dict[str, Tensor]:
+    def weights(scene: Scene, consistency: float, sources: Pairs = sources) -> dict[str, Tensor]:
         once = {"refiner.optim.steps": 2, "refiner.optim.evaluations": 1}
         knobs = FAST | once | {"refiner.consistency": consistency}
         config = with_overrides(METHODS[method], knobs)
         return train_refiner(
-            config, scene, tiny_renders, device=CPU, report=keep, others=others
+            config, scene, tiny_renders, device=CPU, report=keep, sources=sources
         ).state_dict()  # fmt: skip
 
     def are_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
@@ -161,7 +163,7 @@ def test_an_unseen_scene_gives_low_res_photographs_of_training_views_alone(
     black = blacken(tiny_scene, list(range(10)))
     without = weights(tiny_scene, 0.0)
     assert are_equal(without, weights(black, 0.0))
-    assert not are_equal(without, weights(tiny_scene, 0.0, others=()))
+    assert not are_equal(without, weights(tiny_scene, 0.0, sources=()))
 
     heeding = weights(tiny_scene, 10.0)
     assert not are_equal(heeding, without)
@@ -175,7 +177,7 @@ def test_an_unseen_scene_gives_low_res_photographs_of_training_views_alone(
     [("cb-nerf", "box"), ("residual-cnn", "box"), ("linear", "box"), ("cb-nerf", "lanczos")],
 )
 def test_refined_views_of_an_unseen_scene_agree_with_its_low_res_photographs(
-    method: str, kernel: Kernel, others, tiny_scene, tiny_renders, keep
+    method: str, kernel: Kernel, sources, tiny_scene, tiny_renders, keep
 ):
     views = [1, 2, 3, 5, 6, 7, 9]
     low_res = downsample(tiny_scene.images[views], tiny_scene.scale, kernel).float()
@@ -184,7 +186,7 @@ def test_refined_views_of_an_unseen_scene_agree_with_its_low_res_photographs(
         knobs = {"refiner.consistency": consistency, "data.low_res_kernel": kernel}
         config = with_overrides(METHODS[method], FAST | knobs)
         refiner = train_refiner(
-            config, tiny_scene, tiny_renders, device=CPU, report=keep, others=others
+            config, tiny_scene, tiny_renders, device=CPU, report=keep, sources=sources
         )
         refined = refine_views(refiner, tiny_renders.rgb[views], CPU)
         shrunk = downsample(refined, tiny_scene.scale, kernel).float()
@@ -200,12 +202,12 @@ def test_scenes_that_share_a_refiner_teach_it_and_are_scored_together(
     cut = Renders(tiny_renders.rgb[:, :40].flip(2), tiny_renders.depth[:, :40])
     weights = []
     for views in ([], [0, 4, 8], [1]):  # test and validation views are 0, 8 and 4
-        beside = [(blacken(smaller, views), cut)]
+        joint = [(blacken(smaller, views), cut)]
         refiner = train_refiner(
-            config, tiny_scene, tiny_renders, device=CPU, report=keep, beside=beside
+            config, tiny_scene, tiny_renders, device=CPU, report=keep, joint=joint
         )
         weights.append(refiner.state_dict()["filters.table"])
-        pairs = [(tiny_scene, tiny_renders), *beside]
+        pairs = [(tiny_scene, tiny_renders), *joint]
         scores = [
             mean_scores(refine_views(refiner, r.rgb[[4]], CPU), s.images[[4]], "val")
             for s, r in pairs
@@ -221,7 +223,7 @@ def test_a_reference_must_be_of_the_scene_itself(tiny_scene, tiny_renders, keep)
     with pytest.raises(ValueError, match="needs a high-res photograph of its scene"):
         train_refiner(
             make_config("reference"), tiny_scene, tiny_renders,
-            device=CPU, report=keep, others=[(tiny_scene, tiny_renders)],
+            device=CPU, report=keep, sources=[(tiny_scene, tiny_renders)],
         )  # fmt: skip
 
 
@@ -254,9 +256,9 @@ def test_several_scenes_are_parts_of_their_own_and_one_scene_is_two(tiny_scene, 
     assert shared == alone * 3
 
 
-@pytest.mark.parametrize("others, expected", [(0, [1]), (1, []), (2, [0, 1])])
+@pytest.mark.parametrize("sources, expected", [(0, [1]), (1, []), (2, [0, 1])])
 def test_codes_are_trusted_as_far_as_what_is_held_out_confirms(
-    others: int, expected: list[int], tiny_scene, tiny_renders, keep, monkeypatch
+    sources: int, expected: list[int], tiny_scene, tiny_renders, keep, monkeypatch
 ):
     asked: list[list[int]] = []
     fit = ResidualRefiner.fit_filters
@@ -268,7 +270,7 @@ def test_codes_are_trusted_as_far_as_what_is_held_out_confirms(
     monkeypatch.setattr(ResidualRefiner, "fit_filters", ask)
     pair = (tiny_scene, tiny_renders)
     config = make_config("residual")
-    train_refiner(config, *pair, device=CPU, report=keep, others=[pair] * others)
+    train_refiner(config, *pair, device=CPU, report=keep, sources=[pair] * sources)
     assert asked == [expected] * 2
 
 

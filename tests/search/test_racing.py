@@ -8,7 +8,8 @@ import pytest
 from numpy.random import default_rng
 from optuna.exceptions import ExperimentalWarning
 
-from cbnerf.search.race import Race, halving_keeps, signed_ranks_keep
+from cbnerf.search.racing import PairedRace
+from cbnerf.search.rivals import halving_keeps, signed_ranks_keep
 
 NUM_SCENES, NUM_RUNGS = 8, 3
 
@@ -37,14 +38,14 @@ def hidden(values: np.ndarray, configuration: int, known: int) -> np.ndarray:
 def test_nothing_known_is_an_even_chance_at_the_start():
     values = np.full((2, NUM_SCENES, NUM_RUNGS), np.nan)
     values[0] = draw(0, np.zeros(1))[0]
-    verdict = Race(values[1:], values[0], scale=0.3).verdict(values[1])
+    verdict = PairedRace(values[1:], values[0], scale=0.3).verdict(values[1])
     assert verdict.chance == pytest.approx(0.5)
     assert verdict.expected == pytest.approx(values[0, :, -1].mean())
 
 
 def test_everything_known_leaves_no_doubt():
     values = draw(0, np.array([0.0, 0.05, -0.05]))
-    race = Race(values[1:], values[0], scale=0.3)
+    race = PairedRace(values[1:], values[0], scale=0.3)
     for configuration, chance in ((1, 0.0), (2, 1.0)):
         verdict = race.verdict(values[configuration])
         assert verdict.chance == pytest.approx(chance, abs=1e-6)
@@ -53,10 +54,10 @@ def test_everything_known_leaves_no_doubt():
 
 def test_a_margin_counts_in_standard_deviations_of_the_prior():
     values = np.array([[[20.0]], [[np.nan]]])
-    verdict = Race(values[1:], values[0], scale=0.3).verdict(values[1])
+    verdict = PairedRace(values[1:], values[0], scale=0.3).verdict(values[1])
     # The prior of a difference: variance scale^2 of the effect, a quarter of it for interactions.
     assert verdict.chance == pytest.approx(0.5)
-    margin = Race(values[1:], values[0], scale=0.3).verdict(values[1], margin=0.3 * 1.25**0.5)
+    margin = PairedRace(values[1:], values[0], scale=0.3).verdict(values[1], margin=0.3 * 1.25**0.5)
     # Student's t with two degrees of freedom, beyond one.
     assert margin.chance == pytest.approx(0.5 - 0.5 / 3**0.5)
 
@@ -66,7 +67,7 @@ def test_more_of_a_bad_configuration_makes_it_less_likely():
     chances = []
     for known in (0, 1, 4, 8, 16, 23):
         seen = hidden(values, 2, known)
-        chances.append(Race(seen[1:], seen[0], scale=0.3).verdict(seen[2]).chance)
+        chances.append(PairedRace(seen[1:], seen[0], scale=0.3).verdict(seen[2]).chance)
     assert chances[-1] < 1e-3 < chances[0]
     assert all(late < early + 0.05 for early, late in zip(chances, chances[1:], strict=False))
 
@@ -75,8 +76,8 @@ def test_scenes_need_not_be_equally_hard_nor_rungs_equally_high():
     """Only differences count: adding a number to a scene or a rung changes no verdict."""
     values = hidden(draw(2, np.array([0.0, 0.1, 0.2, 0.3])), 3, 5)
     moved = values + default_rng(0).normal(size=(1, NUM_SCENES, NUM_RUNGS))
-    ours = Race(values[1:], values[0], scale=0.3).verdict(values[3])
-    theirs = Race(moved[1:], moved[0], scale=0.3).verdict(moved[3])
+    ours = PairedRace(values[1:], values[0], scale=0.3).verdict(values[3])
+    theirs = PairedRace(moved[1:], moved[0], scale=0.3).verdict(moved[3])
     assert ours.chance == pytest.approx(theirs.chance, rel=1e-6)
 
 
@@ -91,7 +92,7 @@ def test_stated_chances_come_true(known: int, spread: float):
         worse = np.concatenate([[0.0], spread * rng.normal(size=20)])
         values = draw(seed, worse, noise=spread / 2)
         seen = hidden(values, 20, known)
-        stated.append(Race(seen[1:], seen[0], scale=0.3).verdict(seen[20]).chance)
+        stated.append(PairedRace(seen[1:], seen[0], scale=0.3).verdict(seen[20]).chance)
         came_true.append(values[20, :, -1].mean() > values[0, :, -1].mean())
     assert np.mean(stated) == pytest.approx(np.mean(came_true), abs=0.05)
     doubtful = np.array(stated) < 0.05
@@ -102,21 +103,21 @@ def test_stated_chances_come_true(known: int, spread: float):
 def test_what_a_value_tells_in_closed_form_before_anything_is_seen():
     """Of a value with variance v and covariance c with the worth: c^2 / v."""
     values = draw(0, np.zeros(1))
-    race = Race(values[1:], values[0], scale=0.3)
+    race = PairedRace(values[1:], values[0], scale=0.3)
     nothing = np.zeros((NUM_SCENES, NUM_RUNGS), bool)
     covariance = 0.3**2 * (1 + 0.25 / NUM_SCENES) * 0.7 ** np.arange(NUM_RUNGS)[::-1]
     told = covariance**2 / (0.3**2 * 1.25)
-    np.testing.assert_allclose(race.telling(nothing), np.tile(told, (NUM_SCENES, 1)))
+    np.testing.assert_allclose(race.variance_reduction(nothing), np.tile(told, (NUM_SCENES, 1)))
 
 
 def test_what_has_been_seen_tells_nothing_more():
     values = draw(3, np.array([0.0, 0.1, 0.2, 0.3]))
-    race = Race(values[1:], values[0], scale=0.3)
+    race = PairedRace(values[1:], values[0], scale=0.3)
     known = np.zeros((NUM_SCENES, NUM_RUNGS), bool)
     known[2, 0] = known[5, 2] = True
-    telling = race.telling(known)
+    telling = race.variance_reduction(known)
     assert telling[known].max() < 1e-9 < telling[~known].min()
-    assert telling.sum() < race.telling(np.zeros_like(known)).sum()
+    assert telling.sum() < race.variance_reduction(np.zeros_like(known)).sum()
 
 
 def test_a_race_learns_which_scene_tells_most():
@@ -126,8 +127,8 @@ def test_a_race_learns_which_scene_tells_most():
     worse[0] = 0
     values = 20 - worse[:, None, None] + 0.5 * rng.normal(size=(12, NUM_SCENES, 1))
     values[:, 6] = 20 - 2 * worse[:, None]
-    race = Race(values[1:], values[0], scale=0.3)
-    telling = race.telling(np.zeros((NUM_SCENES, 1), bool))
+    race = PairedRace(values[1:], values[0], scale=0.3)
+    telling = race.variance_reduction(np.zeros((NUM_SCENES, 1), bool))
     assert telling.argmax() == 6
 
 

@@ -100,7 +100,7 @@ def propose(plan: Plan, study: optuna.Study, number: int) -> optuna.Trial:
     num_ended = sum(state.is_finished() for state in states)
     starts = plan.spec.sampler == "sobol-tpe" and num_ended < _num_startup(plan)
     if starts and TrialState.WAITING not in states:
-        study.enqueue_trial(even_point(plan, number))
+        study.enqueue_trial(quasi_random_point(plan, number))
     study.sampler = make_sampler(plan, number)
     return study.ask()
 
@@ -117,7 +117,7 @@ def make_sampler(plan: Plan, number: int) -> optuna.samplers.BaseSampler:
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=_num_startup(plan))
 
 
-def even_point(plan: Plan, number: int) -> dict[str, Any]:
+def quasi_random_point(plan: Plan, number: int) -> dict[str, Any]:
     """A point of a scrambled Sobol sequence: any number of them lies evenly in the space."""
     sequence = qmc.Sobol(len(plan.spec.space), rng=plan.spec.seed)
     if number:

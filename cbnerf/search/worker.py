@@ -18,13 +18,14 @@ from ray.train import FailureConfig, RunConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from cbnerf.config import Config, DataConfig, KnobError, with_overrides
+from cbnerf.config import Config, DataConfig, KnobError
 from cbnerf.data.library import read_scene
 from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
 from cbnerf.nerf.model import Precision, resolve_precision, settle_precision
+from cbnerf.overrides import with_overrides
 from cbnerf.search.machines import TorchGroup, device_of_worker, worker_group
 from cbnerf.search.plan import Plan, Unit
 from cbnerf.training.checkpoint import Checkpoint, knobs_of_stage
@@ -126,12 +127,12 @@ def _run_unit(
         scene = from_rank_0(lambda: load_scene(plan, unit.scene, config.data))
         metrics = run_field(config, scene, folder, device=device, report=report, until=until)
     else:
-        (scene, renders), *beside = from_rank_0(
+        (scene, renders), *joint = from_rank_0(
             lambda: [_load_pair(plan, config, name) for name in plan.scenes_of(unit.scene)]
         )
         metrics = run_refiner(
             config, scene, renders, folder,
-            device=device, report=report, beside=beside, until=until,
+            device=device, report=report, joint=joint, until=until,
         )  # fmt: skip
     tell({**metrics, "unit": index, "ended": True})
 

@@ -11,12 +11,12 @@ import pytest
 from optuna.trial import TrialState
 
 from cbnerf.config import flatten
-from cbnerf.search.proposals import (
-    even_point,
+from cbnerf.search.sampler import (
     initial_points,
     make_study,
     open_study,
     propose,
+    quasi_random_point,
     read_study,
     suggest,
 )
@@ -36,7 +36,7 @@ SPACE = {
 def test_points_of_the_start_lie_evenly_on_every_axis(tiny_plan, seed: int):
     """Each half, quarter and eighth of a domain has its share of eight points."""
     plan = tiny_plan(space=SPACE, seed=seed)
-    points = [even_point(plan, number) for number in range(8)]
+    points = [quasi_random_point(plan, number) for number in range(8)]
     sizes = [point["codebook.size"] for point in points]
     assert sorted(sizes) == [64, 64, 128, 128, 256, 256, 512, 512]
     assert sorted(point["codebook.dim"] for point in points) == [*range(4, 33, 4)]
@@ -50,9 +50,9 @@ def test_points_of_the_start_depend_on_seed_and_number_alone(tiny_plan):
     plan = tiny_plan(space=SPACE, trials=4)
     more = tiny_plan(space=SPACE, trials=40)
     other = tiny_plan(space=SPACE, trials=4, seed=1)
-    assert even_point(plan, 3) == even_point(more, 3)
-    assert even_point(plan, 3) != even_point(other, 3)
-    assert even_point(plan, 3) != even_point(plan, 2)
+    assert quasi_random_point(plan, 3) == quasi_random_point(more, 3)
+    assert quasi_random_point(plan, 3) != quasi_random_point(other, 3)
+    assert quasi_random_point(plan, 3) != quasi_random_point(plan, 2)
 
 
 @pytest.mark.parametrize("sampler", ["sobol-tpe", "tpe", "random"])
@@ -67,7 +67,7 @@ def test_a_search_starts_from_the_points_to_try_first_and_then_evenly(tiny_plan,
         study.tell(trial, float(number))
     assert proposed[0]["codebook.size"] == plan.base.codebook.size
     assert proposed[1] == proposed[0] | {"codebook.size": 512}
-    even = [proposed[number] == even_point(plan, number) for number in range(8)]
+    even = [proposed[number] == quasi_random_point(plan, number) for number in range(8)]
     # A quarter of sixteen ends before TPE learns from them.
     assert even == [False, False, *([sampler == "sobol-tpe"] * 2), *([False] * 4)]
 
@@ -87,7 +87,9 @@ def test_many_that_start_at_once_lie_evenly(tiny_plan):
         suggest(propose(plan, study, number), plan)
     trials = study.get_trials()
     assert [trial.state for trial in trials] == [TrialState.RUNNING] * 9
-    assert [t.params for t in trials[1:]] == [even_point(plan, number) for number in range(1, 9)]
+    assert [t.params for t in trials[1:]] == [
+        quasi_random_point(plan, number) for number in range(1, 9)
+    ]
 
 
 @pytest.mark.parametrize("left", ["file", "link", "link to where it was"])

@@ -17,20 +17,21 @@ from mlflow.exceptions import MlflowException
 from ray import tune
 from tqdm import tqdm
 
-from cbnerf.config import Config, with_overrides
-from cbnerf.files import write_whole
+from cbnerf.config import Config
+from cbnerf.files import atomic_write_text
 from cbnerf.nerf.model import AUTO_PRECISION, Precision
+from cbnerf.overrides import with_overrides
 from cbnerf.search.diary import Diary, catch_up
 from cbnerf.search.estimate import measure_share, part_of_gpu
-from cbnerf.search.ledger import Ledger
 from cbnerf.search.machines import num_slots, worker_resources
 from cbnerf.search.plan import Plan
 from cbnerf.search.report import SceneScores, write_report
 from cbnerf.search.searcher import TuneSearcher
 from cbnerf.search.spec import QUALITIES
+from cbnerf.search.state import StudyState
 from cbnerf.search.tasks import call, for_each_scene, is_of_memory, reason
 from cbnerf.search.tracking import Tracker
-from cbnerf.search.trial import (
+from cbnerf.search.worker import (
     MAX_FAILURES,
     find_precision_here,
     run_base_field,
@@ -67,29 +68,29 @@ def run_study(
     """
     seconds: dict[str, float] = {}
     with _timed(seconds, "storage"):
-        ledger = Ledger(plan)
-        tracker = Tracker(plan, ledger.id)
+        state = StudyState(plan)
+        tracker = Tracker(plan, state.id)
     try:
-        catch_up(ledger, tracker)
-        if not ledger.is_over:
+        catch_up(state, tracker)
+        if not state.is_over:
             with Writer() as write:
                 if plan.shares_fields:
                     with _timed(seconds, "stage 1"):
-                        _train_fields(_sharing_gpus(plan, ("field",)), ledger, tracker, write)
+                        _train_fields(_sharing_gpus(plan, ("field",)), state, tracker, write)
                 own: tuple[Stage, ...] = () if plan.shares_fields else ("field",)
                 with _timed(seconds, "search"):
                     shared = _sharing_gpus(plan, (*own, plan.stage))
-                    _search(shared, ledger, tracker, write, concurrency)
+                    _search(shared, state, tracker, write, concurrency)
                     write.wait()
         else:
             say("all configurations of this study are done; nothing is trained again")
-        best = ledger.best()
+        best = state.best()
         if best is None:
             return None
         with _timed(seconds, "scoring and report"):
             config = with_overrides(plan.base, best.params)
             scores = _score_once(plan, config, best.number)
-            files = write_report(ledger, config, best.number, scores)
+            files = write_report(state, config, best.number, scores)
             tracker.log_report(files, dict(zip(plan.spec.objectives, best.values, strict=True)))
         return Outcome(best.number, scores, seconds, tracker.experiment_id)
     except BaseException:
@@ -126,10 +127,10 @@ def find_precision(plan: Plan) -> Precision:
     return call(plan, find_precision_here)
 
 
-def _train_fields(plan: Plan, ledger: Ledger, tracker: Tracker, write: Writer) -> None:
+def _train_fields(plan: Plan, state: StudyState, tracker: Tracker, write: Writer) -> None:
     with _progress(len(plan.scenes), "stage 1", "scene") as bar:
         for scene, (folder, metrics) in for_each_scene(plan, run_base_field, trains=True):
-            ledger.note_field(scene, folder.name, metrics["seconds"])
+            state.record_field(scene, folder.name, metrics["seconds"])
             write(tracker.log_field, scene, folder, metrics)
             bar.update()
             if "val/psnr" in metrics:
@@ -137,15 +138,15 @@ def _train_fields(plan: Plan, ledger: Ledger, tracker: Tracker, write: Writer) -
 
 
 def _search(
-    plan: Plan, ledger: Ledger, tracker: Tracker, write: Writer, concurrency: int | None
+    plan: Plan, state: StudyState, tracker: Tracker, write: Writer, concurrency: int | None
 ) -> None:
     limit = _Room(plan) if concurrency is None else lambda: concurrency
-    bar = _progress(plan.spec.trials, "search", "configuration", done=ledger.num_told)
+    bar = _progress(plan.spec.trials, "search", "configuration", done=state.num_ended)
     with bar:
-        diary = Diary(ledger, tracker, write, bar)
+        diary = Diary(state, tracker, write, bar)
         while True:
             walks = plan.spec.resources.workers > 1
-            searcher = TuneSearcher(ledger, diary.end_unit, limit=limit, walk=walks)
+            searcher = TuneSearcher(state, diary.end_unit, limit=limit, walk=walks)
             try:
                 return _tune(plan, searcher, diary)
             except Exception as error:
@@ -155,7 +156,7 @@ def _search(
                     raise
                 named, others = searcher.left(trouble)
                 for unit in others:
-                    ledger.take_back(unit)
+                    state.release(unit)
                 for unit in named:
                     diary.lose_unit(unit, reason(trouble))
 
@@ -207,17 +208,17 @@ def _score_once(plan: Plan, config: Config, number: int) -> SceneScores:
     if not file.exists():
         scores = dict(for_each_scene(plan, score_best, config, number, trains=False))
         scores = {scene: scores[scene] for scene in plan.scenes}
-        write_whole(file, json.dumps(scores, indent=1))
+        atomic_write_text(file, json.dumps(scores, indent=1))
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def known_scores(ledger: Ledger, number: int) -> SceneScores:
+def known_scores(state: StudyState, number: int) -> SceneScores:
     """Scores of a configuration; before the end of its study those of the validation views."""
-    file = _scores_file(ledger.plan, number)
+    file = _scores_file(state.plan, number)
     if file.exists():
         return json.loads(file.read_text(encoding="utf-8"))
     scores: SceneScores = {}
-    for scene, metrics in ledger.whole_results(number).items():
+    for scene, metrics in state.full_results(number).items():
         metrics = metrics or {}
         values = {name: metrics[name] for name in QUALITIES}
         if "val/gain" in metrics:

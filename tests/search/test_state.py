@@ -1,4 +1,4 @@
-"""The ledger against a fake objective; no training. A *life* is one process of a search."""
+"""The state against a fake objective; no training. A *life* is one process of a search."""
 
 import math
 from collections.abc import Callable
@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 from optuna.trial import TrialState
 
-from cbnerf.search import study
-from cbnerf.search.judge import Metrics
-from cbnerf.search.ledger import Ledger
+from cbnerf.search import driver
 from cbnerf.search.plan import Unit
-from cbnerf.search.proposals import initial_points, open_study
+from cbnerf.search.racing import Metrics
+from cbnerf.search.sampler import initial_points, open_study
+from cbnerf.search.state import StudyState
 
 pytestmark = pytest.mark.search
 
 
 @pytest.fixture(autouse=True, scope="module")
 def quiet() -> None:
-    study.quieten_libraries()
+    driver.quieten_libraries()
 
 
 def score(unit: Unit) -> Metrics | None:
@@ -29,15 +29,18 @@ def score(unit: Unit) -> Metrics | None:
 
 
 def live(
-    ledger: Ledger, *, units: int | None = None, objective: Callable[[Unit], Metrics | None] = score
+    state: StudyState,
+    *,
+    units: int | None = None,
+    objective: Callable[[Unit], Metrics | None] = score,
 ) -> list[Unit]:
     """Run `units` units, or all that are left; returns those that were booked."""
     done: list[Unit] = []
     while units is None or len(done) < units:
-        unit = ledger.next_unit()
+        unit = state.next_unit()
         if unit is None:
             break
-        ledger.book(unit, objective(unit))
+        state.record(unit, objective(unit))
         done.append(unit)
     return done
 
@@ -56,61 +59,61 @@ def pairs(units: list[Unit]) -> list[tuple[int, str]]:
     return [(unit.configuration, unit.scene) for unit in units]
 
 
-def states(ledger: Ledger) -> list[TrialState]:
-    return [trial.state for trial in ledger.study.get_trials()]
+def states(state: StudyState) -> list[TrialState]:
+    return [trial.state for trial in state.study.get_trials()]
 
 
 def test_each_pair_of_configuration_and_scene_is_handed_out_once(tiny_plan):
-    ledger = Ledger(tiny_plan("arcade,blinds", trials=4))
-    units = live(ledger)
+    state = StudyState(tiny_plan("arcade,blinds", trials=4))
+    units = live(state)
     assert pairs(units) == [(n, scene) for n in range(4) for scene in ("arcade", "blinds")]
-    assert ledger.next_unit() is None
-    assert ledger.num_booked == 8
-    assert all(unit.overrides.keys() == ledger.plan.spec.space.keys() for unit in units)
+    assert state.next_unit() is None
+    assert state.num_recorded == 8
+    assert all(unit.overrides.keys() == state.plan.spec.space.keys() for unit in units)
 
 
 def test_the_scenes_of_a_configuration_share_its_knobs(tiny_plan):
-    units = live(Ledger(tiny_plan("arcade,blinds", trials=4)))
+    units = live(StudyState(tiny_plan("arcade,blinds", trials=4)))
     for first, second in zip(units[::2], units[1::2], strict=True):
         assert first.overrides == second.overrides
 
 
 def test_optuna_is_told_the_mean_over_scenes(tiny_plan):
-    ledger = Ledger(tiny_plan("arcade,blinds", trials=3))
+    state = StudyState(tiny_plan("arcade,blinds", trials=3))
     values = {"arcade": 20.0, "blinds": 23.0}
-    live(ledger, objective=lambda u: {"val/psnr": values[u.scene] + u.configuration})
-    assert [trial.value for trial in ledger.study.get_trials()] == [21.5, 22.5, 23.5]
-    best = ledger.best()
+    live(state, objective=lambda u: {"val/psnr": values[u.scene] + u.configuration})
+    assert [trial.value for trial in state.study.get_trials()] == [21.5, 22.5, 23.5]
+    best = state.best()
     assert best is not None and best.number == 2
 
 
 def test_the_chosen_metric_is_what_counts(tiny_plan):
-    ledger = Ledger(tiny_plan("arcade", trials=2, objectives=["val/ssim"]))
+    state = StudyState(tiny_plan("arcade", trials=2, objectives=["val/ssim"]))
 
     def contrary(unit: Unit) -> Metrics | None:
         return {"val/psnr": 1.0 * unit.configuration, "val/ssim": -1.0 * unit.configuration}
 
-    live(ledger, objective=contrary)
-    best = ledger.best()
+    live(state, objective=contrary)
+    best = state.best()
     assert best is not None and best.number == 0
 
 
 @pytest.mark.parametrize("broken", [None, {"val/psnr": math.nan}, {"val/psnr": math.inf}])
 def test_a_configuration_that_fails_on_a_scene_is_never_the_best(tiny_plan, broken: Metrics | None):
-    ledger = Ledger(tiny_plan("arcade,blinds", trials=3))
+    state = StudyState(tiny_plan("arcade,blinds", trials=3))
     fails = {(1, "arcade"), (2, "blinds")}
-    live(ledger, objective=lambda u: broken if u[:2] in fails else {"val/psnr": 9.0 + u[0]})
-    assert states(ledger) == [TrialState.COMPLETE, TrialState.FAIL, TrialState.FAIL]
-    best = ledger.best()
+    live(state, objective=lambda u: broken if u[:2] in fails else {"val/psnr": 9.0 + u[0]})
+    assert states(state) == [TrialState.COMPLETE, TrialState.FAIL, TrialState.FAIL]
+    best = state.best()
     assert best is not None and best.number == 0
-    assert not live(Ledger(ledger.plan))
+    assert not live(StudyState(state.plan))
 
 
 def test_without_a_complete_configuration_there_is_no_best(tiny_plan):
-    ledger = Ledger(tiny_plan("arcade", trials=2))
-    assert ledger.best() is None
-    live(ledger, objective=lambda u: None)
-    assert ledger.best() is None
+    state = StudyState(tiny_plan("arcade", trials=2))
+    assert state.best() is None
+    live(state, objective=lambda u: None)
+    assert state.best() is None
 
 
 @pytest.mark.parametrize("in_flight", [0, 1, 3])
@@ -118,12 +121,12 @@ def test_without_a_complete_configuration_there_is_no_best(tiny_plan):
 def test_a_killed_search_goes_on_where_it_stopped(tiny_plan, booked: int, in_flight: int):
     """Wherever the first life ends, both lives together book each pair once."""
     plan = tiny_plan("arcade,blinds", trials=3)
-    first = Ledger(plan)
+    first = StudyState(plan)
     before = live(first, units=booked)
     for _ in range(in_flight):
         first.next_unit()
-    second = Ledger(plan)
-    assert second.num_booked == booked
+    second = StudyState(plan)
+    assert second.num_recorded == booked
     after = live(second)
     every = [(number, scene) for number in range(3) for scene in plan.scenes]
     assert sorted(pairs(before) + pairs(after)) == every
@@ -136,16 +139,16 @@ def test_a_killed_search_goes_on_where_it_stopped(tiny_plan, booked: int, in_fli
 def test_a_search_goes_on_from_any_line_of_its_journal(tiny_plan):
     """A kill may fall between any two writes: in the middle of asking, booking or telling."""
     plan = tiny_plan("arcade,blinds", trials=3)
-    ledger = Ledger(plan)
-    live(ledger)
+    state = StudyState(plan)
+    live(state)
     points = initial_points(plan)
     journal = plan.folder / "optuna.journal"
     lines = journal.read_bytes().splitlines(keepends=True)
     for cut in range(len(lines)):
         # Every other time a full disk has left half a line.
         journal.write_bytes(b"".join(lines[:cut]) + lines[cut][: cut % 2 * 9])
-        again = Ledger(plan)
-        known = again.num_booked
+        again = StudyState(plan)
+        known = again.num_recorded
         units = live(again)
         assert known + len(units) == 6, cut
         assert states(again) == [TrialState.COMPLETE] * 3, cut
@@ -156,16 +159,16 @@ def test_a_search_goes_on_from_any_line_of_its_journal(tiny_plan):
 
 def test_more_trials_extend_a_finished_search(tiny_plan):
     plan = tiny_plan("arcade", trials=2)
-    live(Ledger(plan))
+    live(StudyState(plan))
     more = replace(plan, spec=replace(plan.spec, trials=5))
-    assert pairs(live(Ledger(more))) == [(2, "arcade"), (3, "arcade"), (4, "arcade")]
-    assert not live(Ledger(more))
-    assert not live(Ledger(plan))
+    assert pairs(live(StudyState(more))) == [(2, "arcade"), (3, "arcade"), (4, "arcade")]
+    assert not live(StudyState(more))
+    assert not live(StudyState(plan))
 
 
 def test_the_preset_comes_first_then_the_initial_points(tiny_plan):
     plan = tiny_plan("arcade", trials=3, initial=[{"codebook.size": 128}, {"codebook.beta": 0.25}])
-    units = live(Ledger(plan))
+    units = live(StudyState(plan))
     base = {"codebook.size": 64, "codebook.beta": 0.25, "loss.lambda_recon": 10.0}
     assert units[0].overrides == base
     assert units[1].overrides == base | {"codebook.size": 128}
@@ -176,7 +179,7 @@ def test_the_preset_comes_first_then_the_initial_points(tiny_plan):
 def test_a_preset_outside_the_space_is_not_forced_into_it(tiny_plan):
     space = {"codebook.size": {"choices": [128, 256]}, "codebook.beta": {"low": 0.1, "high": 0.3}}
     plan = tiny_plan("arcade", trials=1, space=space)
-    (unit,) = live(Ledger(plan))
+    (unit,) = live(StudyState(plan))
     assert unit.overrides["codebook.size"] in (128, 256)
     assert unit.overrides["codebook.beta"] == 0.25
 
@@ -189,7 +192,9 @@ def test_proposals_stay_in_the_space_and_have_the_types_of_the_knobs(tiny_plan):
         "codebook.imitation": {"choices": ["vq", "ce"]},
         "codebook.ema": {"choices": [True, False]},
     }
-    for unit in live(Ledger(tiny_plan("arcade", trials=12, space=space)), objective=lambda u: None):
+    for unit in live(
+        StudyState(tiny_plan("arcade", trials=12, space=space)), objective=lambda u: None
+    ):
         knobs = unit.overrides
         assert type(knobs["codebook.dim"]) is int and knobs["codebook.dim"] in range(4, 65, 4)
         assert type(knobs["codebook.size"]) is int and 64 <= knobs["codebook.size"] <= 4096
@@ -204,7 +209,7 @@ def proposals(units: list[Unit]) -> list[float]:
 def test_the_seed_decides_the_proposals(tiny_plan, tmp_path: Path):
     def run(folder: str, seed: int) -> list[float]:
         plan = replace(tiny_plan("arcade", trials=8, seed=seed), storage=tmp_path / folder)
-        return proposals(live(Ledger(plan)))
+        return proposals(live(StudyState(plan)))
 
     first = run("a", 1)
     assert run("b", 1) == first
@@ -214,26 +219,26 @@ def test_the_seed_decides_the_proposals(tiny_plan, tmp_path: Path):
 
 def test_a_restarted_sampler_does_not_repeat_its_first_life(tiny_plan):
     plan = tiny_plan("arcade", trials=3)
-    proposed = proposals(live(Ledger(plan)))
+    proposed = proposals(live(StudyState(plan)))
     for trials in (5, 7, 9):
         more = replace(plan, spec=replace(plan.spec, trials=trials))
-        proposed += proposals(live(Ledger(more)))
+        proposed += proposals(live(StudyState(more)))
     assert len(set(proposed)) == 9
 
 
 def test_a_search_finds_better_than_its_start(tiny_plan):
-    ledger = Ledger(tiny_plan("arcade", trials=30))
-    live(ledger)
-    best, start = ledger.best(), ledger.study.get_trials()[0].value
+    state = StudyState(tiny_plan("arcade", trials=30))
+    live(state)
+    best, start = state.best(), state.study.get_trials()[0].value
     assert best is not None and best.value is not None and start is not None
     assert best.value > start and abs(math.log(best.params["codebook.beta"])) < 0.5
 
 
 def test_a_study_made_anew_is_another_study(tiny_plan):
     plan = tiny_plan("arcade")
-    first, again = Ledger(plan).id, Ledger(plan).id
+    first, again = StudyState(plan).id, StudyState(plan).id
     (plan.folder / "optuna.journal").unlink()
-    assert again == first != Ledger(plan).id
+    assert again == first != StudyState(plan).id
     assert open_study(plan).study_name == "test"
 
 
@@ -248,7 +253,7 @@ def climb(unit: Unit) -> Metrics:
 
 
 def test_a_configuration_climbs_rung_by_rung_through_the_scenes(tiny_plan):
-    units = live(Ledger(tiny_plan("arcade,blinds", trials=1, stopping=RACE)), objective=climb)
+    units = live(StudyState(tiny_plan("arcade,blinds", trials=1, stopping=RACE)), objective=climb)
     assert [(unit.rung, unit.scene) for unit in units] == [
         (rung, scene) for rung in range(3) for scene in ("arcade", "blinds")
     ]
@@ -256,41 +261,41 @@ def test_a_configuration_climbs_rung_by_rung_through_the_scenes(tiny_plan):
 
 def test_a_race_stops_what_is_behind_and_says_what_it_would_have_reached(tiny_plan):
     plan = tiny_plan("arcade,blinds,coral,lattice", trials=6, stopping=RACE)
-    ledger = Ledger(plan)
-    units = live(ledger, objective=climb)
+    state = StudyState(plan)
+    units = live(state, objective=climb)
     assert sum(unit.configuration == 0 for unit in units) == 12
-    assert ledger.is_over and set(ledger.stopped) == {1, 2, 3, 4, 5}
+    assert state.is_over and set(state.pruned) == {1, 2, 3, 4, 5}
     assert len(units) < 12 + 5 * 6
-    best = ledger.best()
+    best = state.best()
     assert best is not None and best.number == 0
-    assert ledger.study.best_trial.number == 0
-    for number, stop in ledger.stopped.items():
-        trial = ledger.study.get_trials()[number]
+    assert state.study.best_trial.number == 0
+    for number, stop in state.pruned.items():
+        trial = state.study.get_trials()[number]
         assert trial.state == TrialState.COMPLETE and trial.values == stop.values
         assert best.value is not None and stop.values[0] < best.value
         assert "to beat #00" in stop.reason
     # One decibel behind, of which the first units show only a part.
-    assert 0.3 < best.value - ledger.stopped[5].values[0] < 1.1
+    assert 0.3 < best.value - state.pruned[5].values[0] < 1.1
 
 
 def test_a_race_stops_nothing_that_is_ahead(tiny_plan):
     def better(unit: Unit) -> Metrics:
         return {"val/psnr": 20.0 + unit.rung + unit.configuration}
 
-    ledger = Ledger(tiny_plan("arcade,blinds", trials=5, stopping=RACE))
-    assert len(live(ledger, objective=better)) == 30 and not ledger.stopped
+    state = StudyState(tiny_plan("arcade,blinds", trials=5, stopping=RACE))
+    assert len(live(state, objective=better)) == 30 and not state.pruned
 
 
 def test_a_race_learns_where_to_begin(tiny_plan):
     """Where one scene tells configurations apart and the others do not, it comes first."""
 
-    def telling(unit: Unit) -> Metrics:
+    def informative(unit: Unit) -> Metrics:
         shared, own = np.random.default_rng(unit.configuration), SCENES.index(unit.scene)
         worse = [0.02, 0.02, 0.4, 0.02][own] * abs(shared.normal()) * (unit.configuration > 0)
         return {"val/psnr": 20 - worse - 0.05 * shared.normal(size=4)[own]}
 
     plan = tiny_plan(",".join(SCENES), trials=16, stopping={"rule": "race"})
-    units = live(Ledger(plan), objective=telling)
+    units = live(StudyState(plan), objective=informative)
     begins = {unit.configuration: unit.scene for unit in reversed(units)}
     assert begins[0] == "arcade"
     assert {begins[number] for number in range(10, 16)} == {"coral"}
@@ -301,10 +306,10 @@ def test_any_rule_goes_on_from_any_line_of_its_journal(tiny_plan, rule: str):
     """The second life ends as the first did: same knobs, same verdicts, no unit done twice."""
     stopping = {"rule": rule, "rungs": 2, "grace_period": 1, "threshold": 0.2}
     plan = tiny_plan("arcade,blinds,coral,mosaic", trials=5, stopping=stopping)
-    first = Ledger(plan)
+    first = StudyState(plan)
     done = live(first, objective=climb)
     ends = states(first)
-    assert first.stopped
+    assert first.pruned
     journal = plan.folder / "optuna.journal"
     lines = journal.read_bytes().splitlines(keepends=True)
     for cut in range(5, len(lines), 3):
@@ -312,12 +317,12 @@ def test_any_rule_goes_on_from_any_line_of_its_journal(tiny_plan, rule: str):
         asked = open_study(plan).get_trials()
         if asked and 0 < len(asked[-1].params) < len(plan.spec.space):
             continue  # in the middle of asking: the rest of the knobs is drawn anew
-        again = Ledger(plan)
-        known = again.num_booked
+        again = StudyState(plan)
+        known = again.num_recorded
         units = live(again, objective=climb)
         assert known + len(units) == len(done), cut
         assert units == done[known:], cut
-        assert again.stopped == first.stopped, cut
+        assert again.pruned == first.pruned, cut
         assert states(again) == ends, cut
 
 
@@ -330,15 +335,15 @@ def test_a_second_life_judges_by_all_that_the_first_one_knew(tiny_plan, rule: st
     num_judged = 0
     for seed in range(3):
         journal.unlink(missing_ok=True)
-        order, first = np.random.default_rng(seed), Ledger(plan)
+        order, first = np.random.default_rng(seed), StudyState(plan)
         at_work = [unit for _ in range(8) if (unit := first.next_unit())]
         while at_work:
             unit = at_work.pop(order.integers(len(at_work)))
-            first.book(unit, climb(unit))
-            under_way = [number for number in first.begun if number not in first.told]
-            judged = {n: stop for n in under_way if (stop := first._judge.stop(n, {}))}
+            first.record(unit, climb(unit))
+            under_way = [number for number in first.started if number not in first.ended]
+            judged = {n: stop for n in under_way if (stop := first._racing.prune(n, {}))}
             left = journal.read_bytes()
-            assert Ledger(plan).stopped == first.stopped | judged
+            assert StudyState(plan).pruned == first.pruned | judged
             journal.write_bytes(left)
             num_judged += len(judged)
             if unit := first.next_unit():
@@ -348,22 +353,22 @@ def test_a_second_life_judges_by_all_that_the_first_one_knew(tiny_plan, rule: st
 
 def test_a_look_at_a_running_search_counts_what_has_ended(tiny_plan):
     plan = tiny_plan("arcade,blinds", trials=3)
-    running = Ledger(plan)
+    running = StudyState(plan)
     live(running, units=3)
-    seen = Ledger(plan, adopt=False)
-    assert (seen.told, seen.begun, seen.num_told) == (running.told, running.begun, 1)
-    assert seen.told == [0] and seen.begun == [0, 1]
+    seen = StudyState(plan, adopt=False)
+    assert (seen.ended, seen.started, seen.num_ended) == (running.ended, running.started, 1)
+    assert seen.ended == [0] and seen.started == [0, 1]
 
 
 def test_what_stage_1_left_must_stay_the_same(tiny_plan):
     plan = tiny_plan("arcade,blinds")
-    Ledger(plan).note_field("arcade", "field-arcade-1", 3.0)
-    again = Ledger(plan)
-    again.note_field("blinds", "field-blinds-1", 4.0)
-    again.note_field("arcade", "field-arcade-1", 3.0)
+    StudyState(plan).record_field("arcade", "field-arcade-1", 3.0)
+    again = StudyState(plan)
+    again.record_field("blinds", "field-blinds-1", 4.0)
+    again.record_field("arcade", "field-arcade-1", 3.0)
     assert again.field_seconds == {"arcade": 3.0, "blinds": 4.0}
     with pytest.raises(ValueError, match="photographs of arcade, or the code of stage 1, have"):
-        again.note_field("arcade", "field-arcade-2", 3.0)
+        again.record_field("arcade", "field-arcade-2", 3.0)
 
 
 def test_knobs_that_do_not_fit_each_other_fail_a_configuration_and_not_the_search(tiny_plan):
@@ -371,80 +376,80 @@ def test_knobs_that_do_not_fit_each_other_fail_a_configuration_and_not_the_searc
         "codebook.kind": {"choices": ["vq", "fsq"]}, "codebook.size": {"choices": [100, 256]},
     }  # fmt: skip
     plan = tiny_plan("arcade", trials=12, space=space, objectives=["val/psnr", "parameters"])
-    ledger = Ledger(plan)
-    live(ledger, objective=lambda unit: {"val/psnr": 20.0})
-    assert ledger.is_over and {*states(ledger)} == {TrialState.COMPLETE, TrialState.FAIL}
-    failed = [t.params for t in ledger.study.get_trials() if t.state == TrialState.FAIL]
+    state = StudyState(plan)
+    live(state, objective=lambda unit: {"val/psnr": 20.0})
+    assert state.is_over and {*states(state)} == {TrialState.COMPLETE, TrialState.FAIL}
+    failed = [t.params for t in state.study.get_trials() if t.state == TrialState.FAIL]
     assert all(knobs == {"codebook.kind": "fsq", "codebook.size": 100} for knobs in failed)
 
 
 def test_a_lasting_failure_ends_a_configuration_at_once(tiny_plan):
-    ledger = Ledger(tiny_plan("arcade,blinds", trials=3, stopping=RACE))
+    state = StudyState(tiny_plan("arcade,blinds", trials=3, stopping=RACE))
     fails = {"val/psnr": math.nan}
-    units = live(ledger, objective=lambda unit: fails if unit.configuration == 1 else climb(unit))
+    units = live(state, objective=lambda unit: fails if unit.configuration == 1 else climb(unit))
     assert sum(unit.configuration == 1 for unit in units) == 1
-    assert states(ledger)[1] == TrialState.FAIL and ledger.is_over
+    assert states(state)[1] == TrialState.FAIL and state.is_over
 
 
 def test_a_unit_that_ends_after_its_configuration_was_stopped_changes_nothing(tiny_plan):
-    ledger = Ledger(tiny_plan("arcade,blinds,coral,lattice", trials=2, stopping=RACE))
-    while ledger.num_told < 1:
-        unit = ledger.next_unit()
+    state = StudyState(tiny_plan("arcade,blinds,coral,lattice", trials=2, stopping=RACE))
+    while state.num_ended < 1:
+        unit = state.next_unit()
         assert unit is not None
-        ledger.book(unit, climb(unit))
-    held = [ledger.next_unit() for _ in range(3)]  # of configuration 1: the rest of the search
+        state.record(unit, climb(unit))
+    held = [state.next_unit() for _ in range(3)]  # of configuration 1: the rest of the search
     assert all(unit is not None and unit.configuration == 1 for unit in held)
-    while not ledger.is_over:
-        unit = ledger.next_unit()
+    while not state.is_over:
+        unit = state.next_unit()
         assert unit is not None
-        ledger.book(unit, climb(unit))
-    before = ledger.stopped[1]
+        state.record(unit, climb(unit))
+    before = state.pruned[1]
     for unit in held:
         assert unit is not None
-        ledger.book(unit, {"val/psnr": 99.0})
-    assert ledger.stopped[1] == before
-    best = ledger.best()
+        state.record(unit, {"val/psnr": 99.0})
+    assert state.pruned[1] == before
+    best = state.best()
     assert best is not None and best.number == 0
 
 
 def test_idle_workers_get_configurations_of_their_own_once_there_is_a_rival(tiny_plan):
-    ledger = Ledger(tiny_plan("arcade,blinds", trials=9, stopping=RACE))
-    at_first = [ledger.next_unit() for _ in range(4)]
+    state = StudyState(tiny_plan("arcade,blinds", trials=9, stopping=RACE))
+    at_first = [state.next_unit() for _ in range(4)]
     assert [u.configuration for u in at_first if u] == [0, 0, 1, 1]
     for unit in at_first[:2]:
         assert unit is not None
-        ledger.book(unit, climb(unit))
-    while ledger.best() is None:
-        unit = ledger.next_unit()
+        state.record(unit, climb(unit))
+    while state.best() is None:
+        unit = state.next_unit()
         assert unit is not None
-        ledger.book(unit, climb(unit))
-    later = [ledger.next_unit() for _ in range(3)]
+        state.record(unit, climb(unit))
+    later = [state.next_unit() for _ in range(3)]
     assert [u.configuration for u in later if u] == [2, 3, 4]
 
 
 def test_a_walk_takes_a_rung_through_its_scenes(tiny_plan):
-    ledger = Ledger(tiny_plan("arcade,blinds", trials=2, stopping=RACE))
-    walk = ledger.next_walk()
+    state = StudyState(tiny_plan("arcade,blinds", trials=2, stopping=RACE))
+    walk = state.next_walk()
     assert [(u.configuration, u.scene, u.rung) for u in walk] == [
         (0, "arcade", 0),
         (0, "blinds", 0),
     ]
     for unit in walk:
-        ledger.book(unit, climb(unit))
-    assert [(u.configuration, u.rung) for u in ledger.next_walk()] == [(0, 1), (0, 1)]
+        state.record(unit, climb(unit))
+    assert [(u.configuration, u.rung) for u in state.next_walk()] == [(0, 1), (0, 1)]
 
 
 def test_what_lies_beyond_a_limit_is_told_and_never_trained(tiny_plan):
     plan = tiny_plan("arcade", trials=12, limits={"codebook.size": 100})
-    ledger = Ledger(plan)
-    units = live(ledger)
+    state = StudyState(plan)
+    units = live(state)
     assert units and all(unit.overrides["codebook.size"] == 64 for unit in units)
-    assert len(units) < 12 and ledger.is_over
-    trials = ledger.study.get_trials()
+    assert len(units) < 12 and state.is_over
+    trials = state.study.get_trials()
     beyond = [t for t in trials if t.params["codebook.size"] > 100]
     assert {t.state for t in beyond} == {TrialState.PRUNED}
     assert all(t.constraints["codebook.size"] > 0 for t in beyond)
-    assert Ledger(plan).is_over
+    assert StudyState(plan).is_over
 
 
 def test_several_objectives_give_a_front_and_stop_only_what_costs_as_much(tiny_plan):
@@ -455,13 +460,13 @@ def test_several_objectives_give_a_front_and_stop_only_what_costs_as_much(tiny_p
         size, beta = unit.overrides["codebook.size"], unit.overrides["codebook.beta"]
         return {"val/psnr": 20 + math.log2(size) / 5 - abs(math.log(beta)) + unit.rung}
 
-    ledger = Ledger(plan)
-    live(ledger, objective=larger_is_better)
-    trials, front = ledger.study.get_trials(), ledger.front()
-    assert front == sorted(front) and set(front) == {t.number for t in ledger.study.best_trials}
+    state = StudyState(plan)
+    live(state, objective=larger_is_better)
+    trials, front = state.study.get_trials(), state.front()
+    assert front == sorted(front) and set(front) == {t.number for t in state.study.best_trials}
     sizes = [trials[number].values[1] for number in front]
     assert len(set(sizes)) == len(sizes)
-    for number, stop in ledger.stopped.items():
+    for number, stop in state.pruned.items():
         rival = int(stop.reason.split("#")[1].split()[0])
         assert trials[rival].values[1] <= trials[number].values[1]
         assert trials[rival].values[0] > stop.values[0]

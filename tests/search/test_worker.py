@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from cbnerf.config import KnobError
-from cbnerf.search import trial
-from cbnerf.search.ledger import Ledger
+from cbnerf.search import worker
 from cbnerf.search.plan import Plan, Unit
-from cbnerf.search.trial import _run_unit, run_base_field, run_units, score_best
+from cbnerf.search.state import StudyState
+from cbnerf.search.worker import _run_unit, run_base_field, run_units, score_best
 
 pytestmark = pytest.mark.search
 
@@ -24,14 +24,14 @@ def test_scenes_that_share_a_codebook_are_trained_once_and_each_is_scored(
 ):
     knobs = {"codebook.shared": True, "field.optim.steps": 4, "refiner.optim.steps": 4}
     plan = tiny_plan("arcade,blinds", trials=1, fixed=knobs, stopping={"rule": "none"})
-    ledger = Ledger(plan)
-    unit = ledger.next_unit()
-    assert unit is not None and unit.scene == "all" and ledger.next_unit() is None
+    state = StudyState(plan)
+    unit = state.next_unit()
+    assert unit is not None and unit.scene == "all" and state.next_unit() is None
     told: list[dict[str, Any]] = []
     _run_unit(plan, 0, unit, torch.device("cpu"), told.append)
-    ledger.book(unit, {k: v for k, v in told[-1].items() if k.startswith("val/")})
-    best = ledger.best()
-    assert ledger.is_over and best is not None
+    state.record(unit, {k: v for k, v in told[-1].items() if k.startswith("val/")})
+    best = state.best()
+    assert state.is_over and best is not None
     assert len(list(plan.cache.folder.glob("field-*"))) == 2
     scores = [score_best(plan, plan.base, unit.configuration, scene) for scene in plan.scenes]
     mean = sum(score["refined"]["val/psnr"] for score in scores) / 2
@@ -48,8 +48,8 @@ def test_what_would_fail_again_is_told_and_not_tried_again(tiny_plan, monkeypatc
         raise error
 
     told: list[dict[str, Any]] = []
-    monkeypatch.setattr(trial, "_run_unit", fail)
-    monkeypatch.setattr(trial.tune, "report", told.append)
+    monkeypatch.setattr(worker, "_run_unit", fail)
+    monkeypatch.setattr(worker.tune, "report", told.append)
     run_units(UNIT, tiny_plan())
     assert told == [BEGUN, {"failure": str(error)}]
 
@@ -58,7 +58,7 @@ def test_what_may_be_the_machines_fault_is_raised_for_another_machine_to_try(
     tiny_plan, monkeypatch, tmp_path: Path
 ):
     told: list[dict[str, Any]] = []
-    monkeypatch.setattr(trial.tune, "report", told.append)
+    monkeypatch.setattr(worker.tune, "report", told.append)
     nowhere = replace(tiny_plan(), data=tmp_path / "not mounted")
     with pytest.raises(ValueError, match="no such file"):
         run_units(UNIT, nowhere)
@@ -77,8 +77,8 @@ def test_workers_train_no_field_beforehand_where_fields_are_searched(
             about["folder"].mkdir(parents=True)
             (about["folder"] / "metrics.json").write_text("{}", encoding="utf-8")
 
-    monkeypatch.setattr(trial, "_train_together", train)
-    monkeypatch.setattr(trial, "TuneReportCallback", object)  # needs Tune around it
+    monkeypatch.setattr(worker, "_train_together", train)
+    monkeypatch.setattr(worker, "TuneReportCallback", object)  # needs Tune around it
     space = {"field.optim.lr": {"low": 1e-3, "high": 1e-1}}
     plan = tiny_plan(method=method, resources={"workers": 2}, space=space)
     run_units(UNIT, plan)
@@ -95,11 +95,11 @@ def test_a_field_is_sealed_once_all_that_another_machine_has_written_is_seen(
         if len(naps) == 3:
             (tmp_path / "metrics.json").write_text("{}", encoding="utf-8")
 
-    monkeypatch.setattr(trial.time, "sleep", appear)
-    trial._wait_to_see(tmp_path)
+    monkeypatch.setattr(worker.time, "sleep", appear)
+    worker._wait_to_see(tmp_path)
     assert len(naps) == 3
     with pytest.raises(OSError, match=r"elsewhere: trained by another machine, and this one does"):
-        trial._wait_to_see(tmp_path / "elsewhere")
+        worker._wait_to_see(tmp_path / "elsewhere")
     assert sum(naps) > 60, "NFS may keep the listing of a folder for a minute"
 
 

@@ -1,0 +1,110 @@
+"""Presets: a method at a resolution."""
+
+from dataclasses import replace
+from typing import Any
+
+from cbnerf.config import (
+    CodebookConfig,
+    Config,
+    FieldConfig,
+    OptimConfig,
+    RefinerConfig,
+)
+from cbnerf.overrides import with_overrides
+
+_MLP_FIELD = FieldConfig(
+    kind="mlp",
+    sub_rays=0,
+    num_fine_samples=64,
+    # NeRF-SR: 512 pixels a step; about 30 epochs of fern at 504x378.
+    optim=OptimConfig(steps=56_000, batch_size=512, lr=5e-4, lr_end=0.01),
+)
+_PAPER_REFINER = RefinerConfig(
+    kind="paper",
+    skips="hr",
+    # Released code: constant lr, 1.56 M steps; 3 epochs (47 k) in NeRF-SR's refiner.
+    optim=OptimConfig(steps=46_875, batch_size=32, lr=5e-4, lr_end=1.0, warmup_steps=0),
+)
+_REFERENCE_REFINER = replace(_PAPER_REFINER, kind="reference", channels=128)
+_HEALTHY_CODEBOOK = CodebookConfig(
+    dim=32, imitation="ce", ema=True, kmeans_init=True, revive_below=0.05
+)
+
+METHODS: dict[str, Config] = {
+    "nerf": Config(
+        field=replace(_MLP_FIELD, super_sampling=False), refiner=RefinerConfig(kind="none")
+    ),
+    "nerf-sr": Config(field=_MLP_FIELD, refiner=_REFERENCE_REFINER),
+    "cb-nerf-paper": Config(
+        field=_MLP_FIELD, codebook=CodebookConfig(imitation="vq"), refiner=_PAPER_REFINER
+    ),
+    "cb-nerf": Config(codebook=_HEALTHY_CODEBOOK),
+    "residual-cnn": Config(refiner=RefinerConfig(codes=False), codebook=_HEALTHY_CODEBOOK),
+    "linear": Config(refiner=RefinerConfig(kind="linear")),
+}
+"""Complete configurations by the name of their method (DESIGN.md, section 4)."""
+
+_CPU_SIZE = {
+    "field.num_coarse_samples": 32,
+    "field.num_fine_samples": 24,
+    "field.optim.batch_size": 512,
+    "refiner.channels": 24,
+    "refiner.blocks": 3,
+    "refiner.patch_size": 32,
+    "refiner.optim.batch_size": 8,
+}
+RESOLUTIONS: dict[str, dict[str, Any]] = {
+    "x2-504": {"data.width": 504, "data.scale": 2},
+    "x2-1008": {"data.width": 1008, "data.scale": 2},
+    "x4-1008": {"data.width": 1008, "data.scale": 4},
+    "x2-252": _CPU_SIZE | {
+        "data.width": 252, "field.optim.steps": 1500, "refiner.optim.steps": 1000,
+    },
+    "x2-128": _CPU_SIZE | {
+        "data.width": 128, "field.num_fine_samples": 16, "field.optim.steps": 330,
+        # Few steps need a high learning rate.
+        "field.planes.grid_lr": 3.0,
+        # The filters, which gain most, are solved at each evaluation, not trained.
+        "refiner.optim.steps": 60, "refiner.optim.evaluations": 1,
+    },
+    "tiny": _CPU_SIZE | {
+        "data.width": 64, "field.num_fine_samples": 16, "field.optim.steps": 20,
+        "field.optim.batch_size": 64,
+        "field.planes.hidden": 16, "field.mlp.width": 32,
+        "refiner.optim.steps": 10, "refiner.optim.batch_size": 2, "refiner.optim.evaluations": 2,
+        "refiner.channels": 8, "codebook.size": 64,
+    },
+}  # fmt: skip
+"""Overrides by name: image size and, below 504 pixels, a schedule for CPUs."""
+
+_PUBLISHED_CPU_SIZE = {
+    "field.optim.batch_size": 128,
+    # A render by the MLP takes as long as twenty of its steps.
+    "field.optim.evaluations": 2,
+}
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    # NeRF-SR: 2048 rays of a step at either scale.
+    "x4-1008": {"field.optim.batch_size": 128},
+    "x2-252": _PUBLISHED_CPU_SIZE | {
+        "field.optim.steps": 6000, "refiner.optim.steps": 10_000,
+    },
+    "x2-128": _PUBLISHED_CPU_SIZE | {
+        "field.optim.steps": 2000, "refiner.optim.steps": 1500, "refiner.optim.evaluations": 4,
+    },
+}  # fmt: skip
+"""Further overrides of the methods with NeRF's MLP. At CPU sizes they take more and smaller
+updates: the steps of the planes and their refiner are far too few for them."""
+
+
+DEFAULT_METHOD = "cb-nerf"
+DEFAULT_RESOLUTION = "x2-504"
+
+
+def preset(method: str, resolution: str = DEFAULT_RESOLUTION) -> Config:
+    """The configuration of a method at a resolution."""
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+    if resolution not in RESOLUTIONS:
+        raise ValueError(f"unknown resolution {resolution!r}; choose from {', '.join(RESOLUTIONS)}")
+    published = _PUBLISHED.get(resolution, {}) if METHODS[method].field.kind == "mlp" else {}
+    return with_overrides(METHODS[method], RESOLUTIONS[resolution] | published)

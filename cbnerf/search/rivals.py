@@ -1,0 +1,42 @@
+"""Two published pruning rules that the race is compared with (`stopping.rule`).
+
+`values[c, s, r]` is the quality of configuration `c` on scene `s` at rung `r`, NaN where it has not
+been measured; larger is better.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import wilcoxon
+
+Array = NDArray[np.floating]
+
+
+def halving_keeps(values: Array, challenger: int, eta: int) -> bool:
+    """Asynchronous successive halving, stopping variant: whether a configuration is among the best
+    1 / `eta` of those that have come through the highest rung that it has come through.
+
+    A rung counts once all scenes have been through it, by their mean, and a configuration is judged
+    anew whenever it has a value more, as others may have overtaken it. Ray's `ASHAScheduler` judges
+    a trial, here that would be one scene, once at each rung, and keeps what reaches the
+    (1 - 1 / `eta`) quantile of the trials recorded there before it.
+    """
+    means = values.mean(axis=1)  # NaN unless all scenes are there
+    rungs = np.flatnonzero(~np.isnan(means[challenger]))
+    if not len(rungs):
+        return True
+    peers = means[~np.isnan(means[:, rungs[-1]]), rungs[-1]]
+    keep = max(len(peers) // eta, 1)
+    return bool(means[challenger, rungs[-1]] >= np.sort(peers)[-keep])
+
+
+def signed_ranks_keep(values: Array, challenger: int, rival: int, threshold: float) -> bool:
+    """Wilcoxon's signed-rank test of the scenes of the last rung, by the rule of Optuna's
+    `WilcoxonPruner`: at least two scenes, scenes without a difference count half for either, and
+    what is on average no worse than the rival's mean over all scenes is kept whatever the ranks."""
+    reached, best = values[challenger, :, -1], values[rival, :, -1]
+    seen = ~np.isnan(reached)
+    if seen.sum() < 2 or reached[seen].mean() >= best.mean():
+        return True
+    differences = reached[seen] - best[seen]
+    p_value = np.asarray(wilcoxon(differences, alternative="less", zero_method="zsplit"))[1]
+    return bool(p_value >= threshold)

@@ -1,0 +1,295 @@
+"""The state of a search: which unit to train next, and what finished units have reached.
+
+Names in this file:
+
+    configuration   number of the Optuna trial that holds its knobs
+    unit            (configuration, scene, rung), and the knobs as overrides
+    pair            (scene, rung) of a unit
+    started         at least one unit of the configuration has finished
+    ended           told to Optuna: finished, pruned, failed or beyond a limit
+    in flight       handed out, and neither recorded nor released
+
+A configuration trains rung by rung on each scene, in the order that `racing` chooses, and is pruned
+once it is unlikely to become the best. The Optuna study is the only persistent state: metrics of
+units are stored in its user attributes, so a search resumes from there, independently of Tune.
+Knows Optuna, not Ray.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from cbnerf.config import KnobError
+from cbnerf.overrides import with_overrides
+from cbnerf.search.plan import Plan, Unit
+from cbnerf.search.racing import Metrics, Pruned, Racing, SceneRung
+from cbnerf.search.sampler import make_sampler, open_study, propose, read_study, suggest
+from cbnerf.training.models import count_parameters
+
+
+@dataclass
+class _Running:
+    """A configuration that has not ended."""
+
+    number: int
+    overrides: dict[str, Any]
+    costs: Metrics
+    """Costs known before training."""
+    in_flight: set[SceneRung] = field(default_factory=set)
+
+
+class StudyState:
+    """Hands out units, records their metrics and tells Optuna of ended configurations."""
+
+    def __init__(self, plan: Plan, study: optuna.Study | None = None, *, adopt: bool = True):
+        """With `adopt` the search resumes, including what a killed driver left running.
+
+        Without it nothing is written: another process may be running the search, which must have
+        started.
+        """
+        self.plan = plan
+        if study is None:
+            study = open_study(plan) if adopt else read_study(plan)
+        self.study = study
+        self.pruned: dict[int, Pruned] = {}
+        """Pruned configurations, by number."""
+        trials = self.study.get_trials(deepcopy=False)
+        self._racing = Racing(plan, max(plan.spec.trials, len(trials)))
+        self._pairs = [(scene, rung) for rung in range(plan.rungs) for scene in plan.trainings]
+        self._results: dict[int, dict[SceneRung, Metrics | None]] = {}
+        self._running: dict[int, _Running] = {}
+        begun = [trial for trial in trials if trial.state != TrialState.WAITING]
+        under_way = [trial for trial in begun if trial.state == TrialState.RUNNING]
+        self._elsewhere = set() if adopt else {trial.number for trial in under_way}
+        recorded = self.study.user_attrs
+        for trial in begun:
+            self._restore(trial, recorded)
+        for trial in under_way if adopt else ():  # They are judged by all results.
+            self._reopen(trial)
+
+    @property
+    def id(self) -> str:
+        """Distinguishes the study from a later one with the same name."""
+        return self.study.user_attrs["id"]
+
+    @property
+    def num_recorded(self) -> int:
+        """Number of recorded units."""
+        return sum(len(results) for results in self._results.values())
+
+    @property
+    def started(self) -> list[int]:
+        """Configurations with a recorded unit."""
+        return [number for number, results in self._results.items() if results]
+
+    @property
+    def ended(self) -> list[int]:
+        """Started configurations that have ended."""
+        return [number for number in self.started if number not in self._under_way]
+
+    @property
+    def num_ended(self) -> int:
+        """Number of ended configurations, including those beyond a limit."""
+        return len(self._results) - len(self._under_way)
+
+    @property
+    def _under_way(self) -> set[int]:
+        return {*self._running, *self._elsewhere}
+
+    @property
+    def is_over(self) -> bool:
+        return self.num_ended >= self.plan.spec.trials
+
+    def results(self, configuration: int) -> dict[SceneRung, Metrics | None]:
+        """Metrics of the recorded units; None for a failed one."""
+        return self._results[configuration]
+
+    def recorded_units(self, configuration: int) -> list[tuple[Unit, Metrics | None]]:
+        """The recorded units and their metrics."""
+        knobs = self.study.get_trials(deepcopy=False)[configuration].params
+        return [
+            (Unit(configuration, *pair, knobs), metrics)
+            for pair, metrics in self._results[configuration].items()
+        ]
+
+    def full_results(self, configuration: int) -> dict[str, Metrics | None]:
+        """Metrics at the last rung, by scene."""
+        last = self.plan.rungs - 1
+        return {s: m for (s, rung), m in self._results[configuration].items() if rung == last}
+
+    @property
+    def field_seconds(self) -> dict[str, float]:
+        """Training seconds of stage 1 by scene, where all configurations share it."""
+        return self.study.user_attrs.get("field_seconds", {})
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """Cache entries of the fields that all configurations refine, by scene."""
+        return self.study.user_attrs.get("fields", {})
+
+    def record_field(self, scene: str, entry: str, seconds: float) -> None:
+        """Record the field that all configurations refine; it must not change during a study."""
+        entries = self.fields
+        if entries.get(scene, entry) != entry:
+            raise ValueError(
+                f"study {self.plan.name}: photographs of {scene}, or the code of stage 1, have "
+                "changed since it was started; give another --name"
+            )
+        self.study.set_user_attr("fields", entries | {scene: entry})
+        self.study.set_user_attr("field_seconds", self.field_seconds | {scene: seconds})
+
+    def best(self) -> FrozenTrial | None:
+        """The fully trained configuration with the highest first objective."""
+        best = self._racing.best()
+        return None if best is None else self.study.get_trials(deepcopy=False)[best]
+
+    def front(self) -> list[int]:
+        """The Pareto front: numbers of finished configurations that no other one dominates."""
+        return self._racing.front()
+
+    def describe_end(self, trial: FrozenTrial) -> str:
+        """How a configuration ended; the objectives of a pruned one are expected, not measured."""
+        if trial.number in self.pruned:
+            return f"stopped: {self.pruned[trial.number].reason}"
+        ends = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "beyond a limit"}
+        return ends.get(trial.state, trial.state.name.lower())
+
+    def next_unit(self) -> Unit | None:
+        """The next unit to train; None if there is none now, or the search `is_over`."""
+        waiting = [one for one in self._running.values() if self._waiting(one)]
+        # One unit per configuration at a time wastes least work on pruned configurations. Several
+        # run only before the first one has finished, and at the end, when no others are left.
+        chosen = next((o for o in waiting if not (o.in_flight and self._racing.finished)), None)
+        chosen = chosen or self._ask() or next(iter(waiting), None)
+        if chosen is None:
+            return None
+        waiting_pairs = self._waiting(chosen)
+        pair = self._racing.next(chosen.number, waiting_pairs, chosen.in_flight)
+        chosen.in_flight.add(pair)
+        return Unit(chosen.number, *pair, chosen.overrides)
+
+    def next_walk(self) -> list[Unit]:
+        """The next unit and the same rung on all other waiting scenes, for one group of workers."""
+        unit = self.next_unit()
+        if unit is None:
+            return []
+        one = self._running[unit.configuration]
+        more = [pair for pair in self._waiting(one) if pair[1] == unit.rung]
+        one.in_flight.update(more)
+        return [unit, *(unit._replace(scene=scene) for scene, _ in more)]
+
+    def record(self, unit: Unit, metrics: Metrics | None) -> None:
+        """Record the metrics of a unit (None: it failed); tell Optuna if its configuration ends."""
+        if metrics is not None and not all(
+            math.isfinite(metrics[q]) for q in self._racing.qualities
+        ):
+            metrics = None
+        pair = (unit.scene, unit.rung)
+        self.study.set_user_attr(_key(unit.configuration, pair), metrics)
+        self._add(unit.configuration, pair, metrics)
+        if one := self._running.get(unit.configuration):  # else it has been pruned meanwhile
+            one.in_flight.discard(pair)
+            self._settle(one)
+
+    def release(self, unit: Unit) -> None:
+        """Return a unit that was handed out and has not started."""
+        if one := self._running.get(unit.configuration):
+            one.in_flight.discard((unit.scene, unit.rung))
+
+    def _restore(self, trial: FrozenTrial, recorded: dict[str, Any]) -> None:
+        number = trial.number
+        self._results[number] = {}
+        for pair in self._pairs:
+            if (key := _key(number, pair)) in recorded:
+                self._add(number, pair, recorded[key])
+        if (key := f"{number}/pruned") in recorded:
+            self.pruned[number] = Pruned(*recorded[key])
+        if trial.state == TrialState.COMPLETE and number not in self.pruned:
+            objectives = zip(self.plan.spec.objectives, trial.values, strict=True)
+            self._racing.finished[number] = dict(objectives)
+
+    def _reopen(self, trial: FrozenTrial) -> None:
+        # A driver killed while it asked has stored only some of the knobs; the others are suggested
+        # now. Optuna has no public way to resume a running trial.
+        self.study.sampler = make_sampler(self.plan, trial.number)
+        if one := self._admit(optuna.Trial(self.study, trial._trial_id)):
+            self._settle(one)
+
+    def _ask(self) -> _Running | None:
+        """A new configuration, if the budget of trials allows one."""
+        while len(self._results) < self.plan.spec.trials:
+            trial = propose(self.plan, self.study, len(self._results))
+            self._results[trial.number] = {}
+            if one := self._admit(trial):
+                return one
+        return None
+
+    def _admit(self, trial: optuna.Trial) -> _Running | None:
+        """Start a configuration, or end it untrained: as failed if its knobs are incompatible, as
+        pruned if its costs exceed a limit."""
+        overrides = suggest(trial, self.plan)
+        try:
+            costs = self._known_costs(overrides)
+        except KnobError:
+            self.study.tell(trial.number, state=TrialState.FAIL)
+            return None
+        excess = {name: costs[name] - limit for name, limit in self.plan.spec.limits.items()}
+        for name, value in excess.items():
+            trial.set_constraint(name, value)
+        if any(value > 0 for value in excess.values()):
+            self.study.tell(trial.number, state=TrialState.PRUNED)
+            return None
+        self._running[trial.number] = _Running(trial.number, overrides, costs)
+        return self._running[trial.number]
+
+    def _known_costs(self, overrides: dict[str, Any]) -> Metrics:
+        if not {"parameters", "codebook.size"} & {
+            *self.plan.spec.objectives,
+            *self.plan.spec.limits,
+        }:
+            return {}
+        config = with_overrides(self.plan.base, overrides)
+        return {
+            "codebook.size": float(config.codebook.size),
+            "parameters": float(count_parameters(config)),
+        }
+
+    def _waiting(self, one: _Running) -> list[SceneRung]:
+        """Pairs to train now: not recorded, not in flight, and the rung below is recorded."""
+        done = self._results[one.number]
+        return [
+            (scene, rung)
+            for scene, rung in self._pairs
+            if (scene, rung) not in done
+            and (scene, rung) not in one.in_flight
+            and (rung == 0 or (scene, rung - 1) in done)
+        ]
+
+    def _add(self, number: int, pair: SceneRung, metrics: Metrics | None) -> None:
+        self._results[number][pair] = metrics
+        if metrics is not None:
+            self._racing.add(number, pair, metrics)
+
+    def _settle(self, one: _Running) -> None:
+        """Tell Optuna if a configuration has failed, finished or is pruned."""
+        results = self._results[one.number]
+        if None in results.values():
+            self._tell(one, state=TrialState.FAIL)
+        elif len(results) == len(self._pairs):
+            self._tell(one, values=self._racing.finish(one.number, one.costs))
+        elif stop := self.pruned.get(one.number) or self._racing.prune(one.number, one.costs):
+            self.study.set_user_attr(f"{one.number}/pruned", stop)
+            self.pruned[one.number] = stop
+            self._tell(one, values=stop.values)
+
+    def _tell(self, one: _Running, **outcome: Any) -> None:
+        del self._running[one.number]
+        self.study.tell(one.number, **outcome)
+
+
+def _key(configuration: int, pair: SceneRung) -> str:
+    scene, rung = pair
+    return f"{configuration}/{scene}/{rung}"
