@@ -31,17 +31,12 @@ from cbnerf.data.llff import fingerprint
 from cbnerf.files import atomic_write_text, check_may_write, is_about_space
 from cbnerf.overrides import with_overrides
 from cbnerf.report.tables import to_markdown
-from cbnerf.search.driver import (
-    find_precision,
-    known_scores,
-    quieten_libraries,
-    run_study,
-)
+from cbnerf.search.driver import find_precision, quieten_libraries, run_study
 from cbnerf.search.estimate import calibrate
 from cbnerf.search.machines import num_slots
 from cbnerf.search.mlflow_store import tracking_uri, without_password
 from cbnerf.search.plan import Plan, make_plan
-from cbnerf.search.report import scene_table, write_report
+from cbnerf.search.report import known_scores, scene_table, write_report
 from cbnerf.search.spec import parse_spec
 from cbnerf.search.state import StudyState
 from cbnerf.search.tracking import NOT_COMPARABLE
