@@ -1,202 +1,235 @@
-"""Search specifications: the YAML files of `tune_configs/`, checked against the knobs of `config`.
+"""Search specifications: the YAML files of `tune_configs/`, parsed by pydantic into frozen records.
 
-Everything is parsed into own types here, before Optuna or Ray see it.
+Names and values of knobs are checked against `config`. Optuna and Ray see only these records.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails
 
 from cbnerf.config import Config
 from cbnerf.overrides import cast, knob_type, with_overrides
 from cbnerf.presets import METHODS, RESOLUTIONS
 from cbnerf.strict_yaml import MOST, load_yaml, shown
 
+Rule = Literal["race", "asha", "wilcoxon", "none"]
+Sampler = Literal["sobol-tpe", "tpe", "random"]
+Quality = Literal["val/psnr", "val/ssim"]
+Cost = Literal["seconds", "parameters", "codebook.size"]
+QUALITIES: tuple[str, ...] = get_args(Quality)
+COSTS: tuple[str, ...] = get_args(Cost)
+MOST_TRIALS = 100_000
+"""Length that the arrays of the race may have."""
 MIN_GPU = 0.01
-"""The smallest part of a GPU that a process may be given."""
-Value = bool | int | float | str
+"""Smallest share of a GPU for a process."""
+
+Whole = Annotated[int, Field(strict=True, ge=0, le=MOST - 1)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=-MOST, lt=MOST)]
+Bound = Annotated[Number, Field(gt=0)]
+_STRICT = ConfigDict(extra="forbid")
 
 
-@dataclass(frozen=True, kw_only=True)
+def _require(condition: bool, rule: str) -> None:
+    if not condition:
+        raise ValueError(rule)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Range:
-    """Values between two bounds, integer or real as the knob is; with `step` those of a grid that
-    begins at `low`, whose last value `high` is."""
+    """Values between two bounds, integer or real as the knob is; with `step` the grid `low`,
+    `low + step`, ..., whose last value is `high`."""
 
-    low: int | float
-    high: int | float
-    log: bool = False
-    step: int | float | None = None
+    low: Any
+    high: Any
+    log: Annotated[bool, Field(strict=True)] = False
+    step: Any = None
 
     def __contains__(self, value: Any) -> bool:
-        if not (_is_like(value, self.low) and self.low <= value <= self.high):
+        if not (type(value) is type(self.low) and self.low <= value <= self.high):
             return False
         steps = (value - self.low) / self.step if self.step else 0
-        return abs(steps - round(steps)) < 1e-8  # as Optuna has it
+        return abs(steps - round(steps)) < 1e-8  # Optuna's tolerance
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Choices:
     """One of a list of values."""
 
-    choices: tuple[Value, ...]
+    choices: Annotated[tuple[Any, ...], Field(min_length=1)]
 
     def __contains__(self, value: Any) -> bool:
-        return any(_is_like(value, choice) and value == choice for choice in self.choices)
+        # In Python True == 1.
+        return any(type(value) is type(choice) and value == choice for choice in self.choices)
 
 
-def _is_like(value: Any, of_knob: Value) -> bool:
-    """Whether a value has the type of a knob's; to Python, True is 1, too."""
-    return type(value) is type(of_knob)
-
-
-Space = dict[str, Range | Choices]
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Resources:
-    """What one training run gets."""
+    """Resources of one training run."""
 
-    workers: int = 1
+    workers: Whole = 1
     """Processes of one run; two and more train through Ray Train with DistributedDataParallel."""
-    cpus_per_worker: int | float = 1
-    gpus_per_worker: int | float | Literal["auto"] = "auto"
-    """A whole GPU or, of a single worker, a part of one; `auto`: where the cluster has GPUs a whole
-    one for each of several workers and for a single one the part that a few steps are measured to
-    need (a quarter where that fails, and at least); none elsewhere."""
+    cpus_per_worker: Number = 1
+    gpus_per_worker: Number | Literal["auto"] = "auto"
+    """A whole GPU or, for a single worker, a share of one. `auto` on a cluster with GPUs: one for
+    each of several workers; for a single worker the share that a few steps are measured to need, a
+    quarter at least and where that fails. Without GPUs: 0."""
 
     def __post_init__(self):
-        if self.workers < 1 or self.cpus_per_worker <= 0:
-            raise ValueError("resources need at least 1 worker with some CPU")
-        if self.gpus_per_worker != "auto":
-            _check_gpus(self.gpus_per_worker, self.workers)
-
-
-def _check_gpus(gpus: int | float, workers: int) -> None:
-    """A process trains on one GPU; several share one only where they do not talk over NCCL, which
-    refuses that."""
-    given = f"resources.gpus_per_worker (--gpus) = {gpus}"
-    if gpus != 0 and not MIN_GPU <= gpus <= 1:
-        raise ValueError(
+        workers, gpus = self.workers, self.gpus_per_worker
+        enough = workers >= 1 and self.cpus_per_worker > 0
+        _require(enough, "resources need at least 1 worker with some CPU")
+        if gpus == "auto":
+            return
+        given = f"resources.gpus_per_worker (--gpus) = {gpus:g}"
+        _require(
+            gpus == 0 or MIN_GPU <= gpus <= 1,
             f"{given} must be 0, 1 or a part of 1 (at least {MIN_GPU}): a process trains on one "
-            "GPU; for more GPUs a training run give more resources.workers"
+            "GPU; for more GPUs a training run give more resources.workers",
         )
-    if workers > 1 and gpus not in (0, 1):
-        raise ValueError(
+        _require(
+            workers == 1 or gpus in (0, 1),  # NCCL refuses two processes on one GPU.
             f"{given}, and resources.workers = {workers}: workers that train together need a whole "
-            "GPU each; give 1, or 0 for none"
+            "GPU each; give 1, or 0 for none",
         )
 
 
-Rule = Literal["race", "asha", "wilcoxon", "none"]
-Sampler = Literal["sobol-tpe", "tpe", "random"]
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Stopping:
-    """When a configuration is given up."""
+    """When a configuration is pruned."""
 
     rule: Rule = "race"
-    """`race` stops what is unlikely to beat the best, `asha` keeps the best 1 / `eta` of each rung,
-    `wilcoxon` tests scenes of the top rung by signed ranks, `none` trains everything."""
-    rungs: int = 3
-    """Shares of a whole training at which configurations are judged, at most; 1 judges by scenes
-    alone."""
-    eta: int = 3
+    """`race` prunes what is unlikely to beat the incumbent, `asha` keeps the best 1 / `eta` of each
+    rung, `wilcoxon` tests the scenes of the top rung by signed ranks, `none` trains everything."""
+    rungs: Whole = 3
+    """Maximum number of rungs, the last being a whole training; 1 compares by scenes alone."""
+    eta: Whole = 3
     """Ratio between the steps of a rung and of the one below."""
-    grace_period: int = 100
-    """Steps of the lowest rung, at least: fewer tell less than they and their evaluation cost."""
-    threshold: float = 0.05
-    """`race` stops below this probability of being better than the best finished configuration,
-    `wilcoxon` below this p-value."""
-    margin: float = 0.05
+    grace_period: Whole = 100
+    """Minimum steps of the lowest rung: fewer tell less than they and their evaluation cost."""
+    threshold: Number = 0.05
+    """`race` prunes below this probability of beating the incumbent, `wilcoxon` below this
+    p-value."""
+    margin: Number = 0.05
     """`race`: a lead below this does not count; in dB, and a thirtieth of it in SSIM. The default
-    is what another seed makes of a configuration."""
+    is about the seed-to-seed spread."""
 
     def __post_init__(self):
-        if not (1 <= self.rungs <= 20 and 2 <= self.eta <= 1000):
-            raise ValueError(
-                "stopping.rungs must be at least 1 and at most 20, stopping.eta between 2 and 1000"
-            )
-        if self.grace_period < 1:
-            raise ValueError("stopping.grace_period must be at least 1")
-        if self.margin < 0:
-            raise ValueError("stopping.margin must not be negative")
-        if not 0 < self.threshold < 0.5:
-            raise ValueError("stopping.threshold must lie between 0 and 0.5")
+        _require(
+            1 <= self.rungs <= 20 and 2 <= self.eta <= 1000,
+            "stopping.rungs must be at least 1 and at most 20, stopping.eta between 2 and 1000",
+        )
+        _require(self.grace_period >= 1, "stopping.grace_period must be at least 1")
+        _require(self.margin >= 0, "stopping.margin must not be negative")
+        _require(0 < self.threshold < 0.5, "stopping.threshold must lie between 0 and 0.5")
 
 
-QUALITIES = ("val/psnr", "val/ssim")
-"""What can be maximised, as a mean over scenes."""
-COSTS = ("seconds", "parameters", "codebook.size")
-"""What can be minimised: training seconds of stage 2 (stage 1 where that is searched), parameters
-of stage 2 (of its networks, codes and filters), codes."""
-LIMITED = ("parameters", "codebook.size")
-"""What can have an upper bound."""
-MOST_TRIALS = 100_000
-"""More would not fit into the arrays that they are judged on."""
+def _value(name: str, value: Any) -> Any:
+    """A value of a knob, of its type and within its limits."""
+    value = cast(name, value)
+    with_overrides(Config(), {name: value})
+    return value
 
 
-@dataclass(frozen=True, kw_only=True)
+def _domain(name: str, domain: Range | Choices) -> Range | Choices:
+    """A domain of a knob, its values as `_value` has them."""
+    kind, where = knob_type(name), f"space: {name}"
+    is_list = get_origin(kind) is tuple
+    _require(not is_list, f"{where} is a list; only numbers, words and yes or no are searched")
+    if isinstance(domain, Choices):
+        values = tuple(_value(name, choice) for choice in domain.choices)
+        for index, value in enumerate(values):
+            _require(value not in values[:index], f"{where}: choices names {shown(value)} twice")
+        return Choices(choices=values)
+    _require(kind in (int, float), f"{where} is not a number; give `choices: [...]`")
+    low, high, log = _value(name, domain.low), _value(name, domain.high), domain.log
+    is_right = low < high and (low > 0 or not log)
+    _require(is_right, f"{where}: needs {'0 < ' if log else ''}low < high")
+    if domain.step is None:
+        return Range(low=low, high=high, log=log)
+    step = cast(name, domain.step)
+    _require(
+        not log and 0 < step <= high - low,
+        f"{where}: step must be positive, at most high - low, and not go with log",
+    )
+    # In decimals, as in Optuna: 0.3 is three steps of 0.1.
+    first, width = Decimal(str(low)), Decimal(str(step))
+    last = first + (Decimal(str(high)) - first) // width * width
+    is_exact = Decimal(str(kind(last))) == last
+    _require(is_exact, f"{where}: low and step have too many digits for a grid; round them")
+    return Range(low=low, high=kind(last), step=step)
+
+
+Knob = Annotated[str, AfterValidator(lambda name: knob_type(name) and name)]
+Point = Annotated[dict[str, Any], AfterValidator(lambda p: {k: _value(k, v) for k, v in p.items()})]
+Space = Annotated[
+    dict[Knob, Choices | Range],
+    AfterValidator(lambda space: {name: _domain(name, domain) for name, domain in space.items()}),
+]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class SearchSpec:
     """What to search, by what measure, for how long."""
 
     method: str = "cb-nerf"
     resolution: str = "auto"
     """`auto`: x2-504 where the cluster has GPUs, x2-128 elsewhere."""
-    objectives: tuple[str, ...] = ("val/psnr",)
-    """Of QUALITIES and COSTS; several give a Pareto front. The first must be a quality."""
-    limits: Mapping[str, float] = field(default_factory=dict)
-    """Upper bounds on `parameters` or `codebook.size`; what exceeds one is not trained."""
+    objectives: tuple[Literal[Quality, Cost], ...] = ("val/psnr",)
+    """Qualities, means over scenes, are maximised; costs are minimised: training seconds of stage 2
+    (stage 1 where that is searched), parameters of stage 2 (of its networks, codes and filters),
+    codes. Several give a Pareto front. The first must be a quality."""
+    limits: dict[Literal["parameters", "codebook.size"], Bound] = field(default_factory=dict)
+    """Upper bounds; a configuration that exceeds one is not trained."""
     stopping: Stopping = Stopping()
-    trials: int = 12
+    trials: Whole = 12
     """Configurations to try."""
-    seed: int = 0
-    """Of the sampler; training is seeded by the knob `seed`."""
+    seed: Whole = 0
+    """Seed of the sampler; training is seeded by the knob `seed`."""
     sampler: Sampler = "sobol-tpe"
-    """`tpe` is Optuna's, which starts from independent draws; `sobol-tpe` starts from points that
-    lie evenly in the space; `random` draws to the end."""
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Knobs that differ from the preset in every trial."""
+    """`tpe` is Optuna's with its random start, `sobol-tpe` has a quasi-random start, `random` does
+    not learn."""
+    fixed: Point = field(default_factory=dict)
+    """Knobs that differ from the preset in every configuration."""
     space: Space = field(default_factory=dict)
-    initial: tuple[Mapping[str, Any], ...] = ()
-    """Points to try first; the preset's own values stand in for knobs not named."""
+    initial: tuple[Point, ...] = ()
+    """Points to try first; knobs that are not named keep the preset's values."""
     resources: Resources = Resources()
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f"method {shown(self.method)} is not one of {', '.join(METHODS)}")
-        if self.resolution not in ("auto", *RESOLUTIONS):
-            raise ValueError(
-                f"resolution {shown(self.resolution)} is not one of auto, {', '.join(RESOLUTIONS)}"
+        for name, known in (("method", METHODS), ("resolution", ("auto", *RESOLUTIONS))):
+            value = getattr(self, name)
+            _require(value in known, f"{name} {shown(value)} is not one of {', '.join(known)}")
+        first_is_quality = self.objectives[:1] in [(name,) for name in QUALITIES]
+        _require(first_is_quality, f"the first objective must be one of {', '.join(QUALITIES)}")
+        once = len(set(self.objectives)) == len(self.objectives)
+        _require(once, "objectives names one twice")
+        few = 1 <= self.trials <= MOST_TRIALS
+        _require(few, f"trials must be at least 1 and at most {MOST_TRIALS}")
+        _require(bool(self.space), "space names no knob to search")
+        for name in self.space:
+            _require(name not in self.fixed, f"{name} stands in both fixed and space")
+            decides = name.startswith("data.")
+            _require(
+                not decides, f"space: {name} decides what is scored, so scores would not compare"
             )
-        for name in self.objectives:
-            if name not in QUALITIES + COSTS:
-                raise ValueError(
-                    f"objective {shown(name)} is not one of {', '.join(QUALITIES + COSTS)}"
-                )
-        if not self.objectives or self.objectives[0] not in QUALITIES:
-            raise ValueError(f"the first objective must be one of {', '.join(QUALITIES)}")
-        if len(set(self.objectives)) < len(self.objectives):
-            raise ValueError("objectives names one twice")
-        for name, limit in self.limits.items():
-            if name not in LIMITED or limit <= 0:
-                raise ValueError(
-                    f"limits: {shown(name)}: {limit} is not a positive bound on "
-                    f"{' or '.join(LIMITED)}"
-                )
-        if not 1 <= self.trials <= MOST_TRIALS:
-            raise ValueError(f"trials must be at least 1 and at most {MOST_TRIALS}")
-        if not self.space:
-            raise ValueError("space names no knob to search")
-        both = sorted(set(self.space) & set(self.fixed))
-        if both:
-            raise ValueError(f"{both[0]} stands in both fixed and space")
+        _require(
+            self.fixed.get("data.validation") is not False,
+            "fixed: data.validation must be true; a search selects on these views",
+        )
+        for name, value in (knob for point in self.initial for knob in point.items()):
+            _require(name in self.space, f"initial: {name} is not in the space")
+            lies_in = value in self.space[name]
+            _require(lies_in, f"initial: {name} = {shown(value)} lies outside the space")
 
 
 def load_spec(path: Path) -> SearchSpec:
-    """Read a search specification; any mistake is one `ValueError` that names the file."""
+    """Read a search specification; a mistake is a `ValueError` of one line that names the file."""
     content = load_yaml(path)
     try:
         return parse_spec(content)
@@ -205,155 +238,46 @@ def load_spec(path: Path) -> SearchSpec:
 
 
 def parse_spec(content: Mapping[str, Any]) -> SearchSpec:
-    """A specification from plain values, unknown names and wrong types refused."""
-    values = dict(_known(SearchSpec, content, "the specification"))
-    for name in ("method", "resolution"):
-        if not isinstance(values.get(name, ""), str):
-            raise ValueError(f"{name} = {shown(values[name])} is not a name")
-    for name in ("trials", "seed"):
-        if not _is_number(values.get(name, 0), int) or values.get(name, 0) < 0:
-            raise ValueError(f"{name} = {shown(values[name])} is not a whole number")
-    fixed = _mapping(values.get("fixed", {}), "fixed")
-    values["fixed"] = {name: _value(name, value) for name, value in fixed.items()}
-    space = _mapping(values.get("space", {}), "space")
-    values["space"] = {name: _parse_domain(name, domain) for name, domain in space.items()}
-    for name in values["space"]:
-        if name.startswith("data."):
-            raise ValueError(f"space: {name} decides what is scored, so scores would not compare")
-    if values["fixed"].get("data.validation") is False:
-        raise ValueError("fixed: data.validation must be true; a search selects on these views")
-    initial = values.get("initial", [])
-    if not isinstance(initial, list):
-        raise ValueError("initial must be a list of `knob: value` mappings")
-    values["initial"] = tuple(_parse_point(point, values["space"]) for point in initial)
-    values["resources"] = _parse_resources(values.get("resources", {}))
-    values["stopping"] = _parse_stopping(values.get("stopping", {}))
-    _one_of("sampler", values.get("sampler", SearchSpec.sampler), Sampler)
-    values["objectives"] = _parse_objectives(values.get("objectives", ["val/psnr"]))
-    values["limits"] = _mapping(values.get("limits", {}), "limits")
-    for name, limit in values["limits"].items():
-        if not _is_number(limit, int | float):
-            raise ValueError(f"limits: {shown(name)} = {shown(limit)} is not a number")
-    values["limits"] = {name: float(limit) for name, limit in values["limits"].items()}
-    return SearchSpec(**values)
+    """A specification from plain values; a mistake is a `ValueError` of one line."""
+    try:
+        return TypeAdapter(SearchSpec).validate_python(content)
+    except ValidationError as error:
+        # A mistake inside a `Range` or `Choices` says more than that the other does not fit.
+        mistake = min(error.errors(), key=lambda mistake: mistake["type"] in _UNFIT)
+        raise ValueError(_explain(mistake)) from None
 
 
-def _parse_objectives(content: Any) -> tuple[str, ...]:
-    if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
-        raise ValueError(f"objectives must be a list of names, found {shown(content)}")
-    return tuple(content)
-
-
-def _parse_stopping(content: Any) -> Stopping:
-    entries = _known(Stopping, content, "stopping")
-    _one_of("stopping.rule", entries.get("rule", Stopping.rule), Rule)
-    number = int | float
-    kinds = {"rungs": int, "eta": int, "grace_period": int, "threshold": number, "margin": number}
-    numbers = {name: entries[name] for name in kinds if name in entries}
-    for name, value in numbers.items():
-        if not _is_number(value, kinds[name]):
-            raise ValueError(f"stopping.{name} = {shown(value)} is not a number of its kind")
-        numbers[name] = value if kinds[name] is int else float(value)
-    return Stopping(**entries | numbers)
-
-
-def _one_of(name: str, value: Any, kind: Any) -> None:
-    if value not in get_args(kind):
-        raise ValueError(f"{name} = {shown(value)} is not one of {', '.join(get_args(kind))}")
-
-
-def _parse_point(point: Any, space: Space) -> dict[str, Any]:
-    parsed = {name: _value(name, value) for name, value in _mapping(point, "initial").items()}
-    for name, value in parsed.items():
-        if name not in space:
-            raise ValueError(f"initial: {name} is not in the space")
-        if value not in space[name]:
-            raise ValueError(f"initial: {name} = {shown(value)} lies outside the space")
-    return parsed
-
-
-def _parse_domain(name: str, domain: Any) -> Range | Choices:
-    kind = knob_type(name)
-    if get_origin(kind) is tuple:
-        raise ValueError(f"space: {name} is a list; only numbers, words and yes or no are searched")
-    entries = _mapping(domain, f"space: {name}")
-    if set(entries) == {"choices"}:
-        choices = entries["choices"]
-        if not isinstance(choices, list) or not choices:
-            raise ValueError(f"space: {name}: choices must be a list of values")
-        values = tuple(_value(name, choice) for choice in choices)
-        twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
-        if twice is not None:
-            raise ValueError(f"space: {name}: choices names {shown(twice)} twice")
-        return Choices(choices=values)
-    unknown = sorted(set(entries) - {"low", "high", "log", "step"})
-    if unknown or not {"low", "high"} <= set(entries):
-        raise ValueError(
-            f"space: {name}: give `choices: [...]` or `low: ..., high: ...` with `log` or `step`"
+def _explain(mistake: ErrorDetails) -> str:
+    """One line on a mistake that pydantic has found."""
+    kind, path, found = mistake["type"], mistake["loc"], shown(mistake["input"])
+    context = mistake.get("ctx", {})
+    if kind == "value_error":
+        return str(context["error"])
+    if path[0] == "space" and kind in _UNFIT:
+        return (
+            f"space: {path[1]}: give `choices: [...]` or `low: ..., high: ...` with `log` or `step`"
         )
-    if kind not in (int, float):
-        raise ValueError(f"space: {name} is not a number; give `choices: [...]`")
-    low, high = _value(name, entries["low"]), _value(name, entries["high"])
-    log, step = entries.get("log", False), entries.get("step")
-    if not isinstance(log, bool):
-        raise ValueError(f"space: {name}: log = {shown(log)} is not true or false")
-    if not low < high or (log and low <= 0):
-        raise ValueError(f"space: {name}: needs {'0 < ' if log else ''}low < high")
-    if step is not None:
-        step = cast(name, step)
-        if log or not 0 < step <= high - low:
-            raise ValueError(
-                f"space: {name}: step must be positive, at most high - low, and not go with log"
-            )
-        high = _last_of_grid(name, low, high, step)
-    return Range(low=low, high=high, log=log, step=step)
+    if kind == "unexpected_keyword_argument":
+        record, where = _RECORDS.get(str(path[0]), SearchSpec), ".".join(map(str, path[:-1]))
+        known = ", ".join(knob.name for knob in fields(record))
+        return f"unknown key {shown(path[-1])} in {where or 'the specification'}; known: {known}"
+    # A third part is the member of a union that pydantic has tried, or `[key]`.
+    where = ".".join(map(str, path[:2] + path[3:]))
+    if kind in ("dict_type", "dataclass_type"):
+        return f"{where}: expected `name: value` entries, found {found}"
+    if kind in ("tuple_type", "too_short"):
+        return f"{where} must be a list of {_LISTS.get(where, 'values')}, found {found}"
+    expected = _EXPECTED.get(kind, "a number")
+    if kind == "literal_error":
+        expected = "one of " + context["expected"].replace("'", "").replace(" or ", ", ")
+    return f"{f'{path[0]}:' if '[key]' in path else f'{where} ='} {found} is not {expected}"
 
 
-def _last_of_grid(name: str, low: Any, high: Any, step: Any) -> Any:
-    """The last value of low, low + step, ... up to `high`; in decimals, as Optuna has it, where 0.3
-    is three steps of 0.1."""
-    first, width = Decimal(str(low)), Decimal(str(step))
-    last = first + (Decimal(str(high)) - first) // width * width
-    found = type(low)(last)
-    if Decimal(str(found)) != last:
-        raise ValueError(f"space: {name}: low and step have too many digits for a grid; round them")
-    return found
-
-
-def _known(record: type, content: Any, where: str) -> dict[str, Any]:
-    entries = _mapping(content, where)
-    names = [knob.name for knob in fields(record)]
-    for name in entries:
-        if name not in names:
-            raise ValueError(f"unknown key {shown(name)} in {where}; known: {', '.join(names)}")
-    return entries
-
-
-def _parse_resources(content: Any) -> Resources:
-    entries = _known(Resources, content, "resources")
-    for name, value in entries.items():
-        kind = int if name == "workers" else int | float
-        is_auto = name == "gpus_per_worker" and value == "auto"
-        if not is_auto and not _is_number(value, kind):
-            number = "a whole number" if kind is int else "a number"
-            raise ValueError(f"resources.{name} = {shown(value)} is not {number}")
-    return Resources(**entries)
-
-
-def _value(name: str, value: Any) -> Any:
-    """A value for a knob, of the knob's type and within its limits."""
-    value = cast(name, value)
-    with_overrides(Config(), {name: value})
-    return value
-
-
-def _is_number(value: Any, kind: Any) -> bool:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        return False
-    return abs(value) < MOST  # and neither infinite nor NaN
-
-
-def _mapping(content: Any, where: str) -> dict[str, Any]:
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise ValueError(f"{where}: expected `name: value` entries, found {shown(content)}")
-    return content
+_UNFIT = ("missing", "unexpected_keyword_argument", "dataclass_type")
+_RECORDS = {"stopping": Stopping, "resources": Resources}
+_LISTS = {"objectives": "names", "initial": "`knob: value` mappings"}
+_EXPECTED = {
+    "int_type": "a whole number", "greater_than_equal": "a whole number",
+    "less_than_equal": "a whole number", "greater_than": "positive", "bool_type": "true or false",
+    "string_type": "a name", "invalid_key": "a name",
+}  # fmt: skip
