@@ -19,8 +19,8 @@ from cbnerf.overrides import with_overrides
 from cbnerf.search.mlflow_store import legal_key, open_client, open_experiment
 from cbnerf.search.plan import Plan, Unit
 from cbnerf.search.racing import Metrics
-from cbnerf.training.checkpoint import Stage, save_weights
-from cbnerf.training.stages import CHECKPOINT_FILES, CONFIG_FILE, STRIP_FILE
+from cbnerf.training.checkpoint import CHECKPOINT_FILES, Stage, save_weights
+from cbnerf.training.stages import CONFIG_FILE, STRIP_FILE
 
 _ENDED = "cbnerf.ended"
 """Tag of a configuration's run: `finished`, `stopped` or `failed`."""
