@@ -37,8 +37,7 @@ from cbnerf.nerf.path import spiral_path
 from cbnerf.overrides import load_config
 from cbnerf.presets import DEFAULT_METHOD, DEFAULT_RESOLUTION, preset
 from cbnerf.scenes import BUILT_IN_SCENES
-from cbnerf.training.cache import StageCache
-from cbnerf.training.checkpoint import Checkpoint, load_checkpoint
+from cbnerf.training.checkpoint import FIELD_FILE, REFINER_FILE, Checkpoint, load_checkpoint
 from cbnerf.training.distributed import (
     choose_device,
     from_rank_0,
@@ -49,14 +48,8 @@ from cbnerf.training.distributed import (
 from cbnerf.training.evaluation import Score, mean_score, refine_views, score_views
 from cbnerf.training.inspection import inspect_codebook
 from cbnerf.training.models import load_field, load_refiner
-from cbnerf.training.stages import (
-    CONFIG_FILE,
-    FIELD_FILE,
-    REFINER_FILE,
-    RENDERS_FILE,
-    run_field,
-    run_refiner,
-)
+from cbnerf.training.stages import CONFIG_FILE, RENDERS_FILE, run_field, run_refiner
+from cbnerf.training.store import Store
 from cbnerf.training.video import write_videos
 
 # Its knobs are flags of their own: --codebook.size, not --config.codebook.size.
@@ -258,7 +251,7 @@ class Cache:
     """With `prune`: remove the least recently used entries until this many gigabytes are left."""
 
     def run(self) -> None:
-        cache = StageCache(self.storage / "cache")
+        cache = Store(self.storage / "cache")
         if not cache.folder.is_dir():
             raise ValueError(f"{cache.folder}: no such cache; give the --storage of a study")
         if not (self.days >= 0 and self.max_gb >= 0):

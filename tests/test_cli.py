@@ -40,7 +40,7 @@ def test_training_leaves_its_files_and_knobs(runs: Path):
     )  # fmt: skip
     for stage, own in files.items():
         found = {file.name for file in (runs / stage).iterdir()}
-        assert found == own | {"config.yaml", "metrics.json"}
+        assert found == own | {"config.yaml", "metrics.json", "manifest.json"}
         assert load_config(runs / stage / "config.yaml") == expected
 
 

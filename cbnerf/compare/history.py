@@ -11,10 +11,9 @@ from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
 from cbnerf.files import atomic_write_text
-from cbnerf.training.checkpoint import Checkpoint, load_checkpoint
+from cbnerf.training.checkpoint import REFINER_FILE, Checkpoint, load_checkpoint
 from cbnerf.training.evaluation import refine_views
 from cbnerf.training.models import build_refiner
-from cbnerf.training.stages import REFINER_FILE
 
 RELEASED_PSNR = "psnr_table1"
 """Name of the metric of protocol `table1`."""

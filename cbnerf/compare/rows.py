@@ -15,10 +15,11 @@ from cbnerf.data.references import find_references
 from cbnerf.data.renders import load_renders
 from cbnerf.data.scene import Scene
 from cbnerf.metrics import to_8bit
+from cbnerf.training.checkpoint import FIELD_FILE, REFINER_FILE
 from cbnerf.training.evaluation import refine_views, render_views, to_unit
 from cbnerf.training.field import low_res_cameras
 from cbnerf.training.models import load_field, load_refiner
-from cbnerf.training.stages import FIELD_FILE, REFINER_FILE, RENDERS_FILE
+from cbnerf.training.stages import RENDERS_FILE
 
 Part = Literal["stage 1", "bicubic", "lanczos", "refined", "vq-vae"]
 

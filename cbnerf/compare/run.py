@@ -31,16 +31,9 @@ from cbnerf.data.pixels import scale_below
 from cbnerf.data.references import reference_view
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene
-from cbnerf.training.cache import StageCache
 from cbnerf.training.evaluation import score_views
-from cbnerf.training.keys import field_key, refiner_key
-from cbnerf.training.stages import (
-    RENDERS_FILE,
-    ignore,
-    read_metrics,
-    run_field,
-    run_refiner,
-)
+from cbnerf.training.stages import RENDERS_FILE, ignore, read_metrics, run_field, run_refiner
+from cbnerf.training.store import Store, field_fingerprint, refiner_fingerprint
 
 _BELOW = "@low-res"
 """Ends the name of a scene that stands for another one a scale below."""
@@ -59,8 +52,8 @@ class Comparison:
     storage: Path
 
     @property
-    def cache(self) -> StageCache:
-        return StageCache(self.storage / "cache")
+    def cache(self) -> Store:
+        return Store(self.storage / "cache")
 
     @property
     def rows(self) -> list[Row]:
@@ -90,7 +83,7 @@ class Comparison:
         """By method and scene; photographs are hashed, which takes a while."""
         sources = {other for name in self.scenes for other in self.sources(name)}
         return {
-            (method, name): field_key(config, self.scene(name))
+            (method, name): field_fingerprint(config, self.scene(name))
             for method, config in self.methods.items()
             for name in {*self.scenes, *sources}
         }
@@ -111,7 +104,7 @@ class Comparison:
         served = self.served(method, name)
         fields = [self._field_keys[method, one] for one in (*served, *self.sources(name))]
         whose = "all" if len(served) > 1 else name
-        return self.cache.path("refiner", whose, refiner_key(self.methods[method], fields))
+        return self.cache.path("refiner", whose, refiner_fingerprint(self.methods[method], fields))
 
 
 class Cost(NamedTuple):
@@ -195,7 +188,7 @@ def _train_field(
         say(f"{name}: stage 1 of {method} trained in {metrics['seconds']:.0f} s")
 
     folder = comparison.field_folder(method, name)
-    return comparison.cache.complete(folder, train, config.field.precision)
+    return comparison.cache.complete(folder, train)
 
 
 def _train_refiner(
@@ -219,7 +212,7 @@ def _train_refiner(
         say(f"{', '.join(served)}: stage 2 of {method} trained in {metrics['seconds']:.0f} s")
 
     folder = comparison.refiner_folder(method, name)
-    comparison.cache.complete(folder, train, config.field.precision)
+    comparison.cache.complete(folder, train)
 
 
 def _score_images(

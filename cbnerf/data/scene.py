@@ -43,8 +43,6 @@ class Scene:
     """In high-res pixels."""
     center: tuple[float, float]
     """Principal point (u, v) in high-res pixels."""
-    depth_range: tuple[float, float]
-    """Nearest and farthest content."""
     scale: int
     """High-res over low-res pixels per side."""
 
@@ -68,15 +66,13 @@ def make_scene(capture: Capture, data: DataConfig) -> Scene:
         :, : height - height % data.scale, : width - width % data.scale
     ].contiguous()
     camera_to_world = recenter(capture.camera_to_world)
-    unit = 1.0 / (_NEAR_FACTOR * float(capture.bounds.min()))
-    camera_to_world[:, :, 3] *= unit
+    camera_to_world[:, :, 3] *= 1.0 / (_NEAR_FACTOR * float(capture.bounds.min()))
     return Scene(
         name=capture.name,
         images=cropped,
         camera_to_world=camera_to_world,
         focal=capture.focal,
         center=(width / 2, height / 2),
-        depth_range=(float(capture.bounds.min()) * unit, float(capture.bounds.max()) * unit),
         scale=data.scale,
     )
 

@@ -11,8 +11,8 @@ from cbnerf.overrides import with_overrides
 from cbnerf.presets import preset
 from cbnerf.search.space import check_space
 from cbnerf.search.spec import SearchSpec
-from cbnerf.training.cache import StageCache
 from cbnerf.training.checkpoint import Stage
+from cbnerf.training.store import Store
 
 ALL_SCENES = "all"
 """In place of a scene: the training that all scenes share."""
@@ -60,9 +60,9 @@ class Plan:
         return replace(self, base=with_overrides(self.base, {"field.precision": precision}))
 
     @property
-    def cache(self) -> StageCache:
+    def cache(self) -> Store:
         """Trained stages of this and of other studies."""
-        return StageCache(self.storage / "cache", self.cache_store)
+        return Store(self.storage / "cache", self.cache_store)
 
     @property
     def folder(self) -> Path:

@@ -30,8 +30,8 @@ from cbnerf.search.plan import Unit
 from cbnerf.search.racing import Metrics
 from cbnerf.search.runs import TrackedRun, find_runs
 from cbnerf.search.state import StudyState
-from cbnerf.training.checkpoint import Stage, save_weights
-from cbnerf.training.stages import CHECKPOINT_FILES, CONFIG_FILE, STRIP_FILE, read_metrics
+from cbnerf.training.checkpoint import CHECKPOINT_FILES, Stage, save_weights
+from cbnerf.training.stages import CONFIG_FILE, STRIP_FILE, read_metrics
 
 _ENDED = "cbnerf.ended"
 """Tag of a configuration's run: `finished`, `stopped` or `failed`."""

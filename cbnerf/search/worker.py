@@ -28,19 +28,13 @@ from cbnerf.nerf.model import Precision, resolve_precision, settle_precision
 from cbnerf.search.curves import append_point, begin_curves
 from cbnerf.search.machines import TorchGroup, device_of_worker, worker_group
 from cbnerf.search.plan import Plan, Unit
-from cbnerf.training.checkpoint import Checkpoint, knobs_of_stage
+from cbnerf.training.checkpoint import REFINER_FILE, Checkpoint, knobs_of_stage
 from cbnerf.training.distributed import choose_device, from_rank_0, process_rank
 from cbnerf.training.evaluation import mean_scores, refine_views
-from cbnerf.training.keys import field_key
 from cbnerf.training.memory import free_gpu_memory
 from cbnerf.training.models import load_refiner
-from cbnerf.training.stages import (
-    REFINER_FILE,
-    RENDERS_FILE,
-    read_metrics,
-    run_field,
-    run_refiner,
-)
+from cbnerf.training.stages import RENDERS_FILE, read_metrics, run_field, run_refiner
+from cbnerf.training.store import field_fingerprint, is_complete
 
 MAX_FAILURES = 2
 """Of a training run, by accidents; then its configuration has failed."""
@@ -163,13 +157,13 @@ def _complete_field(plan: Plan, config: Config, scene_name: str) -> Path:
     entry = plan.cache.path(
         "field", scene_name, _field_key(plan.data, plan.storage, stage_1, scene_name)
     )
-    return plan.cache.complete(entry, train, config.field.precision)
+    return plan.cache.complete(entry, train)
 
 
 def _wait_to_see(folder: Path) -> None:
-    """Wait until a finished folder that another machine has written can be seen from this one."""
+    """Wait until this machine sees all files of a folder that another one has completed."""
     for _ in range(_SECONDS_TO_SEE):
-        if read_metrics(folder) is not None:  # it is written last
+        if is_complete(folder):
             return
         time.sleep(1)
     raise OSError(f"{folder}: trained by another machine, and this one does not see its files; "
@@ -231,4 +225,4 @@ def _read_renders(path: Path) -> Renders:
 
 @lru_cache(maxsize=64)
 def _field_key(data: Path | None, storage: Path, stage_1: Config, scene_name: str) -> str:
-    return field_key(stage_1, read_scene(scene_name, data, storage, stage_1.data))
+    return field_fingerprint(stage_1, read_scene(scene_name, data, storage, stage_1.data))

@@ -1,4 +1,4 @@
-"""Checkpoints: plain tensors and values, written whole or not at all, never run as code."""
+"""Checkpoints: plain tensors and values in atomic writes; reading one never runs code."""
 
 import errno
 from pathlib import Path
@@ -13,16 +13,19 @@ from cbnerf.overrides import with_overrides
 
 Stage = Literal["field", "refiner"]
 
+FIELD_FILE, REFINER_FILE = "field.pt", "refiner.pt"
+CHECKPOINT_FILES: dict[Stage, str] = {"field": FIELD_FILE, "refiner": REFINER_FILE}
+
 
 class Checkpoint(NamedTuple):
-    """A stage in training: enough to go on exactly, and to rebuild the model."""
+    """A stage in training: all that an exact resume needs, and to rebuild the model."""
 
     stage: Stage
     scene: str
     step: int
     config: Config
     precision: Precision
-    """Of the networks' matrix products in training."""
+    """In which the networks multiplied matrices in training."""
     model: dict[str, Any]
     """State dict of the network."""
     optimizer: dict[str, Any]
@@ -30,18 +33,18 @@ class Checkpoint(NamedTuple):
     cameras: dict[str, Any]
     """Cameras of the scene as plain values; empty for a refiner."""
     metrics: dict[str, float] = {}
-    """Those of the evaluation at this step."""
+    """Of the evaluation at this step."""
 
 
 def knobs_of_stage(config: Config, stage: Stage) -> Config:
-    """The configuration with all knobs at their defaults that this stage knows nothing of."""
+    """The configuration with every knob that does not affect the stage at its default."""
     if stage == "refiner":
         return config
     return with_overrides(Config(), flatten_field(config))
 
 
 def is_trained_with(checkpoint: Checkpoint, config: Config) -> bool:
-    """Whether a stage has the knobs of a configuration, where `auto` is any precision."""
+    """Whether a stage was trained with these knobs; `auto` matches any precision."""
     before, now = (knobs_of_stage(c, checkpoint.stage) for c in (checkpoint.config, config))
     if checkpoint.stage == "field":
         settled = {"field.precision": checkpoint.precision}
@@ -60,7 +63,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
 
 def save_weights(path: Path, stage: Stage, target: Path) -> None:
     """Copy a checkpoint without the state of its optimizer: enough to load the model."""
-    # Mapped, so that what is left out is not read either.
+    # Memory-mapped, so that the state of the optimizer is never read.
     checkpoint = load_checkpoint(path, stage, torch.device("cpu"), mmap=True)
     save_checkpoint(checkpoint._replace(optimizer={}), target)
 
@@ -68,7 +71,10 @@ def save_weights(path: Path, stage: Stage, target: Path) -> None:
 def load_checkpoint(
     path: Path, stage: Stage, device: torch.device, *, mmap: bool = False
 ) -> Checkpoint:
-    """Read a checkpoint of the given stage; with `mmap` a tensor when it is used."""
+    """Read a checkpoint of a stage; with `mmap` its tensors are read when they are used.
+
+    ValueError where the file is missing, damaged, of the other stage or of another version.
+    """
     try:
         content = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except FileNotFoundError:

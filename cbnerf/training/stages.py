@@ -1,27 +1,29 @@
-"""Run a stage in a folder: train, checkpoint as it goes, leave results that the next step reads.
+"""Run a stage in a folder: train, write checkpoints, then the results that the next step reads.
 
-A folder that holds an unfinished checkpoint is gone on with; a finished one is left as it is; one
-of other knobs is refused. `metrics.json` is written last, so it marks a finished folder.
+A complete folder is left as it is and an unfinished one is resumed from its checkpoint; a folder
+of other knobs or of another scene is refused. `manifest.json` marks a complete folder.
 """
 
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypeVar
 
 import imageio.v3 as iio
 import torch
 from torch import nn
 
-from cbnerf.config import Config, OptimConfig
+from cbnerf.config import Config
 from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders, save_renders
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
 from cbnerf.files import atomic_write_text
+from cbnerf.nerf.model import FieldModel
 from cbnerf.overrides import save_config
 from cbnerf.training.checkpoint import (
+    CHECKPOINT_FILES,
     Checkpoint,
     Stage,
     is_trained_with,
@@ -32,15 +34,18 @@ from cbnerf.training.distributed import from_rank_0, process_rank
 from cbnerf.training.evaluation import image_strip, refine_views, render_views
 from cbnerf.training.field import scene_cameras, train_field
 from cbnerf.training.loop import Report
+from cbnerf.training.models import AnyRefiner
 from cbnerf.training.refiner import Pairs, train_refiner, trained_on
+from cbnerf.training.store import MANIFEST, write_manifest
 
-FIELD_FILE, REFINER_FILE, RENDERS_FILE = "field.pt", "refiner.pt", "renders.npz"
-CHECKPOINT_FILES: dict[Stage, str] = {"field": FIELD_FILE, "refiner": REFINER_FILE}
-METRICS_FILE, STRIP_FILE, CONFIG_FILE = "metrics.json", "strip.png", "config.yaml"
+RENDERS_FILE, STRIP_FILE = "renders.npz", "strip.png"
+METRICS_FILE, CONFIG_FILE = "metrics.json", "config.yaml"
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def ignore(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
-    """A report that nobody reads."""
+    """A report that does nothing."""
 
 
 def run_field(
@@ -54,21 +59,19 @@ def run_field(
 ) -> dict[str, float]:
     """Train stage 1 and render all views; returns the last metrics, `seconds` and `parameters`.
 
-    With `until` it stops after that many steps, and a later call goes on from there.
+    With `until` it stops after that many steps, and a later call resumes there.
     """
 
-    def train(keep: Report, resume_from: Path | None) -> nn.Module:
-        model = train_field(
+    def train(keep: Report, resume_from: Path | None) -> FieldModel:
+        return train_field(
             config, scene, device=device, report=keep, resume_from=resume_from, until=until
         )
-        if process_rank() == 0 and _is_whole(until, config.field.optim):
-            cameras = scene_cameras(scene, device)
-            views = list(range(scene.num_views))
-            renders = render_views(model, cameras, views, scene.scale)
-            save_renders(renders, folder / RENDERS_FILE)
-        return model
 
-    return _run(config, "field", scene.name, folder, train, report, until)
+    def write_results(model: FieldModel) -> None:
+        cameras, views = scene_cameras(scene, device), list(range(scene.num_views))
+        save_renders(render_views(model, cameras, views, scene.scale), folder / RENDERS_FILE)
+
+    return _run(config, "field", scene.name, folder, report, until, train, write_results)
 
 
 def run_refiner(
@@ -85,26 +88,26 @@ def run_refiner(
 ) -> dict[str, float]:
     """Train stage 2 and write a strip (photograph | stage 1 | refined) of a validation view.
 
-    With `joint` it is trained on those scenes, too, and validated on all (`codebook.shared`); with
-    `sources` on those scenes alone (protocols `unseen-scene` and `low-res-only`). With `until` it
-    stops after that many steps, and a later call goes on from there.
+    The refiner is trained and validated on `scene` and the `joint` scenes (`codebook.shared`), or
+    trained on the `sources` alone (protocols `unseen-scene` and `low-res-only`). With `until` it
+    stops after that many steps, and a later call resumes there. Returns as `run_field`.
     """
 
-    def train(keep: Report, resume_from: Path | None) -> nn.Module:
-        refiner = train_refiner(
+    def train(keep: Report, resume_from: Path | None) -> AnyRefiner:
+        return train_refiner(
             config, scene, renders, device=device, report=keep, resume_from=resume_from,
             joint=joint, sources=sources, until=until,
         )  # fmt: skip
-        if process_rank() == 0 and _is_whole(until, config.refiner.optim):
-            view = (split_views(scene.num_views, config.data).val or [0])[0]
-            references = find_references(config, scene, renders, [view])
-            refined = refine_views(refiner, renders.rgb[[view]], device, references)[0]
-            strip = image_strip([scene.images[view], renders.rgb[view], refined])
-            iio.imwrite(folder / STRIP_FILE, strip.numpy())
-        return refiner
+
+    def write_results(refiner: AnyRefiner) -> None:
+        view = (split_views(scene.num_views, config.data).val or [0])[0]
+        references = find_references(config, scene, renders, [view])
+        refined = refine_views(refiner, renders.rgb[[view]], device, references)[0]
+        strip = image_strip([scene.images[view], renders.rgb[view], refined])
+        iio.imwrite(folder / STRIP_FILE, strip.numpy())
 
     scenes = trained_on(scene, joint, sources)
-    return _run(config, "refiner", scenes, folder, train, report, until)
+    return _run(config, "refiner", scenes, folder, report, until, train, write_results)
 
 
 def read_metrics(folder: Path) -> dict[str, float] | None:
@@ -123,68 +126,59 @@ def _run(
     stage: Stage,
     scenes: str,
     folder: Path,
-    train: Callable[[Report, Path | None], nn.Module],
     report: Report,
     until: int | None,
+    train: Callable[[Report, Path | None], Model],
+    write_results: Callable[[Model], None],
 ) -> dict[str, float]:
-    found = from_rank_0(lambda: _look(config, stage, scenes, folder))
-    if found.finished is not None:
-        return found.finished
+    finished, begun = from_rank_0(lambda: _open(config, stage, scenes, folder))
+    if finished is not None:
+        return finished
     path = folder / CHECKPOINT_FILES[stage]
-    last = found.begun or {}
-    before, started = last.get("seconds", 0.0), time.monotonic()
+    last, started = begun, time.monotonic() - (begun.metrics.get("seconds", 0.0) if begun else 0.0)
 
     def keep(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
         nonlocal last
-        last = metrics | {"seconds": before + time.monotonic() - started}
+        last = checkpoint._replace(metrics=metrics | {"seconds": time.monotonic() - started})
         if process_rank() == 0:
-            save_checkpoint(checkpoint._replace(metrics=last), path)
+            save_checkpoint(last, path)
         report(step, metrics, checkpoint)
 
-    model = train(keep, None if found.begun is None else path)
+    model = train(keep, path if begun else None)
+    assert last is not None  # every training reports its last step
     optim = config.field.optim if stage == "field" else config.refiner.optim
-    if process_rank() == 0 and _is_whole(until, optim):
-        last = last | {
-            "seconds": before + time.monotonic() - started,  # including the renders
-            "parameters": float(sum(parameter.numel() for parameter in model.parameters())),
-        }
-        atomic_write_text(folder / METRICS_FILE, json.dumps(last, indent=1))
-    return last
+    if process_rank() != 0 or (until is not None and until < optim.steps):
+        return last.metrics
+    write_results(model)
+    metrics = last.metrics | {
+        "seconds": time.monotonic() - started,  # including the results
+        "parameters": float(sum(parameter.numel() for parameter in model.parameters())),
+    }
+    atomic_write_text(folder / METRICS_FILE, json.dumps(metrics, indent=1))
+    write_manifest(folder, last.precision)
+    return metrics
 
 
-class _Found(NamedTuple):
-    """What a folder holds."""
+def _open(
+    config: Config, stage: Stage, scenes: str, folder: Path
+) -> tuple[dict[str, float] | None, Checkpoint | None]:
+    """The metrics of a finished folder, or the checkpoint, without tensors, of an unfinished one.
 
-    finished: dict[str, float] | None = None
-    """Metrics of a finished training."""
-    begun: dict[str, float] | None = None
-    """Metrics of the last checkpoint of one that is not."""
-
-
-def _look(config: Config, stage: Stage, scenes: str, folder: Path) -> _Found:
-    """What to go on with in a folder, which is made and given its configuration if it is new."""
-    finished = read_metrics(folder)
-    if finished is not None:
-        _check_finished(config, stage, scenes, folder)
-        return _Found(finished=finished)
+    A new folder is made and given its configuration.
+    """
     path = folder / CHECKPOINT_FILES[stage]
-    if path.exists():  # A folder may have been left at any of its checkpoints, the last one, too.
-        return _Found(begun=load_checkpoint(path, stage, torch.device("cpu")).metrics)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, folder / CONFIG_FILE)
-    return _Found()
-
-
-def _is_whole(until: int | None, optim: OptimConfig) -> bool:
-    return until is None or until >= optim.steps
-
-
-def _check_finished(config: Config, stage: Stage, scenes: str, folder: Path) -> None:
-    checkpoint = load_checkpoint(folder / CHECKPOINT_FILES[stage], stage, torch.device("cpu"))
+    is_finished = (folder / MANIFEST).exists()
+    if not is_finished and not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / CONFIG_FILE)
+        return None, None
+    checkpoint = load_checkpoint(path, stage, torch.device("cpu"), mmap=True)
+    if not is_finished:  # perhaps after the last step
+        return None, checkpoint._replace(model={}, optimizer={}, cameras={})
     if checkpoint.scene != scenes:
         other = f"the scene {checkpoint.scene}, not {scenes}"
     elif not is_trained_with(checkpoint, config):
         other = "other knobs"
     else:
-        return
+        return read_metrics(folder), None
     raise ValueError(f"{folder}: finished with {other}; choose another folder or remove it")

@@ -183,7 +183,7 @@ def test_table1_goes_on_after_a_kill_between_a_checkpoint_and_its_score(
     ]  # fmt: skip
     scores = json.loads(history.read_text(encoding="utf-8"))
     history.write_text(json.dumps({"2": scores["2"]}), encoding="utf-8")
-    (history.parent / "metrics.json").unlink()
+    (history.parent / "manifest.json").unlink()
     again, _, _ = compare(*arguments)
     assert json.loads(history.read_text(encoding="utf-8")) == scores
     assert again["rows"]["cb-nerf"]["mean"] == whole["rows"]["cb-nerf"]["mean"]

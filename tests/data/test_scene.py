@@ -41,9 +41,8 @@ def test_nearest_content_lies_at_four_thirds_in_any_unit(
     poses[..., 3] *= unit
     capture = tiny_capture._replace(camera_to_world=poses, bounds=tiny_capture.bounds * unit)
     scene = make_scene(capture, DataConfig(width=64))
-    assert scene.depth_range[0] == pytest.approx(4 / 3)
-    ratio = float(tiny_capture.bounds.max() / tiny_capture.bounds.min())
-    assert scene.depth_range[1] / scene.depth_range[0] == pytest.approx(ratio)
+    shrunk = scene.camera_to_world[..., 3].norm() / recenter(poses)[..., 3].norm()
+    assert float(capture.bounds.min() * shrunk) == pytest.approx(4 / 3)
     torch.testing.assert_close(scene.camera_to_world, tiny_scene.camera_to_world)
 
 

@@ -15,6 +15,7 @@ from cbnerf.search import worker
 from cbnerf.search.plan import Plan, Unit
 from cbnerf.search.state import StudyState
 from cbnerf.search.worker import _run_unit, run_base_field, run_units, score_best
+from cbnerf.training.store import write_manifest
 
 pytestmark = pytest.mark.search
 
@@ -65,6 +66,11 @@ def test_what_may_be_the_machines_fault_is_raised_for_another_machine_to_try(
     assert told == [BEGUN]
 
 
+def leave_field(folder: Path) -> None:
+    (folder / "metrics.json").write_text("{}", encoding="utf-8")
+    write_manifest(folder, "float32")
+
+
 @pytest.mark.parametrize(("method", "before"), [("nerf", []), ("cb-nerf", ["field"])])
 def test_workers_train_no_field_beforehand_where_fields_are_searched(
     tiny_plan, monkeypatch, method: str, before: list[str]
@@ -75,7 +81,7 @@ def test_workers_train_no_field_beforehand_where_fields_are_searched(
         trained.append(what)
         if what == "field":
             about["folder"].mkdir(parents=True)
-            (about["folder"] / "metrics.json").write_text("{}", encoding="utf-8")
+            leave_field(about["folder"])
 
     monkeypatch.setattr(worker, "_train_together", train)
     monkeypatch.setattr(worker, "TuneReportCallback", object)  # needs Tune around it
@@ -85,7 +91,7 @@ def test_workers_train_no_field_beforehand_where_fields_are_searched(
     assert trained == [*before, "units"]
 
 
-def test_a_field_is_sealed_once_all_that_another_machine_has_written_is_seen(
+def test_a_field_is_used_once_all_that_another_machine_has_written_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     naps: list[float] = []
@@ -93,7 +99,7 @@ def test_a_field_is_sealed_once_all_that_another_machine_has_written_is_seen(
     def appear(seconds: float) -> None:
         naps.append(seconds)
         if len(naps) == 3:
-            (tmp_path / "metrics.json").write_text("{}", encoding="utf-8")
+            leave_field(tmp_path)
 
     monkeypatch.setattr(worker.time, "sleep", appear)
     worker._wait_to_see(tmp_path)

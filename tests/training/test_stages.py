@@ -59,7 +59,7 @@ def test_a_finished_folder_holds_its_files(stage: str, run, config: Config, tmp_
     metrics, _ = run(tmp_path / "new")
     files = {"field": "renders.npz", "refiner": "strip.png"}
     names = {file.name for file in (tmp_path / "new").iterdir()}
-    assert names == {f"{stage}.pt", files[stage], "config.yaml", "metrics.json"}
+    assert names == {f"{stage}.pt", files[stage], "config.yaml", "metrics.json", "manifest.json"}
     assert load_config(tmp_path / "new" / "config.yaml") == config
     assert json.loads((tmp_path / "new" / "metrics.json").read_text(encoding="utf-8")) == metrics
     assert {"train/loss", "val/psnr", "seconds"} < set(metrics)

@@ -1,4 +1,4 @@
-"""The cache with real processes, files and locks; training is a file written slowly."""
+"""The store with real processes, files and locks; training is a file written slowly."""
 
 import json
 import multiprocessing
@@ -11,63 +11,67 @@ from pathlib import Path
 import pytest
 
 from cbnerf.cli import main
-from cbnerf.training.cache import StageCache
+from cbnerf.nerf.model import Precision
+from cbnerf.training.store import Store, write_manifest
 
 FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> StageCache:
-    return StageCache(tmp_path / "cache")
+def cache(tmp_path: Path) -> Store:
+    return Store(tmp_path / "cache")
 
 
-def writer(text: str = "weights", log: list[Path] | None = None) -> Callable[[Path], None]:
-    """Stands in for training: leaves a file, and notes that it ran."""
+def writer(
+    text: str = "weights", log: list[Path] | None = None, precision: Precision = "float32"
+) -> Callable[[Path], None]:
+    """Stands in for training: leaves a file and a manifest, and records that it ran."""
 
     def train(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "renders.npz").write_text(text, encoding="utf-8")
+        write_manifest(folder, precision)
         if log is not None:
             log.append(folder)
 
     return train
 
 
-def states(cache: StageCache, *, thorough: bool = False) -> dict[str, str]:
+def states(cache: Store, *, thorough: bool = False) -> dict[str, str]:
     return {entry.folder.name: entry.state for entry in cache.entries(thorough=thorough)}
 
 
-def test_an_entry_is_made_once(cache: StageCache):
+def test_an_entry_is_made_once(cache: Store):
     log: list[Path] = []
     entry = cache.path("field", "fern", "0123")
     for _ in range(3):
-        assert cache.complete(entry, writer(log=log), "float32") == entry
+        assert cache.complete(entry, writer(log=log)) == entry
     assert log == [entry] and (entry / "renders.npz").read_text(encoding="utf-8") == "weights"
     assert states(cache) == {"field-fern-0123": "whole"}
 
 
-def test_an_unfinished_entry_is_gone_on_with(cache: StageCache):
+def test_an_unfinished_entry_is_gone_on_with(cache: Store):
     entry = cache.path("field", "fern", "0123")
     entry.mkdir(parents=True)
     (entry / "progress").write_text("half", encoding="utf-8")
     assert states(cache) == {"field-fern-0123": "unfinished"}
-    cache.complete(entry, writer(), "float32")
+    cache.complete(entry, writer())
     assert (entry / "progress").read_text(encoding="utf-8") == "half"
 
 
-def test_a_checkpoint_that_cannot_be_read_is_not_gone_on_with(cache: StageCache):
+def test_a_checkpoint_that_cannot_be_read_is_not_gone_on_with(cache: Store):
     entry = cache.path("field", "fern", "0123")
     entry.mkdir(parents=True)
     (entry / "field.pt").write_bytes(b"half a checkpoint")
-    cache.complete(entry, writer(), "float32")
+    cache.complete(entry, writer())
     assert not (entry / "field.pt").exists()
 
 
-def test_what_a_killed_save_has_left_is_no_part_of_an_entry(cache: StageCache):
+def test_what_a_killed_save_has_left_is_no_part_of_an_entry(cache: Store):
     entry = cache.path("field", "fern", "0123")
     entry.mkdir(parents=True)
     (entry / ".field.pt.0123").write_bytes(b"half a checkpoint")
-    cache.complete(entry, writer(), "float32")
+    cache.complete(entry, writer())
     assert {file.name for file in entry.iterdir()} == {"renders.npz", "manifest.json"}
 
 
@@ -82,21 +86,21 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_broken_entry_is_made_again(cache: StageCache, how: str):
-    entry = cache.complete(cache.path("field", "fern", "0123"), writer(), "float32")
+def test_a_broken_entry_is_made_again(cache: Store, how: str):
+    entry = cache.complete(cache.path("field", "fern", "0123"), writer())
     DAMAGES[how](entry)
     assert states(cache) == {"field-fern-0123": "broken"}
     log: list[Path] = []
-    cache.complete(entry, writer(log=log), "float32")
+    cache.complete(entry, writer(log=log))
     assert log == [entry] and states(cache) == {"field-fern-0123": "whole"}
 
 
-def test_a_flipped_bit_is_found_by_the_next_process(cache: StageCache):
-    entry = cache.complete(cache.path("field", "fern", "0123"), writer("weights"), "float32")
+def test_a_flipped_bit_is_found_by_the_next_process(cache: Store):
+    entry = cache.complete(cache.path("field", "fern", "0123"), writer("weights"))
     (entry / "renders.npz").write_text("Weights", encoding="utf-8")
     assert states(cache) == {"field-fern-0123": "whole"}
     assert states(cache, thorough=True) == {"field-fern-0123": "broken"}
-    process = FORK.Process(target=cache.complete, args=(entry, writer("weights"), "float32"))
+    process = FORK.Process(target=cache.complete, args=(entry, writer("weights")))
     process.start()
     process.join()
     assert (entry / "renders.npz").read_text(encoding="utf-8") == "weights"
@@ -110,6 +114,7 @@ def slow(folder: Path) -> None:
     (folder / "progress").write_text(str(os.getpid()), encoding="utf-8")
     time.sleep(1.5)
     (folder / "renders.npz").write_text("weights", encoding="utf-8")
+    write_manifest(folder, "float32")
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -121,12 +126,10 @@ def until(condition: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("die", [False, True])
 def test_one_process_makes_what_several_want_and_another_goes_on_if_it_dies(
-    cache: StageCache, die: bool
+    cache: Store, die: bool
 ):
     entry = cache.path("field", "fern", "0123")
-    processes = [
-        FORK.Process(target=cache.complete, args=(entry, slow, "float32")) for _ in range(3)
-    ]
+    processes = [FORK.Process(target=cache.complete, args=(entry, slow)) for _ in range(3)]
     for process in processes:
         process.start()
     until((entry / "progress").exists)
@@ -145,10 +148,10 @@ def test_one_process_makes_what_several_want_and_another_goes_on_if_it_dies(
 def test_a_store_brings_an_entry_to_another_cluster(tmp_path: Path):
     pytest.importorskip("pyarrow")
     store = (tmp_path / "store").as_uri()
-    here, there = (StageCache(tmp_path / name / "cache", store) for name in ("here", "there"))
-    here.complete(here.path("field", "fern", "0123"), writer(), "float32")
+    here, there = (Store(tmp_path / name / "cache", store) for name in ("here", "there"))
+    here.complete(here.path("field", "fern", "0123"), writer())
     log: list[Path] = []
-    entry = there.complete(there.path("field", "fern", "0123"), writer(log=log), "float32")
+    entry = there.complete(there.path("field", "fern", "0123"), writer(log=log))
     assert not log and (entry / "renders.npz").read_text(encoding="utf-8") == "weights"
     assert states(there, thorough=True) == {"field-fern-0123": "whole"}
 
@@ -157,19 +160,19 @@ def test_a_store_brings_an_entry_to_another_cluster(tmp_path: Path):
 def test_a_damaged_store_is_not_believed(tmp_path: Path, damage: str):
     pytest.importorskip("pyarrow")
     store = (tmp_path / "store").as_uri()
-    here, there = (StageCache(tmp_path / name / "cache", store) for name in ("here", "there"))
-    here.complete(here.path("field", "fern", "0123"), writer(), "float32")
+    here, there = (Store(tmp_path / name / "cache", store) for name in ("here", "there"))
+    here.complete(here.path("field", "fern", "0123"), writer())
     (tmp_path / "store" / "field-fern-0123" / damage).write_text("{}", encoding="utf-8")
     log: list[Path] = []
-    entry = there.complete(there.path("field", "fern", "0123"), writer(log=log), "float32")
+    entry = there.complete(there.path("field", "fern", "0123"), writer(log=log))
     assert log == [entry]
     assert sorted(f.name for f in there.folder.iterdir()) == [".locks", "field-fern-0123"]
 
 
-def test_pruning_takes_broken_then_idle_then_surplus_entries(cache: StageCache):
+def test_pruning_takes_broken_then_idle_then_surplus_entries(cache: Store):
     entries = {}
     for age, name in enumerate(("new", "old", "older", "broken")):
-        entry = cache.complete(cache.path("field", name, "0"), writer("x" * 1000), "float32")
+        entry = cache.complete(cache.path("field", name, "0"), writer("x" * 1000))
         then = time.time() - 10 * 86_400 * age
         os.utime(cache.folder / ".locks" / f"{entry.name}.lock", (then, then))
         entries[name] = entry
@@ -187,8 +190,8 @@ def test_pruning_takes_broken_then_idle_then_surplus_entries(cache: StageCache):
 
 
 def test_the_command_lists_verifies_and_prunes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    cache = StageCache(tmp_path / "cache")
-    entry = cache.complete(cache.path("field", "fern", "0123"), writer(), "float32")
+    cache = Store(tmp_path / "cache")
+    entry = cache.complete(cache.path("field", "fern", "0123"), writer())
     here = ["--storage", str(tmp_path)]
     main(["cache", "list", *here])
     listed = capsys.readouterr().out
@@ -205,8 +208,10 @@ def test_the_command_lists_verifies_and_prunes(tmp_path: Path, capsys: pytest.Ca
     assert "no such cache" in capsys.readouterr().err
 
 
-def test_the_manifest_notes_the_precision_of_stage_1(cache: StageCache):
-    for precision in ("bfloat16", "float32"):
-        entry = cache.complete(cache.path("field", "fern", precision), writer(), precision)
+def test_the_manifest_notes_the_precision_of_stage_1(cache: Store):
+    precisions: tuple[Precision, ...] = ("bfloat16", "float32")
+    for precision in precisions:
+        train = writer(precision=precision)
+        entry = cache.complete(cache.path("field", "fern", precision), train)
         manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
         assert manifest["precision"] == precision and list(manifest["files"]) == ["renders.npz"]
