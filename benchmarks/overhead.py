@@ -3,9 +3,9 @@
     python benchmarks/overhead.py
 
 A study of many tiny units runs one at a time, as `tune.py` runs it, on a real Ray with a real
-MLflow store. A unit's *gap* is the time from the booking of the unit before to its own, less its
-training: Tune's turn-around, reading scene and renders, MLflow, Optuna. What reports cost comes
-from the same units with more evaluations, less what these take without the platform.
+MLflow store. The *gap* of a unit is the time since the previous unit was recorded, minus its own
+training: Tune's turn-around, reading scene and renders, Optuna. The cost of a report is measured by
+the same units with more evaluations, minus their time without the platform.
 """
 
 import logging
@@ -46,15 +46,17 @@ class Options:
     name: str = "cpu"
 
 
-class Booking(NamedTuple):
+class Recorded(NamedTuple):
+    """A recorded unit."""
+
     at: float
     training: float
     writing: float
-    """Seconds that state and tracker have taken so far, the latter in a thread of its own."""
+    """Seconds of state and tracker so far; the tracker runs in its own thread."""
 
 
-def watch(bookings: list[Booking]) -> None:
-    """From now on each booked unit leaves an entry, and what state and tracker take is summed."""
+def watch(recorded: list[Recorded]) -> None:
+    """Add an entry for each unit recorded from now on; sum the time of state and tracker."""
     spent = 0.0
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,18 +71,18 @@ def watch(bookings: list[Booking]) -> None:
         return call
 
     for owner, names in {
-        Tracker: ("start_unit", "log_step", "end_unit", "end_configuration"),
+        Tracker: ("sync",),
         StudyState: ("next_unit",),
     }.items():
         for name in names:
             setattr(owner, name, timed(getattr(owner, name)))
-    book = timed(StudyState.record)
+    record = timed(StudyState.record)
 
-    def book_and_note(state: StudyState, unit: Unit, metrics: dict[str, float] | None) -> None:
-        book(state, unit, metrics)
-        bookings.append(Booking(time.perf_counter(), (metrics or {})["seconds"], spent))
+    def record_and_note(state: StudyState, unit: Unit, metrics: dict[str, float] | None) -> None:
+        record(state, unit, metrics)
+        recorded.append(Recorded(time.perf_counter(), (metrics or {})["seconds"], spent))
 
-    StudyState.record = book_and_note  # type: ignore[method-assign]
+    StudyState.record = record_and_note  # type: ignore[method-assign]
 
 
 def study(options: Options, storage: Path, evaluations: int) -> Plan:
@@ -114,19 +116,19 @@ def main(options: Options) -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     quieten_libraries()
-    bookings: list[Booking] = []
-    watch(bookings)
+    recorded: list[Recorded] = []
+    watch(recorded)
     gaps, writing, training, bare = {}, {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
         storage = Path(folder)
         ray.init(address="local", num_cpus=2, log_to_driver=False, logging_level=logging.ERROR)
         for evaluations in (FEW, MANY):
-            bookings.clear()
+            recorded.clear()
             plan = study(options, storage, evaluations)
-            pairs = list(zip(bookings, bookings[1:], strict=False))
+            pairs = list(zip(recorded, recorded[1:], strict=False))
             gaps[evaluations] = [b.at - a.at - b.training for a, b in pairs]
             writing[evaluations] = [b.writing - a.writing for a, b in pairs]
-            training[evaluations] = median(b.training for b in bookings[2:])
+            training[evaluations] = median(b.training for b in recorded[2:])
             bare[evaluations] = alone(plan, with_overrides(plan.base, {}), storage / "alone")
         ray.shutdown()
     reports = MANY - FEW

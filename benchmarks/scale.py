@@ -4,9 +4,9 @@
     python benchmarks/scale.py --tracking sqlite
     python benchmarks/scale.py --tracking http://127.0.0.1:5000    # a server, on any database
 
-Trials do not train: each comes back after a simulated time with a value that its knobs decide.
-What stands between them is what a study on a cluster runs with: the searcher that Tune asks, the
-state with Optuna's journal on disk, the race, the diary and MLflow's runs.
+Trials do not train: each ends after a simulated time with a value that depends on its knobs. The
+rest is what a study on a cluster runs: the searcher that Tune asks, the state with Optuna's journal
+on disk, the race, and the synchronisation with MLflow in its own thread.
 """
 
 import heapq
@@ -16,28 +16,29 @@ import resource
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import imageio.v3 as iio
 import numpy as np
 import optuna
+import torch
 import tyro
 from provenance import provenance
 from tqdm import tqdm
 
-from cbnerf.overrides import save_config, with_overrides
-from cbnerf.search.diary import Diary
+from cbnerf.overrides import save_config
+from cbnerf.search.curves import append_point, begin_curves
 from cbnerf.search.plan import Plan, make_plan
-from cbnerf.search.searcher import TuneSearcher
+from cbnerf.search.searcher import Recorder, TuneSearcher
 from cbnerf.search.spec import load_spec
 from cbnerf.search.state import StudyState, Unit
-from cbnerf.search.tracking import Tracker
-from cbnerf.search.writer import Writer
+from cbnerf.search.tracking import Tracker, repeated
+from cbnerf.training.checkpoint import Checkpoint, save_checkpoint
 
 
 @dataclass(kw_only=True)
@@ -60,24 +61,17 @@ class Tenth(NamedTuple):
     """A tenth of the search."""
 
     decisions: float
-    """A second: trials handed out and trials booked."""
+    """Trials handed out and trials recorded, a second."""
     suggest: float
     """Milliseconds to the next trial, on average."""
-    book: float
-    """Milliseconds to note a result, judge and tell Optuna."""
-    writes: float
-    """Calls that the writer's thread makes for MLflow in a second of its time."""
+    record: float
+    """Milliseconds to record a result, judge its configuration and tell Optuna."""
+    written: float
+    """Units that MLflow has received, a second."""
     backlog: float
-    """Calls that wait for it at the end."""
+    """Recorded units that MLflow has not received at the end."""
     memory: float
     """MiB of the driver, resident."""
-
-
-class Silent:
-    """A tracker that keeps nothing."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args: None
 
 
 def value(unit: Unit, rung_share: float) -> float:
@@ -99,29 +93,12 @@ class Stopwatch:
         self.seconds[what] += time.perf_counter() - started
 
 
-class TimedWriter(Writer):
-    """A writer whose calls are timed and counted."""
-
-    def __init__(self, watch: Stopwatch):
-        super().__init__(limit=10**9)
-        self._watch, self.calls = watch, 0
-
-    def __call__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        super().__call__(self._timed, function, *arguments)
-
-    def _timed(self, function: Callable[..., Any], *arguments: Any) -> None:
-        with self._watch("write"):
-            function(*arguments)
-        self.calls += 1
-
-
 def simulate(
-    options: Options, plan: Plan, tracker: Any, write: TimedWriter, watch: Stopwatch
-) -> tuple[list[Tenth], StudyState, float]:
-    """The tenths of a search, its state, and the simulated seconds that it took."""
-    state = StudyState(plan)
-    diary = Diary(state, tracker, write, tqdm(disable=True))
-    searcher = TuneSearcher(state, diary.end_unit, limit=lambda: options.workers)
+    options: Options, plan: Plan, state: StudyState, tracker: Tracker | None
+) -> tuple[list[Tenth], float]:
+    """The tenths of a search, and the simulated seconds that it took."""
+    watch, recorder = Stopwatch(), Recorder(state, tqdm(disable=True))
+    searcher = TuneSearcher(state, recorder.end_unit, limit=lambda: options.workers)
     rng = np.random.default_rng(0)
     running: list[tuple[float, int, SimpleNamespace]] = []
     handed, clock, tenths = 0, 0.0, []
@@ -133,65 +110,55 @@ def simulate(
             if not isinstance(config, dict):
                 break
             trial = SimpleNamespace(trial_id=str(handed), config=config, last_result={})
-            diary.on_trial_start(0, [], trial)
+            recorder.on_trial_start(0, [], trial)
             share = 3.0 ** (Unit(**config["units"][0]).rung - plan.rungs + 1)
             seconds = 60 * share * rng.uniform(0.7, 1.3)
             heapq.heappush(running, (clock + seconds, handed, trial))
             handed += 1
         clock, _, trial = heapq.heappop(running)
-        _report(options, plan, diary, searcher, trial, watch)
+        metrics = _train(options, plan, Unit(**trial.config["units"][0]))
+        with watch("record"):
+            searcher.on_trial_complete(trial.trial_id, metrics | {"unit": 0, "ended": True})
         if ended % (options.trials // 10) == 0:
-            tenths.append(_tenth(watch, write, options.trials // 10, time.perf_counter() - since))
+            seconds = time.perf_counter() - since
+            tenths.append(_tenth(watch, state, tracker, options.trials // 10, seconds))
             since = time.perf_counter()
             print(tenths[-1], f"{time.perf_counter() - started:.0f} s", flush=True)
-    return tenths, state, clock
+    return tenths, clock
 
 
-def _report(
-    options: Options,
-    plan: Plan,
-    diary: Diary,
-    searcher: TuneSearcher,
-    trial: SimpleNamespace,
-    watch: Stopwatch,
-) -> None:
-    """A trial's reports and its end, as Tune passes them on."""
-    (about,) = trial.config["units"]
-    unit = Unit(**about)
+def _train(options: Options, plan: Plan, unit: Unit) -> dict[str, float]:
+    """Leave the files of a simulated training; the weights are far smaller than real ones."""
     psnr = value(unit, 3.0 ** (unit.rung - plan.rungs + 1))
     metrics = {"val/psnr": psnr, "val/ssim": psnr / 40, "val/gain": 0.1, "train/loss": 0.1,
                "train/refine": 0.1, "train/recon": 0.1, "codebook/perplexity": 100.0}  # fmt: skip
-    if unit.rung == plan.rungs - 1:
-        _leave(plan, unit)
+    folder, config = plan.trial_folder(unit.configuration, unit.scene), plan.config_of(unit)
+    begin_curves(folder)
     for step in range(1, options.reports + 1):
-        result = metrics | {"unit": 0, "step": 1000 * unit.rung + step, "hostname": "simulated"}
-        diary.on_trial_result(0, [], trial, result)
-    with watch("book"):
-        searcher.on_trial_complete(
-            trial.trial_id, metrics | {"seconds": 20.0, "unit": 0, "ended": True}
-        )
-    diary.on_trial_complete(0, [], trial)
+        append_point(folder, 1000 * unit.rung + step, metrics)
+    if unit.rung == plan.rungs - 1:
+        save_config(config, folder / "config.yaml")
+        weights = {"weight": torch.zeros(2500)}
+        checkpoint = Checkpoint("refiner", unit.scene, 1, config, "float32", weights, {}, {})
+        save_checkpoint(checkpoint, folder / "refiner.pt")
+        iio.imwrite(folder / "strip.png", np.full((96, 384, 3), 99, np.uint8))
+    return metrics | {"seconds": 20.0}
 
 
-def _leave(plan: Plan, unit: Unit) -> None:
-    """What a whole training leaves in its folder; the weights are far smaller than real ones."""
-    folder = plan.trial_folder(unit.configuration, unit.scene)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(with_overrides(plan.base, unit.overrides), folder / "config.yaml")
-    (folder / "refiner.pt").write_bytes(bytes(10_000))
-    iio.imwrite(folder / "strip.png", np.full((96, 384, 3), 99, np.uint8))
-
-
-def _tenth(watch: Stopwatch, write: TimedWriter, trials: int, seconds: float) -> Tenth:
-    suggest, book, writing = (watch.seconds.pop(name, 0.0) for name in ("suggest", "book", "write"))
-    calls, write.calls = write.calls, 0
+def _tenth(
+    watch: Stopwatch, state: StudyState, tracker: Tracker | None, trials: int, seconds: float
+) -> Tenth:
+    suggest, record = (watch.seconds.pop(name, 0.0) for name in ("suggest", "record"))
     pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    backlog = len(state.recorded) - tracker.num_written if tracker else 0
+    before = watch.seconds["backlog"]
+    watch.seconds["backlog"] = backlog
     return Tenth(
         decisions=2 * trials / seconds,
         suggest=1e3 * suggest / trials,
-        book=1e3 * book / trials,
-        writes=calls / writing if writing else 0.0,
-        backlog=len(write),
+        record=1e3 * record / trials,
+        written=(trials + before - backlog) / seconds,
+        backlog=backlog,
         memory=pages * resource.getpagesize() / 2**20,
     )
 
@@ -207,12 +174,11 @@ def main(options: Options) -> None:
             scenes="all", data=None, name=f"scale-{int(time.time())}", storage=Path(folder),
             has_gpu=False,
         )  # fmt: skip
-        tracker = Silent() if options.tracking == "none" else Tracker(plan, "scale")
-        watch = Stopwatch()
-        write = TimedWriter(watch)
-        with write:
-            tenths, state, clock = simulate(options, plan, tracker, write, watch)
-            started, behind = time.perf_counter(), len(write)
+        state = StudyState(plan)
+        tracker = None if options.tracking == "none" else Tracker(state)
+        with nullcontext() if tracker is None else repeated(tracker.sync):
+            tenths, clock = simulate(options, plan, state, tracker)
+            started, behind = time.perf_counter(), int(tenths[-1].backlog)
         late = time.perf_counter() - started
         journal = (plan.folder / "optuna.journal").stat().st_size / 2**20
     lines = list(_lines(options, tenths, state, clock, journal, behind, late))
@@ -236,18 +202,18 @@ def _lines(
         f"Tracking: {options.tracking.split('://')[0]}. {state.num_ended} configurations ended, "
         f"{len(state.pruned)} of them stopped; {clock / 60:.0f} simulated minutes; Optuna's "
         f"journal {journal:.0f} MiB."
-        + (f" At the end {behind} calls were left for MLflow, for {late:.0f} s." if behind else "")
+        + (f" At the end MLflow lacked {behind} units, for {late:.0f} s." if behind else "")
         + "\n"
     )
     yield (
-        "| tenth | decisions / s | next trial, ms | booking, ms | MLflow calls / s | waiting calls "
+        "| tenth | decisions / s | next trial, ms | recording, ms | units to MLflow / s | backlog "
         "| driver, MiB |"
     )
     yield "|---|---|---|---|---|---|---|"
     for index, tenth in enumerate(tenths, 1):
         cells = {name: f"{number:.1f}" for name, number in tenth._asdict().items()}
         if options.tracking == "none":
-            cells |= {"writes": "-", "backlog": "-"}
+            cells |= {"written": "-", "backlog": "-"}
         yield f"| {index} | " + " | ".join(cells.values()) + " |"
 
 

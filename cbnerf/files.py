@@ -65,3 +65,11 @@ def atomic_write_text(target: Path, text: str) -> None:
     """Write a text file, or replace it."""
     with atomic_write(target) as file:
         file.write_text(text, encoding="utf-8")
+
+
+def drop_torn_line(file: Path) -> None:
+    """Cut off a last line without an end, which a killed process or a full disk has left."""
+    content = file.read_bytes()
+    complete = content.rfind(b"\n") + 1
+    if complete < len(content):
+        os.truncate(file, complete)

@@ -1,6 +1,8 @@
-"""Comparisons of big arrays whose failures fit into some lines."""
+"""Comparisons of arrays and files whose failures fit into some lines."""
 
+import hashlib
 from pathlib import Path
+from typing import Any
 
 import imageio.v3 as iio
 import numpy as np
@@ -45,6 +47,15 @@ def assert_same_files(folder: Path, other: Path) -> None:
         raise AssertionError(f"{name}: other bytes, {sizes} of them")
 
 
-def read_hashes(folder: Path) -> dict[str, int]:
-    """A number for the content of each file, which a failure prints in place of its bytes."""
-    return {file.name: hash(file.read_bytes()) for file in folder.iterdir() if file.is_file()}
+def read_files(folder: Path) -> dict[str, bytes]:
+    """The content of each file of a folder, by name."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
+def shorten(value: Any) -> Any:
+    """A value for a message: size and hash in place of more than 40 bytes, also in containers."""
+    if isinstance(value, bytes) and len(value) > 40:
+        return f"<{len(value)} bytes, sha256 {hashlib.sha256(value).hexdigest()[:12]}>"
+    if isinstance(value, dict):
+        return {key: shorten(one) for key, one in value.items()}
+    return type(value)(map(shorten, value)) if type(value) in (list, tuple) else value

@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from comparing import shorten
 
 from cbnerf.config import Config
 from cbnerf.data.library import make_capture
@@ -19,6 +20,12 @@ if find_spec("ray") is None:  # the core is tested without the search extra, too
     collect_ignore = ["search", "test_tune_configs.py"]
 
 EXIT_STATUS = pytest.StashKey[int]()
+
+
+def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
+    """Print the sizes and hashes of unequal files, not their bytes."""
+    short = [shorten(left), shorten(right)]
+    return [f"{short[0]!r} {op} {short[1]!r}"] if short != [left, right] else None
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

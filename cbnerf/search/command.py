@@ -22,27 +22,20 @@ from cbnerf.data.library import DATA_VARIABLE, DEFAULT_DATA, describe_photograph
 from cbnerf.files import check_may_write, is_about_space
 from cbnerf.overrides import with_overrides
 from cbnerf.report.tables import to_markdown
-from cbnerf.search.driver import (
-    Outcome,
-    find_precision,
-    known_scores,
-    quieten_libraries,
-    run_study,
-)
+from cbnerf.search.driver import Outcome, find_precision, quieten_libraries, run_study
 from cbnerf.search.estimate import bytes_needed, describe_price
 from cbnerf.search.machines import num_slots
 from cbnerf.search.mlflow_store import tracking_uri, without_password
 from cbnerf.search.plan import Plan
-from cbnerf.search.report import scene_table, write_report
+from cbnerf.search.report import known_scores, scene_table, write_report
 from cbnerf.search.request import (
     Options,
     Settled,
-    find_request,
     know_photographs,
-    plan_request,
+    plan_study,
     read_request,
     settle,
-)
+)  # fmt: skip
 from cbnerf.search.state import StudyState
 from cbnerf.search.tracking import NOT_COMPARABLE
 
@@ -153,8 +146,7 @@ def report_study(storage: Path, name: str) -> Path:
     nothing if no configuration has finished.
     """
     quieten_libraries()
-    options = Options(storage=storage, name=name, resume=True)
-    plan = plan_request(find_request(options), options, has_gpu=False)
+    plan = plan_study(storage, name)
     state = StudyState(plan, adopt=False)
     best = state.best()
     if best is None:

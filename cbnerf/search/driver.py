@@ -1,13 +1,11 @@
 """Run a study: stage 1 of every scene, then the search, then the report."""
 
-import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 from traceback import format_exception
 from typing import Any, NamedTuple
 
@@ -17,28 +15,17 @@ from mlflow.exceptions import MlflowException
 from ray import tune
 from tqdm import tqdm
 
-from cbnerf.config import Config
-from cbnerf.files import atomic_write_text
 from cbnerf.nerf.model import AUTO_PRECISION, Precision
 from cbnerf.overrides import with_overrides
-from cbnerf.search.diary import Diary, catch_up
 from cbnerf.search.estimate import measure_share, part_of_gpu
 from cbnerf.search.machines import num_slots, worker_resources
 from cbnerf.search.plan import Plan
-from cbnerf.search.report import SceneScores, write_report
-from cbnerf.search.searcher import TuneSearcher
-from cbnerf.search.spec import QUALITIES
+from cbnerf.search.report import SceneScores, score_once, write_report
+from cbnerf.search.searcher import Recorder, TuneSearcher
 from cbnerf.search.state import StudyState
 from cbnerf.search.tasks import call, for_each_scene, is_of_memory, reason
-from cbnerf.search.tracking import Tracker
-from cbnerf.search.worker import (
-    MAX_FAILURES,
-    find_precision_here,
-    run_base_field,
-    run_units,
-    score_best,
-)
-from cbnerf.search.writer import Writer
+from cbnerf.search.tracking import Tracker, repeated
+from cbnerf.search.worker import MAX_FAILURES, find_precision_here, run_base_field, run_units
 from cbnerf.training.checkpoint import Stage
 
 _FIRST_WAITING = 8
@@ -61,42 +48,47 @@ class Outcome(NamedTuple):
 def run_study(
     plan: Plan, say: Callable[[str], None], concurrency: int | None = None
 ) -> Outcome | None:
-    """Run what is left of a study on the Ray that is initialised; None if all of it failed.
+    """Run the remaining units of a study on the initialised Ray; None if all configurations failed.
 
-    At most `concurrency` training runs stand at a time; without, as many as there is room for, and
-    as many again wait, so that an autoscaler sees that there is work for more machines.
+    At most `concurrency` training runs are submitted at a time. Without it, twice as many as the
+    machines hold: an autoscaler adds machines for those that wait.
     """
     seconds: dict[str, float] = {}
     with _timed(seconds, "storage"):
         state = StudyState(plan)
-        tracker = Tracker(plan, state.id)
+        tracker = Tracker(state)
     try:
-        catch_up(state, tracker)
-        if not state.is_over:
-            with Writer() as write:
-                if plan.shares_fields:
-                    with _timed(seconds, "stage 1"):
-                        _train_fields(_sharing_gpus(plan, ("field",)), state, tracker, write)
-                own: tuple[Stage, ...] = () if plan.shares_fields else ("field",)
-                with _timed(seconds, "search"):
-                    shared = _sharing_gpus(plan, (*own, plan.stage))
-                    _search(shared, state, tracker, write, concurrency)
-                    write.wait()
-        else:
-            say("all configurations of this study are done; nothing is trained again")
+        with repeated(tracker.sync):
+            if state.is_over:
+                say("all configurations of this study are done; nothing is trained again")
+            else:
+                _train(plan, state, seconds, concurrency)
         best = state.best()
         if best is None:
             return None
         with _timed(seconds, "scoring and report"):
             config = with_overrides(plan.base, best.params)
-            scores = _score_once(plan, config, best.number)
+            scores = score_once(plan, config, best.number)
             files = write_report(state, config, best.number, scores)
             tracker.log_report(files, dict(zip(plan.spec.objectives, best.values, strict=True)))
         return Outcome(best.number, scores, seconds, tracker.experiment_id)
     except BaseException:
-        with suppress(MlflowException):  # What ended the study may have ended MLflow, too.
+        with suppress(MlflowException):  # MLflow may have failed for the same reason.
             tracker.interrupt()
         raise
+
+
+def _train(
+    plan: Plan, state: StudyState, seconds: dict[str, float], concurrency: int | None
+) -> None:
+    """Stage 1 if the configurations share it, then the search."""
+    own: tuple[Stage, ...] = ("field",)
+    if plan.shares_fields:
+        own = ()
+        with _timed(seconds, "stage 1"):
+            _train_fields(_sharing_gpus(plan, ("field",)), state)
+    with _timed(seconds, "search"):
+        _search(_sharing_gpus(plan, (*own, plan.stage)), state, concurrency)
 
 
 @contextmanager
@@ -127,41 +119,38 @@ def find_precision(plan: Plan) -> Precision:
     return call(plan, find_precision_here)
 
 
-def _train_fields(plan: Plan, state: StudyState, tracker: Tracker, write: Writer) -> None:
+def _train_fields(plan: Plan, state: StudyState) -> None:
     with _progress(len(plan.scenes), "stage 1", "scene") as bar:
         for scene, (folder, metrics) in for_each_scene(plan, run_base_field, trains=True):
             state.record_field(scene, folder.name, metrics["seconds"])
-            write(tracker.log_field, scene, folder, metrics)
             bar.update()
             if "val/psnr" in metrics:
                 bar.write(f"  stage 1  {scene:<12} val {metrics['val/psnr']:.2f} dB")
 
 
-def _search(
-    plan: Plan, state: StudyState, tracker: Tracker, write: Writer, concurrency: int | None
-) -> None:
+def _search(plan: Plan, state: StudyState, concurrency: int | None) -> None:
     limit = _Room(plan) if concurrency is None else lambda: concurrency
     bar = _progress(plan.spec.trials, "search", "configuration", done=state.num_ended)
     with bar:
-        diary = Diary(state, tracker, write, bar)
+        recorder = Recorder(state, bar)
         while True:
             walks = plan.spec.resources.workers > 1
-            searcher = TuneSearcher(state, diary.end_unit, limit=limit, walk=walks)
+            searcher = TuneSearcher(state, recorder.end_unit, limit=limit, walk=walks)
             try:
-                return _tune(plan, searcher, diary)
+                return _tune(plan, searcher, recorder)
             except Exception as error:
-                # Where Ray ends a trial's process for memory, Tune itself ends: with RuntimeError.
+                # If Ray kills the process of a trial for memory, Tune ends with a RuntimeError.
                 trouble = "".join(format_exception(error))
                 if not is_of_memory(trouble):
                     raise
-                named, others = searcher.left(trouble)
+                named, others = searcher.unfinished(trouble)
                 for unit in others:
                     state.release(unit)
                 for unit in named:
-                    diary.lose_unit(unit, reason(trouble))
+                    recorder.lose_unit(unit, reason(trouble))
 
 
-def _tune(plan: Plan, searcher: TuneSearcher, diary: Diary) -> None:
+def _tune(plan: Plan, searcher: TuneSearcher, recorder: Recorder) -> None:
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(run_units, plan=plan), _trial_resources(plan)),
         tune_config=tune.TuneConfig(
@@ -173,7 +162,7 @@ def _tune(plan: Plan, searcher: TuneSearcher, diary: Diary) -> None:
             name="ray_tune",
             storage_path=str(plan.folder),
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
-            callbacks=[diary],
+            callbacks=[recorder],
             verbose=0,
         ),
     )
@@ -200,37 +189,6 @@ def _trial_resources(plan: Plan) -> dict[str, float]:
         # a CPU held here could starve it. Ray refuses {"CPU": 0}.
         return {"node:__internal_head__": 0.001}
     return {name.lower(): float(amount) for name, amount in worker_resources(plan).items()}
-
-
-def _score_once(plan: Plan, config: Config, number: int) -> SceneScores:
-    """Scores of the best configuration; the test views of a configuration are scored once."""
-    file = _scores_file(plan, number)
-    if not file.exists():
-        scores = dict(for_each_scene(plan, score_best, config, number, trains=False))
-        scores = {scene: scores[scene] for scene in plan.scenes}
-        atomic_write_text(file, json.dumps(scores, indent=1))
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def known_scores(state: StudyState, number: int) -> SceneScores:
-    """Scores of a configuration; before the end of its study those of the validation views."""
-    file = _scores_file(state.plan, number)
-    if file.exists():
-        return json.loads(file.read_text(encoding="utf-8"))
-    scores: SceneScores = {}
-    for scene, metrics in state.full_results(number).items():
-        metrics = metrics or {}
-        values = {name: metrics[name] for name in QUALITIES}
-        if "val/gain" in metrics:
-            before = {"val/psnr": metrics["val/psnr"] - metrics["val/gain"]}
-            scores[scene] = {"stage 1": before, "refined": values}
-        else:
-            scores[scene] = {"stage 1": values}
-    return scores
-
-
-def _scores_file(plan: Plan, number: int) -> Path:
-    return plan.folder / f"scores-{number:04d}.json"
 
 
 def _progress(total: int, label: str, unit: str, *, done: int = 0) -> "tqdm[Any]":

@@ -79,7 +79,7 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        raise ValueError(f"MLflow: {_first_words(error)}") from None
+        raise ValueError(f"MLflow: {first_line(error)}") from None
 
 
 def without_password(uri: str) -> str:
@@ -92,18 +92,18 @@ def _describe(error: MlflowException | SQLAlchemyError, uri: str) -> str:
     root = _root(error)
     if isinstance(root, ssl.SSLError):
         return (
-            f"its certificate is not trusted ({_first_words(root)}); name the file of its "
+            f"its certificate is not trusted ({first_line(root)}); name the file of its "
             "authority in MLFLOW_TRACKING_SERVER_CERT_PATH"
         )
     if isinstance(error, MlflowException) and root is error:  # an answer
-        return _first_words(error).replace("<database_uri>", f"'{without_password(uri)}'")
+        return first_line(error).replace("<database_uri>", f"'{without_password(uri)}'")
     if uri.startswith("http"):
         return (
-            f"no server answers ({_first_words(root)}); start it, or unset the variable to keep "
+            f"no server answers ({first_line(root)}); start it, or unset the variable to keep "
             "the runs in the storage"
         )
     return (
-        f"cannot be used as MLflow's database ({_first_words(root)}); a file that is damaged or of "
+        f"cannot be used as MLflow's database ({first_line(root)}); a file that is damaged or of "
         "something else is to be moved away, and runs are kept in a new one"
     )
 
@@ -114,8 +114,8 @@ def _root(error: BaseException) -> BaseException:
     return error
 
 
-def _first_words(error: BaseException) -> str:
-    """The first line, without passwords; SQLAlchemy adds its statements below."""
+def first_line(error: BaseException) -> str:
+    """The first line of an error, without passwords; SQLAlchemy adds its statements below."""
     line = str(error).strip().partition("\n")[0]
     return re.sub(r"//[^/@\s]*@", "//", line)[:300]
 

@@ -21,14 +21,19 @@ FULL = 2_000_000
 
 
 class Unit(NamedTuple):
-    """One configuration on one scene, or on all that share a codebook, up to one rung."""
+    """The training of one configuration on one scene (or on the joint scenes) up to one rung."""
 
     configuration: int
     """Number of the Optuna trial."""
     scene: str
     rung: int
-    """From 0; the last one is a whole training."""
+    """From 0; the last one is a full training."""
     overrides: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Identifies the unit within its study: `configuration/scene/rung`."""
+        return f"{self.configuration}/{self.scene}/{self.rung}"
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,10 @@ class Plan:
         while rungs > 1 and whole // stopping.eta ** (rungs - 1) < stopping.grace_period:
             rungs -= 1
         return rungs
+
+    def config_of(self, unit: Unit) -> Config:
+        """The configuration that a unit trains."""
+        return with_overrides(self.base, unit.overrides)
 
     def steps(self, config: Config, rung: int) -> int:
         """Training steps up to a rung, counted from 0."""

@@ -1,18 +1,55 @@
 """The report of a study: the best configuration as YAML, and a page of tables and charts."""
 
+import json
 import math
 from pathlib import Path
 
 from cbnerf.config import Config
+from cbnerf.files import atomic_write_text
 from cbnerf.overrides import save_config
 from cbnerf.report.page import Code, Page, Section, write_page
 from cbnerf.report.tables import Cell, Table
 from cbnerf.search.charts import charts
+from cbnerf.search.plan import Plan
+from cbnerf.search.spec import QUALITIES
 from cbnerf.search.state import StudyState
+from cbnerf.search.tasks import for_each_scene
 from cbnerf.search.tracking import NOT_COMPARABLE
+from cbnerf.search.worker import score_best
 
 SceneScores = dict[str, dict[str, dict[str, float]]]
 """scene -> `stage 1` or `refined` -> metric -> value."""
+
+
+def score_once(plan: Plan, config: Config, number: int) -> SceneScores:
+    """Scores of the best configuration; its test views are scored only once."""
+    file = _scores_file(plan, number)
+    if not file.exists():
+        scores = dict(for_each_scene(plan, score_best, config, number, trains=False))
+        scores = {scene: scores[scene] for scene in plan.scenes}
+        atomic_write_text(file, json.dumps(scores, indent=1))
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def known_scores(state: StudyState, number: int) -> SceneScores:
+    """Scores of a configuration; before its study has ended, of the validation views only."""
+    file = _scores_file(state.plan, number)
+    if file.exists():
+        return json.loads(file.read_text(encoding="utf-8"))
+    scores: SceneScores = {}
+    for scene, metrics in state.full_results(number).items():
+        metrics = metrics or {}
+        values = {name: metrics[name] for name in QUALITIES}
+        if "val/gain" in metrics:
+            before = {"val/psnr": metrics["val/psnr"] - metrics["val/gain"]}
+            scores[scene] = {"stage 1": before, "refined": values}
+        else:
+            scores[scene] = {"stage 1": values}
+    return scores
+
+
+def _scores_file(plan: Plan, number: int) -> Path:
+    return plan.folder / f"scores-{number:04d}.json"
 
 
 def scene_table(scores: SceneScores) -> Table:

@@ -105,7 +105,7 @@ class Settled(NamedTuple):
 
 def read_request(options: Options, default_config: Path) -> Request:
     """The request of a command line; with `--resume` that of the study."""
-    request = find_request(options) if options.resume else _new_request(options, default_config)
+    request = _find_request(options) if options.resume else _new_request(options, default_config)
     spec = dict(request.spec)
     if options.trials is not None:
         spec["trials"] = options.trials
@@ -127,7 +127,7 @@ def _new_request(options: Options, default_config: Path) -> Request:
     return Request(scenes=options.scenes, data=data, spec=content)
 
 
-def find_request(options: Options) -> Request:
+def _find_request(options: Options) -> Request:
     """The request of the study `--name`, perhaps with its photographs in another folder."""
     fixed = ("config", "resolution", "method")
     repeated = [name for name in fixed if getattr(options, name) is not None]
@@ -149,7 +149,7 @@ def find_request(options: Options) -> Request:
     return replace(request, data=str(options.data.resolve())) if options.data else request
 
 
-def plan_request(request: Request, options: Options, *, has_gpu: bool) -> Plan:
+def _plan(request: Request, options: Options, *, has_gpu: bool) -> Plan:
     """The plan of a request. With `--resume` its scenes are not searched for: more may have been
     added since."""
     resolution = {"resolution": request.resolution} if request.resolution else {}
@@ -166,9 +166,15 @@ def plan_request(request: Request, options: Options, *, has_gpu: bool) -> Plan:
     return plan.with_precision(request.precision) if request.precision else plan
 
 
+def plan_study(storage: Path, name: str) -> Plan:
+    """The plan of a study that was started, without a look at its photographs."""
+    options = Options(storage=storage, name=name, resume=True)
+    return _plan(_find_request(options), options, has_gpu=False)
+
+
 def settle(request: Request, options: Options, *, has_gpu: bool | None) -> Settled:
     """Plan a request and check it; `has_gpu` is None as long as the cluster is not known."""
-    plan = plan_request(request, options, has_gpu=bool(has_gpu))
+    plan = _plan(request, options, has_gpu=bool(has_gpu))
     _check_names(plan)
     if options.resume:
         _check_still_there(plan)

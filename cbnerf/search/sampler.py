@@ -1,6 +1,5 @@
 """What is tried next: the Optuna study of a search and its sampler."""
 
-import os
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ from optuna.trial import TrialState
 from scipy.stats import qmc
 
 from cbnerf.config import flatten
+from cbnerf.files import drop_torn_line
 from cbnerf.search.plan import Plan
 from cbnerf.search.spec import QUALITIES, Choices, Range
 
@@ -25,7 +25,7 @@ def open_study(plan: Plan) -> optuna.Study:
     file = _journal_file(plan)
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.exists():
-        _drop_torn_line(file)
+        drop_torn_line(file)  # Optuna refuses a journal that holds one.
     lock = JournalFileOpenLock(str(file))
     with suppress(RuntimeError):  # There is none, as a rule.
         lock.release()
@@ -55,14 +55,6 @@ def _open_journal(file: Path, lock: JournalFileOpenLock | None = None) -> Journa
         return JournalStorage(JournalFileBackend(str(file), lock_obj=lock))
     except ValueError as error:
         raise ValueError(f"{file}: damaged ({error}); bring back a copy of it") from None
-
-
-def _drop_torn_line(file: Path) -> None:
-    # Optuna refuses a journal with a broken line in it. Whoever wrote it was told that it failed.
-    content = file.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(file, whole)
 
 
 def make_study(plan: Plan, storage: optuna.storages.BaseStorage | None = None) -> optuna.Study:

@@ -4,6 +4,7 @@ Names in this file:
 
     configuration   number of the Optuna trial that holds its knobs
     unit            (configuration, scene, rung), and the knobs as overrides
+    recorded        a unit whose metrics, or whose failure, the study holds
     pair            (scene, rung) of a unit
     started         at least one unit of the configuration has finished
     ended           told to Optuna: finished, pruned, failed or beyond a limit
@@ -56,6 +57,10 @@ class StudyState:
         self.study = study
         self.pruned: dict[int, Pruned] = {}
         """Pruned configurations, by number."""
+        self.recorded: list[tuple[Unit, Metrics | None]] = []
+        """Recorded units and their metrics (None: it failed), in the order of recording."""
+        self.failures: list[tuple[Unit, str]] = []
+        """Failed units and the reasons."""
         trials = self.study.get_trials(deepcopy=False)
         self._racing = Racing(plan, max(plan.spec.trials, len(trials)))
         self._pairs = [(scene, rung) for rung in range(plan.rungs) for scene in plan.trainings]
@@ -64,9 +69,13 @@ class StudyState:
         begun = [trial for trial in trials if trial.state != TrialState.WAITING]
         under_way = [trial for trial in begun if trial.state == TrialState.RUNNING]
         self._elsewhere = set() if adopt else {trial.number for trial in under_way}
-        recorded = self.study.user_attrs
+        attributes = self.study.user_attrs
+        self.fields: dict[str, str] = attributes.get("fields", {})
+        """Cache entries of the fields that all configurations refine, by scene."""
+        self.field_seconds: dict[str, float] = attributes.get("field_seconds", {})
+        """Training seconds of these fields, by scene."""
         for trial in begun:
-            self._restore(trial, recorded)
+            self._restore(trial, attributes)
         for trial in under_way if adopt else ():  # They are judged by all results.
             self._reopen(trial)
 
@@ -74,11 +83,6 @@ class StudyState:
     def id(self) -> str:
         """Distinguishes the study from a later one with the same name."""
         return self.study.user_attrs["id"]
-
-    @property
-    def num_recorded(self) -> int:
-        """Number of recorded units."""
-        return sum(len(results) for results in self._results.values())
 
     @property
     def started(self) -> list[int]:
@@ -107,39 +111,33 @@ class StudyState:
         """Metrics of the recorded units; None for a failed one."""
         return self._results[configuration]
 
-    def recorded_units(self, configuration: int) -> list[tuple[Unit, Metrics | None]]:
-        """The recorded units and their metrics."""
-        knobs = self.study.get_trials(deepcopy=False)[configuration].params
-        return [
-            (Unit(configuration, *pair, knobs), metrics)
-            for pair, metrics in self._results[configuration].items()
-        ]
-
     def full_results(self, configuration: int) -> dict[str, Metrics | None]:
         """Metrics at the last rung, by scene."""
         last = self.plan.rungs - 1
         return {s: m for (s, rung), m in self._results[configuration].items() if rung == last}
 
-    @property
-    def field_seconds(self) -> dict[str, float]:
-        """Training seconds of stage 1 by scene, where all configurations share it."""
-        return self.study.user_attrs.get("field_seconds", {})
+    def has_ended(self, configuration: int) -> bool:
+        return configuration not in self._under_way
 
-    @property
-    def fields(self) -> dict[str, str]:
-        """Cache entries of the fields that all configurations refine, by scene."""
-        return self.study.user_attrs.get("fields", {})
+    def in_flight(self) -> list[Unit]:
+        """The units that are handed out. Another thread may call it."""
+        return [
+            Unit(one.number, *pair, one.overrides)
+            for one in list(self._running.values())
+            for pair in sorted(one.in_flight)
+        ]
 
     def record_field(self, scene: str, entry: str, seconds: float) -> None:
         """Record the field that all configurations refine; it must not change during a study."""
-        entries = self.fields
-        if entries.get(scene, entry) != entry:
+        if self.fields.get(scene, entry) != entry:
             raise ValueError(
                 f"study {self.plan.name}: photographs of {scene}, or the code of stage 1, have "
                 "changed since it was started; give another --name"
             )
-        self.study.set_user_attr("fields", entries | {scene: entry})
-        self.study.set_user_attr("field_seconds", self.field_seconds | {scene: seconds})
+        self.fields = self.fields | {scene: entry}
+        self.field_seconds = self.field_seconds | {scene: seconds}
+        self.study.set_user_attr("fields", self.fields)
+        self.study.set_user_attr("field_seconds", self.field_seconds)
 
     def best(self) -> FrozenTrial | None:
         """The fully trained configuration with the highest first objective."""
@@ -187,26 +185,33 @@ class StudyState:
             math.isfinite(metrics[q]) for q in self._racing.qualities
         ):
             metrics = None
-        pair = (unit.scene, unit.rung)
-        self.study.set_user_attr(_key(unit.configuration, pair), metrics)
-        self._add(unit.configuration, pair, metrics)
+        self.study.set_user_attr(unit.key, metrics)
+        self._add(unit, metrics)
         if one := self._running.get(unit.configuration):  # else it has been pruned meanwhile
-            one.in_flight.discard(pair)
+            one.in_flight.discard((unit.scene, unit.rung))
             self._settle(one)
+
+    def explain(self, unit: Unit, reason: str) -> None:
+        """Record why a unit has failed."""
+        self.study.set_user_attr(f"{unit.key}/failure", reason)
+        self.failures.append((unit, reason))
 
     def release(self, unit: Unit) -> None:
         """Return a unit that was handed out and has not started."""
         if one := self._running.get(unit.configuration):
             one.in_flight.discard((unit.scene, unit.rung))
 
-    def _restore(self, trial: FrozenTrial, recorded: dict[str, Any]) -> None:
+    def _restore(self, trial: FrozenTrial, attributes: dict[str, Any]) -> None:
         number = trial.number
         self._results[number] = {}
         for pair in self._pairs:
-            if (key := _key(number, pair)) in recorded:
-                self._add(number, pair, recorded[key])
-        if (key := f"{number}/pruned") in recorded:
-            self.pruned[number] = Pruned(*recorded[key])
+            unit = Unit(number, *pair, trial.params)
+            if unit.key in attributes:
+                self._add(unit, attributes[unit.key])
+            if (key := f"{unit.key}/failure") in attributes:
+                self.failures.append((unit, attributes[key]))
+        if (key := f"{number}/pruned") in attributes:
+            self.pruned[number] = Pruned(*attributes[key])
         if trial.state == TrialState.COMPLETE and number not in self.pruned:
             objectives = zip(self.plan.spec.objectives, trial.values, strict=True)
             self._racing.finished[number] = dict(objectives)
@@ -268,10 +273,12 @@ class StudyState:
             and (rung == 0 or (scene, rung - 1) in done)
         ]
 
-    def _add(self, number: int, pair: SceneRung, metrics: Metrics | None) -> None:
-        self._results[number][pair] = metrics
+    def _add(self, unit: Unit, metrics: Metrics | None) -> None:
+        pair = (unit.scene, unit.rung)
+        self._results[unit.configuration][pair] = metrics
         if metrics is not None:
-            self._racing.add(number, pair, metrics)
+            self._racing.add(unit.configuration, pair, metrics)
+        self.recorded.append((unit, metrics))
 
     def _settle(self, one: _Running) -> None:
         """Tell Optuna if a configuration has failed, finished or is pruned."""
@@ -288,8 +295,3 @@ class StudyState:
     def _tell(self, one: _Running, **outcome: Any) -> None:
         del self._running[one.number]
         self.study.tell(one.number, **outcome)
-
-
-def _key(configuration: int, pair: SceneRung) -> str:
-    scene, rung = pair
-    return f"{configuration}/{scene}/{rung}"

@@ -1,243 +1,304 @@
 """MLflow: an experiment per study, a run per configuration, a child run per scene.
 
-One writer, on the driver, with explicit run ids. Runs are found again by their tags, so a restarted
-study adds to its runs instead of making new ones. Stage-1 runs stand beside, linked by a tag.
+The state of the search and the trial folders say what the runs should hold; `Tracker.sync` writes
+the difference to what they do hold. Runs are found by the tag `cbnerf.key`:
+
+    report                       the closing report
+    field/ENTRY                  stage 1 of a scene, by its cache entry
+    configuration/NUMBER         closed once it has the tag `cbnerf.ended`
+    unit/NUMBER/SCENE            all rungs of a configuration on a scene; a child of the former
 """
 
 import subprocess
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import imageio.v3 as iio
-from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.entities import Metric
+from tqdm import tqdm
 
 from cbnerf.config import flatten_field
-from cbnerf.overrides import with_overrides
-from cbnerf.search.mlflow_store import legal_key, open_client, open_experiment
-from cbnerf.search.plan import Plan, Unit
+from cbnerf.search.curves import Curves, read_curves
+from cbnerf.search.mlflow_store import first_line, legal_key, open_client, open_experiment
+from cbnerf.search.plan import Unit
 from cbnerf.search.racing import Metrics
+from cbnerf.search.runs import TrackedRun, find_runs
+from cbnerf.search.state import StudyState
 from cbnerf.training.checkpoint import Stage, save_weights
-from cbnerf.training.stages import CHECKPOINT_FILES, CONFIG_FILE, STRIP_FILE
+from cbnerf.training.stages import CHECKPOINT_FILES, CONFIG_FILE, STRIP_FILE, read_metrics
 
 _ENDED = "cbnerf.ended"
 """Tag of a configuration's run: `finished`, `stopped` or `failed`."""
+_NOTE = "mlflow.note.content"
 NOT_COMPARABLE = "built-in scenes: not comparable with the paper"
 
 
 class Tracker:
-    """Writes what happens in a study into its MLflow experiment."""
+    """Keeps the MLflow experiment of a study up to date."""
 
-    def __init__(self, plan: Plan, study_id: str):
-        self._plan = plan
-        self._study_id = study_id
-        self._client = open_client(plan.storage)
+    def __init__(self, state: StudyState):
+        """Raises ValueError where MLflow does not answer."""
+        self._state, self._plan = state, state.plan
+        self._client = open_client(self._plan.storage)
         self.experiment_id = open_experiment(
-            self._client, plan.name, plan.storage, {"cbnerf.data": plan.source}
+            self._client, self._plan.name, self._plan.storage, {"cbnerf.data": self._plan.source}
         )
-        self._fields: dict[str, str] = {}
+        self._runs: dict[str, TrackedRun] = {}
+        self._is_loaded = False
         self._opened: set[str] = set()
-        self._ended: set[str] = set()
-        """Keys of fields and units trained to their end and of configurations that are closed."""
-        self._runs: dict[str, str] = {}
-        """Run ids by key."""
-        self._latest: dict[str, dict[str, float]] = {}
-        """Last value of each metric, by run id."""
-        for run in self._existing_runs():
-            key, tags = run.data.tags["cbnerf.key"], run.data.tags
-            self._runs[key], self._latest[run.info.run_id] = run.info.run_id, run.data.metrics
-            of_training = key.startswith(("field/", "unit/"))
-            if _ENDED in tags or (of_training and run.info.status == "FINISHED"):
-                self._ended.add(key)
+        """Keys of the units whose runs have been opened since the runs were loaded."""
+        self._open: set[int] = set()
+        """Configurations with a run that is not closed."""
+        self._num_restored = len(state.recorded)
+        self.num_written = 0
+        """Number of the state's recorded units that MLflow has received."""
+        self._num_failures = 0
 
-    def log_field(self, scene: str, folder: Path, metrics: dict[str, float]) -> None:
-        """A finished stage-1 run, once."""
-        key = f"field/{folder.name}"
-        if key in self._ended:
-            self._fields[scene] = self._runs[key]
-            return
-        run = self._run(key, f"stage 1 {scene}", {"cbnerf.kind": "field", "cbnerf.scene": scene,
-                        "cbnerf.field": folder.name})  # fmt: skip
-        self._fields[scene] = run
-        stage_1 = flatten_field(self._plan.base)
-        precision = {"precision": stage_1["field.precision"]}
-        self._log(run, {}, params={"scene": scene, **stage_1, **precision})
-        self._log_once(run, metrics, self._plan.base.field.optim.steps)
-        self._log_stage(run, folder, "field")
-        self._client.set_terminated(run)
-        self._ended.add(key)
+    def sync(self) -> None:
+        """Write what MLflow does not hold yet; after an error the next call goes on from there.
 
-    def start_unit(self, unit: Unit) -> None:
-        """Open the runs of a unit's configuration and scene."""
-        number = unit.configuration
-        plan = self._plan
-        key = _configuration_key(number)
-        if key not in self._opened:
-            run = self._run(key, f"configuration {number:02d}", {"cbnerf.kind": "configuration"})
-            precision = with_overrides(plan.base, unit.overrides).field.precision
-            about = {"method": plan.method, "resolution": plan.resolution, "precision": precision}
-            self._log(run, {}, params=about | dict(plan.spec.fixed) | unit.overrides)
-        if _unit_key(unit) not in self._opened and _unit_key(unit) not in self._ended:
-            child = self._run(
-                _unit_key(unit), f"{number:02d} {unit.scene}",
-                {"cbnerf.kind": "scene", "cbnerf.scene": unit.scene,
-                 "cbnerf.field_run": self._fields.get(unit.scene, ""),
-                 "mlflow.parentRunId": self._runs[key]},
-            )  # fmt: skip
-            self._log(child, {}, params={"scene": unit.scene, **unit.overrides})
+        May run in another thread than the search. Takes calls in proportion to what is new.
+        """
+        try:
+            self._load()
+            self._sync()
+        except BaseException:
+            self._is_loaded = False  # A call that failed may have been carried out.
+            raise
 
-    def log_step(self, unit: Unit, metrics: Metrics, step: int, node: str = "") -> None:
-        """One point of a unit's curves, and the machine that it comes from."""
-        tags = {"cbnerf.node": node} if node else {}
-        self._log(self._runs[_unit_key(unit)], metrics, step=step, tags=tags)
-
-    def end_unit(self, unit: Unit, metrics: Metrics | None) -> None:
-        """Closing values; of a whole training also images and checkpoint. None marks it failed."""
-        key = _unit_key(unit)
-        run = self._runs[key]
-        if metrics is None:
-            self._client.set_terminated(run, "FAILED")
-            return
-        if key in self._ended:
-            return
-        config = with_overrides(self._plan.base, unit.overrides)
-        self._log_once(run, metrics, self._plan.steps(config, unit.rung))
-        if unit.rung < self._plan.rungs - 1:
-            return
-        folder = self._plan.trial_folder(unit.configuration, unit.scene)
-        parent, scene = self._runs[_configuration_key(unit.configuration)], legal_key(unit.scene)
-        if (folder / STRIP_FILE).exists():  # stage 2 alone makes one
-            strip = iio.imread(folder / STRIP_FILE)
-            self._client.log_image(run, strip, key=f"{scene}/strip", step=0)
-            self._client.log_image(parent, strip, key=f"{scene}/strip", step=0)
-        about = {f"{scene}/{name}": metrics[f"val/{name}"]
-                 for name in ("psnr", "gain") if f"val/{name}" in metrics}  # fmt: skip
-        self._log_once(parent, about, 0)
-        self._log_stage(run, folder, self._plan.stage)
-        self._client.set_terminated(run)
-        self._ended.add(key)
-
-    def explain_failure(self, unit: Unit, reason: str) -> None:
-        """Why a unit failed, as the description of its run."""
-        self._client.set_tag(self._runs[_unit_key(unit)], "mlflow.note.content", reason)
-
-    def end_configuration(self, number: int, results: dict[str, Metrics | None]) -> None:
-        """Mean metrics over the scenes of whole trainings; one that failed on a scene has none."""
-        run = self._runs[_configuration_key(number)]
-        finished = [metrics for metrics in results.values() if metrics is not None]
-        if len(finished) < len(self._plan.trainings):
-            self._close(number, "failed", "FAILED")
-            return
-        means = {name: sum(m[name] for m in finished) / len(finished) for name in finished[0]}
-        self._log_once(run, means, 0)
-        self._close(number, "finished", "FINISHED")
-
-    def prune_configuration(self, number: int, reason: str) -> None:
-        """A configuration that was given up: its open runs end as killed, with the reason."""
-        run = self._runs[_configuration_key(number)]
-        self._client.set_tag(run, "mlflow.note.content", f"stopped: {reason}")
-        for scene in self._plan.trainings:
-            key = _unit_key(Unit(number, scene, 0, {}))
-            if key in self._runs and key not in self._ended:
-                self._client.set_terminated(self._runs[key], "KILLED")
-        self._close(number, "stopped", "KILLED")
-
-    def is_closed(self, number: int) -> bool:
-        """Whether the end of a configuration has been written down."""
-        return _configuration_key(number) in self._ended
-
-    def _close(self, number: int, how: str, status: str) -> None:
-        key = _configuration_key(number)
-        self._client.set_tag(self._runs[key], _ENDED, how)
-        self._client.set_terminated(self._runs[key], status)
-        self._ended.add(key)
-
-    def log_report(self, files: list[Path], metrics: dict[str, float]) -> None:
-        """The study's closing report."""
-        run = self._run("report", "report", {"cbnerf.kind": "report"})
-        self._log_once(run, metrics, 0)
+    def log_report(self, files: list[Path], metrics: Metrics) -> None:
+        """Write the closing report of the study."""
+        self._load()
+        run = self._run("report", "report", {"cbnerf.kind": "report"}, {})
+        run.write(_summary(metrics))
         for file in files:
-            self._client.log_artifact(run, str(file))
-        self._client.set_terminated(run)
+            self._client.log_artifact(run.id, str(file))
+        run.set_status("FINISHED")
 
     def interrupt(self) -> None:
-        """Mark the runs still open as killed; they are opened again when the study goes on."""
-        for run in self._existing_runs():
-            if run.info.status == "RUNNING":
-                self._client.set_terminated(run.info.run_id, "KILLED")
+        """Mark open runs as killed; `sync` opens them again when the study goes on."""
+        for run in find_runs(self._client, self.experiment_id, self._state.id):
+            if run.status == "RUNNING":
+                run.set_status("KILLED")
 
-    def _run(self, key: str, name: str, tags: dict[str, str]) -> str:
-        """The run with this key, opened (again)."""
-        self._opened.add(key)
-        if key in self._runs:
-            self._client.update_run(self._runs[key], status="RUNNING")
+    def _load(self) -> None:
+        if not self._is_loaded:
+            runs = find_runs(self._client, self.experiment_id, self._state.id)
+            self._runs = {run.tags["cbnerf.key"]: run for run in runs}
+            self._opened, self._is_loaded = set(), True
+
+    def _sync(self) -> None:
+        for scene, entry in self._state.fields.items():
+            self._write_field(scene, entry)
+        for unit in self._state.in_flight():
+            curves = self._curves(unit)
+            if curves.node:
+                _write_curves(self._open_unit(unit), curves)
+        for unit, metrics in self._state.recorded[self.num_written :]:
+            is_new = self.num_written >= self._num_restored
+            if is_new or not self._is_closed(unit.configuration):
+                self._write_unit(unit, metrics)
+            self.num_written += 1
+        for unit, reason in self._state.failures[self._num_failures :]:
+            self._open_unit(unit).write(tags={_NOTE: reason})
+            self._num_failures += 1
+        for number in sorted(self._open):
+            if self._state.has_ended(number):
+                self._close(number)
+
+    def _write_field(self, scene: str, entry: str) -> None:
+        folder, key = self._plan.cache.folder / entry, f"field/{entry}"
+        known = self._runs.get(key)
+        if known is not None and known.status == "FINISHED":
+            return
+        if (metrics := read_metrics(folder)) is None:
+            return  # The entry was removed from the cache.
+        tags = {"cbnerf.kind": "field", "cbnerf.scene": scene, "cbnerf.field": entry}
+        knobs = flatten_field(self._plan.base)
+        params = {"scene": scene, **knobs, "precision": knobs["field.precision"]}
+        run = self._run(key, f"stage 1 {scene}", tags, params)
+        run.write(_points(metrics, self._plan.base.field.optim.steps))
+        self._log_stage(run, folder, "field")
+        run.set_status("FINISHED")
+
+    def _open_unit(self, unit: Unit) -> TrackedRun:
+        """The run of a unit, and of its configuration; RUNNING unless the latter is closed."""
+        plan, number = self._plan, unit.configuration
+        key = _unit_key(number, unit.scene)
+        if key in self._opened:
             return self._runs[key]
-        plan = self._plan
-        about = {"cbnerf.key": key, "cbnerf.study": plan.name, "cbnerf.data": plan.source,
-                 "cbnerf.study_id": self._study_id}  # fmt: skip
-        if plan.data is None:
-            about["cbnerf.warning"] = NOT_COMPARABLE
-        if commit := _git_commit():
-            about["mlflow.source.git.commit"] = commit
-        created = self._client.create_run(self.experiment_id, run_name=name, tags=about | tags)
-        self._runs[key] = created.info.run_id
-        return created.info.run_id
+        precision = plan.config_of(unit).field.precision
+        about = {"method": plan.method, "resolution": plan.resolution, "precision": precision}
+        parent = self._run(
+            _configuration_key(number), f"configuration {number:02d}",
+            {"cbnerf.kind": "configuration"}, about | dict(plan.spec.fixed) | unit.overrides,
+        )  # fmt: skip
+        field = self._runs.get(f"field/{self._state.fields.get(unit.scene)}")
+        child = self._run(
+            key, f"{number:02d} {unit.scene}",
+            {"cbnerf.kind": "scene", "cbnerf.scene": unit.scene, "mlflow.parentRunId": parent.id,
+             "cbnerf.field_run": field.id if field else ""},
+            {"scene": unit.scene, **unit.overrides},
+        )  # fmt: skip
+        if not self._is_closed(number):
+            self._open.add(number)
+            for run in (parent, child):
+                if run.status == "KILLED":
+                    run.set_status("RUNNING")
+        self._opened.add(key)
+        return child
 
-    def _log(
-        self,
-        run: str,
-        metrics: dict[str, float],
-        *,
-        step: int = 0,
-        params: dict[str, Any] | None = None,
-        tags: dict[str, str] | None = None,
-    ) -> None:
-        now = int(time.time() * 1000)
-        self._latest.setdefault(run, {}).update(metrics)
-        self._client.log_batch(
-            run,
-            metrics=[Metric(name, value, now, step) for name, value in metrics.items()],
-            params=[Param(name, str(value)) for name, value in (params or {}).items()],
-            tags=[RunTag(name, value) for name, value in (tags or {}).items()],
-        )
+    def _write_unit(self, unit: Unit, metrics: Metrics | None) -> None:
+        """The curves and the metrics of a recorded unit; of a full training also its files."""
+        run = self._open_unit(unit)
+        if run.status == "FINISHED":
+            return
+        _write_curves(run, self._curves(unit))
+        if metrics is None:
+            run.set_status("FAILED")
+            return
+        run.write(_points(metrics, self._plan.steps(self._plan.config_of(unit), unit.rung)))
+        if unit.rung == self._plan.rungs - 1:
+            self._write_results(run, unit, metrics)
+            run.set_status("FINISHED")
+        elif self._is_closed(unit.configuration):
+            run.set_status("KILLED")
 
-    def _log_stage(self, run: str, folder: Path, stage: Stage) -> None:
-        """Configuration and weights of a trained stage; Adam's state is twice as large and stays in
-        the storage."""
-        self._client.log_artifact(run, str(folder / CONFIG_FILE))
+    def _write_results(self, run: TrackedRun, unit: Unit, metrics: Metrics) -> None:
+        folder = self._plan.trial_folder(unit.configuration, unit.scene)
+        parent, scene = self._runs[_configuration_key(unit.configuration)], legal_key(unit.scene)
+        if (folder / STRIP_FILE).exists():  # only of stage 2
+            strip = iio.imread(folder / STRIP_FILE)
+            for target in (run, parent):
+                self._client.log_image(target.id, strip, key=f"{scene}/strip", step=0)
+        names = [name for name in ("psnr", "gain") if f"val/{name}" in metrics]
+        parent.write(_summary({f"{scene}/{name}": metrics[f"val/{name}"] for name in names}))
+        self._log_stage(run, folder, self._plan.stage)
+
+    def _close(self, number: int) -> None:
+        """Write how a configuration has ended: with the means over its scenes if all finished."""
+        parent = self._runs[_configuration_key(number)]
+        finished = [m for m in self._state.full_results(number).values() if m is not None]
+        tags = {}
+        if (pruned := self._state.pruned.get(number)) is not None:
+            how, status = "stopped", "KILLED"
+            tags[_NOTE] = f"stopped: {pruned.reason}"
+        elif len(finished) < len(self._plan.trainings):
+            how, status = "failed", "FAILED"
+        else:
+            how, status = "finished", "FINISHED"
+            means = {name: sum(m[name] for m in finished) / len(finished) for name in finished[0]}
+            parent.write(_summary(means))
+        for scene in self._plan.trainings:
+            child = self._runs.get(_unit_key(number, scene))
+            if child is not None and child.status == "RUNNING":
+                child.set_status("KILLED")
+        parent.set_status(status)
+        parent.write(tags=tags | {_ENDED: how})  # Last: it marks the run as complete.
+        self._open.discard(number)
+
+    def _is_closed(self, number: int) -> bool:
+        run = self._runs.get(_configuration_key(number))
+        return run is not None and _ENDED in run.tags
+
+    def _curves(self, unit: Unit) -> Curves:
+        return read_curves(self._plan.trial_folder(unit.configuration, unit.scene))
+
+    def _run(self, key: str, name: str, tags: dict[str, str], params: dict[str, Any]) -> TrackedRun:
+        """The run with this key, created if there is none."""
+        if key not in self._runs:
+            plan = self._plan
+            tags |= {"cbnerf.key": key, "cbnerf.study": plan.name, "cbnerf.data": plan.source}
+            tags["cbnerf.study_id"] = self._state.id
+            if plan.data is None:
+                tags["cbnerf.warning"] = NOT_COMPARABLE
+            if commit := _git_commit():
+                tags["mlflow.source.git.commit"] = commit
+            created = self._client.create_run(self.experiment_id, run_name=name, tags=tags)
+            self._runs[key] = TrackedRun(self._client, created)
+        self._runs[key].write(params=params)
+        return self._runs[key]
+
+    def _log_stage(self, run: TrackedRun, folder: Path, stage: Stage) -> None:
+        """Configuration and weights of a trained stage, without the optimizer's state, which is
+        twice as large."""
+        self._client.log_artifact(run.id, str(folder / CONFIG_FILE))
         with TemporaryDirectory() as temporary:
             weights = Path(temporary) / CHECKPOINT_FILES[stage]
             save_weights(folder / CHECKPOINT_FILES[stage], stage, weights)
-            self._client.log_artifact(run, str(weights))
+            self._client.log_artifact(run.id, str(weights))
 
-    def _log_once(self, run: str, metrics: dict[str, float], step: int) -> None:
-        """Closing values, which a killed study may have logged in its first life already."""
-        logged = self._latest.get(run, {})
-        self._log(run, {k: v for k, v in metrics.items() if logged.get(k) != v}, step=step)
 
-    def _existing_runs(self) -> list[Run]:
-        runs: list[Run] = []
-        token = None
-        while True:
-            page = self._client.search_runs(
-                [self.experiment_id],
-                f"tags.`cbnerf.study_id` = '{self._study_id}'",
-                page_token=token,
-            )
-            runs += page
-            token = page.token
-            if not token:
-                return runs
+@contextmanager
+def repeated(
+    sync: Callable[[], None], *, seconds: float = 5.0, patience: float = 30.0
+) -> Iterator[None]:
+    """Call `sync` every few seconds in a thread, and once more at the end of the block.
+
+    An error of the last call is raised; earlier ones are printed. Where the block itself fails, the
+    last call may take `patience` seconds.
+    """
+    is_over = threading.Event()
+    error: Exception | None = None
+
+    def run() -> None:
+        nonlocal error
+        is_last = False
+        while not is_last:
+            is_last = is_over.wait(seconds)
+            before = error
+            try:
+                sync()
+                error = None
+            except Exception as problem:
+                error = problem
+                if before is None and not is_last:
+                    tqdm.write(f"  MLflow: {first_line(problem)}; trying again")
+
+    thread = threading.Thread(target=run, name="MLflow", daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException:
+        is_over.set()
+        thread.join(patience)
+        raise
+    is_over.set()
+    thread.join()
+    if error is not None:
+        raise error
+
+
+def _write_curves(run: TrackedRun, curves: Curves) -> None:
+    points = [
+        Metric(name, value, point.time, step)
+        for step, point in sorted(curves.points.items())
+        for name, value in point.metrics.items()
+    ]
+    run.write(points, tags={"cbnerf.node": curves.node} if curves.node else {})
+
+
+def _points(metrics: Metrics, step: int) -> list[Metric]:
+    now = int(time.time() * 1000)
+    return [Metric(name, value, now, step) for name, value in metrics.items()]
+
+
+def _summary(metrics: Metrics) -> list[Metric]:
+    return _points(metrics, 0)
 
 
 def _configuration_key(number: int) -> str:
     return f"configuration/{number}"
 
 
-def _unit_key(unit: Unit) -> str:
-    return f"unit/{unit.configuration}/{unit.scene}"
+def _unit_key(number: int, scene: str) -> str:
+    return f"unit/{number}/{scene}"
 
 
 @cache

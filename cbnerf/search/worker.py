@@ -25,11 +25,11 @@ from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
 from cbnerf.nerf.model import Precision, resolve_precision, settle_precision
-from cbnerf.overrides import with_overrides
+from cbnerf.search.curves import append_point, begin_curves
 from cbnerf.search.machines import TorchGroup, device_of_worker, worker_group
 from cbnerf.search.plan import Plan, Unit
 from cbnerf.training.checkpoint import Checkpoint, knobs_of_stage
-from cbnerf.training.distributed import choose_device, from_rank_0
+from cbnerf.training.distributed import choose_device, from_rank_0, process_rank
 from cbnerf.training.evaluation import mean_scores, refine_views
 from cbnerf.training.keys import field_key
 from cbnerf.training.memory import free_gpu_memory
@@ -65,7 +65,7 @@ def run_units(about: Mapping[str, Any], plan: Plan) -> None:
         else:
             for unit in units if plan.stage == "refiner" else ():
                 for scene in plan.scenes_of(unit.scene):
-                    _complete_field(plan, _config(plan, unit), scene)
+                    _complete_field(plan, plan.config_of(unit), scene)
             callbacks = [TuneReportCallback()]
             _train_together(plan, "units", _walk_in_worker, {"units": about["units"]}, callbacks)
     except _LASTING as error:
@@ -117,12 +117,15 @@ def load_scene(plan: Plan, name: str, data: DataConfig) -> Scene:
 def _run_unit(
     plan: Plan, index: int, unit: Unit, device: torch.device, tell: Callable[[dict], None]
 ) -> None:
-    config, folder = _config(plan, unit), plan.trial_folder(unit.configuration, unit.scene)
+    config, folder = plan.config_of(unit), plan.trial_folder(unit.configuration, unit.scene)
     until = plan.steps(config, unit.rung)
 
     def report(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
-        tell({**metrics, "unit": index, "step": step})
+        if process_rank() == 0:
+            append_point(folder, step, metrics)
 
+    if process_rank() == 0:
+        begin_curves(folder)
     if plan.stage == "field":
         scene = from_rank_0(lambda: load_scene(plan, unit.scene, config.data))
         metrics = run_field(config, scene, folder, device=device, report=report, until=until)
@@ -218,10 +221,6 @@ def _field_in_worker(about: dict[str, Any]) -> None:
 
 def _train_report(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
     train.report({**metrics, "step": step})
-
-
-def _config(plan: Plan, unit: Unit) -> Config:
-    return with_overrides(plan.base, unit.overrides)
 
 
 # A process meets the same few scenes again and again; what it has read stays with it.

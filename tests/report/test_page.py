@@ -1,6 +1,7 @@
 import re
 
 import pytest
+from comparing import read_files
 from PIL import Image
 
 from cbnerf.report.page import (
@@ -53,8 +54,8 @@ def test_a_page_is_written_with_its_pictures(tmp_path):
 
 def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path):
     write_page(PAGE, tmp_path)
-    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    before = read_files(tmp_path)
     broken = Picture("crops", "", None)  # pyright: ignore[reportArgumentType]
     with pytest.raises(AttributeError):
         write_page(PAGE._replace(sections=[Section("", [broken])]), tmp_path)
-    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert read_files(tmp_path) == before

@@ -83,7 +83,7 @@ def test_results_and_curves_of_two_processes_arrive(storage: Path):
     (cached,), unit = storage.glob(FIELD), storage / REFINER
     for folder, files in (
         (cached, {"field.pt", "renders.npz", "manifest.json"}),
-        (unit, {"refiner.pt", "strip.png"}),
+        (unit, {"refiner.pt", "strip.png", "metrics.jsonl"}),
     ):
         assert files | {"config.yaml", "metrics.json"} == {file.name for file in folder.iterdir()}
     client = MlflowClient(f"sqlite:///{storage / 'mlflow.db'}")

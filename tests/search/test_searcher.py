@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,15 +12,15 @@ import ray
 from mlflow import MlflowClient
 from optuna.trial import TrialState
 from ray import tune
+from tqdm import tqdm
 
 from cbnerf.search import driver
 from cbnerf.search.mlflow_store import tracking_uri
 from cbnerf.search.plan import Plan, Unit
 from cbnerf.search.racing import Metrics
-from cbnerf.search.searcher import TuneSearcher
+from cbnerf.search.searcher import Recorder, TuneSearcher
 from cbnerf.search.state import StudyState
 from cbnerf.search.tracking import Tracker
-from cbnerf.search.writer import Writer
 
 pytestmark = pytest.mark.search
 
@@ -86,7 +87,7 @@ def test_tune_runs_every_unit_and_books_its_last_report(tiny_plan, local_ray, wa
 def test_no_more_trials_stand_than_the_limit_says_at_that_time(tiny_plan):
     plan = tiny_plan("arcade,blinds", trials=6, stopping=NO_STOPPING)
     state, limit = StudyState(plan), 1
-    searcher = TuneSearcher(state, state.book, limit=lambda: limit)
+    searcher = TuneSearcher(state, state.record, limit=lambda: limit)
     assert searcher.suggest("a") and searcher.suggest("b") is None
     limit = 3
     assert searcher.suggest("b") and searcher.suggest("c") and searcher.suggest("d") is None
@@ -116,8 +117,8 @@ def test_a_failed_unit_tells_why_and_the_search_goes_on(
     monkeypatch.setattr(driver, "run_units", run_units)
     monkeypatch.setattr(driver, "MAX_FAILURES", 0)
     state = StudyState(plan)
-    with Writer() as write:
-        driver._search(plan, state, Tracker(plan, state.id), write, concurrency=2)
+    driver._search(plan, state, concurrency=2)
+    Tracker(StudyState(plan)).sync()
     output, errors = capfd.readouterr()
     assert "#00  arcade failed: train/loss not finite\n" in output
     assert "#00  blinds failed: RuntimeError: out of luck\n" in output
@@ -139,7 +140,7 @@ def test_a_failed_unit_tells_why_and_the_search_goes_on(
 def test_units_whose_processes_are_named_are_told_from_others(tiny_plan):
     plan = tiny_plan("arcade,blinds", trials=6, stopping=NO_STOPPING)
     state = StudyState(plan)
-    searcher = TuneSearcher(state, state.book, limit=lambda: 9)
+    searcher = TuneSearcher(state, state.record, limit=lambda: 9)
     units = {}
     for pid, trial_id in enumerate("abc", start=70):
         about = searcher.suggest(trial_id)
@@ -147,8 +148,48 @@ def test_units_whose_processes_are_named_are_told_from_others(tiny_plan):
         units[trial_id] = Unit(**about["units"][0])
         searcher.on_trial_result(trial_id, {"begun": True, "pid": pid, "node_ip": "10.0.0.1"})
     a, b, c = units["a"], units["b"], units["c"]
-    assert searcher.left("IP: 10.0.0.1 ... pid=71, actual memory") == ([b], [a, c])
-    assert searcher.left("IP: 10.0.0.2 ... pid=71, actual memory") == ([a, b, c], [])
-    assert searcher.left("IP: 10.0.0.1 ... pid=7, pid=710, ") == ([a, b, c], [])
+    assert searcher.unfinished("IP: 10.0.0.1 ... pid=71, actual memory") == ([b], [a, c])
+    assert searcher.unfinished("IP: 10.0.0.2 ... pid=71, actual memory") == ([a, b, c], [])
+    assert searcher.unfinished("IP: 10.0.0.1 ... pid=7, pid=710, ") == ([a, b, c], [])
     searcher.on_trial_complete("b", {"val/psnr": 20.0, "val/ssim": 0.5, "unit": 0, "ended": True})
-    assert searcher.left("IP: 10.0.0.1 ... pid=70, pid=71, ") == ([a], [c])
+    assert searcher.unfinished("IP: 10.0.0.1 ... pid=70, pid=71, ") == ([a], [c])
+
+
+def trial_of(unit: Unit, **about: Any) -> Any:
+    """What Tune would show of a trial of this unit."""
+    return SimpleNamespace(config={"units": [unit._asdict()]}, last_result={}, **about)
+
+
+def test_a_unit_whose_process_dies_before_it_begins_is_handed_out_again(tiny_plan):
+    state = StudyState(tiny_plan("arcade,blinds", stopping=NO_STOPPING))
+    recorder = Recorder(state, tqdm(disable=True))
+    first = state.next_unit()
+    assert first is not None
+    recorder.end_unit(first, None)
+    again = state.next_unit()
+    assert again == first and not state.recorded
+    # Begun, it died, and died again when it was to begin once more.
+    recorder.on_trial_start(0, [], trial_of(again))
+    recorder.on_trial_recover(0, [], trial_of(again))
+    recorder.end_unit(again, None)
+    assert state.next_unit() == first and not state.recorded
+    recorder.on_trial_start(0, [], trial_of(again))
+    recorder.end_unit(again, None)
+    assert state.results(0) == {(first.scene, 0): None}
+
+
+def test_a_unit_that_can_never_begin_fails_in_the_end(tiny_plan, tmp_path: Path):
+    state = StudyState(tiny_plan("arcade,blinds", stopping=NO_STOPPING))
+    recorder = Recorder(state, tqdm(disable=True))
+    trouble = tmp_path / "error.txt"
+    trouble.write_text("Traceback\nOSError: no such machine", encoding="utf-8")
+    for _ in range(20):
+        unit = state.next_unit()
+        assert unit is not None
+        recorder.end_unit(unit, None)
+        recorder.on_trial_error(0, [], trial_of(unit, error_file=str(trouble)))
+        if state.recorded:
+            break
+    assert state.results(0) == {(unit.scene, 0): None}
+    assert state.failures == [(unit, "OSError: no such machine")]
+    assert StudyState(state.plan).failures == state.failures

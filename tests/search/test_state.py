@@ -68,7 +68,7 @@ def test_each_pair_of_configuration_and_scene_is_handed_out_once(tiny_plan):
     units = live(state)
     assert pairs(units) == [(n, scene) for n in range(4) for scene in ("arcade", "blinds")]
     assert state.next_unit() is None
-    assert state.num_recorded == 8
+    assert len(state.recorded) == 8
     assert all(unit.overrides.keys() == state.plan.spec.space.keys() for unit in units)
 
 
@@ -126,7 +126,7 @@ def test_a_killed_search_goes_on_where_it_stopped(tiny_plan, booked: int, in_fli
     for _ in range(in_flight):
         first.next_unit()
     second = StudyState(plan)
-    assert second.num_recorded == booked
+    assert len(second.recorded) == booked
     after = live(second)
     every = [(number, scene) for number in range(3) for scene in plan.scenes]
     assert sorted(pairs(before) + pairs(after)) == every
@@ -148,7 +148,7 @@ def test_a_search_goes_on_from_any_line_of_its_journal(tiny_plan):
         # Every other time a full disk has left half a line.
         journal.write_bytes(b"".join(lines[:cut]) + lines[cut][: cut % 2 * 9])
         again = StudyState(plan)
-        known = again.num_recorded
+        known = len(again.recorded)
         units = live(again)
         assert known + len(units) == 6, cut
         assert states(again) == [TrialState.COMPLETE] * 3, cut
@@ -318,7 +318,7 @@ def test_any_rule_goes_on_from_any_line_of_its_journal(tiny_plan, rule: str):
         if asked and 0 < len(asked[-1].params) < len(plan.spec.space):
             continue  # in the middle of asking: the rest of the knobs is drawn anew
         again = StudyState(plan)
-        known = again.num_recorded
+        known = len(again.recorded)
         units = live(again, objective=climb)
         assert known + len(units) == len(done), cut
         assert units == done[known:], cut

@@ -1,7 +1,6 @@
 """Work for each scene on a real Ray whose memory is nearly full from the start."""
 
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,10 +20,7 @@ from cbnerf.search.plan import Plan
 from cbnerf.search.state import StudyState
 from cbnerf.search.tasks import for_each_scene, reason
 
-pytestmark = [
-    pytest.mark.search,
-    pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),  # MLflow's
-]
+pytestmark = pytest.mark.search
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find this file
 ROOM = 1.5e9
 """Bytes that all processes of the machine may take beyond what is taken now."""
@@ -100,18 +96,15 @@ def train_or_take_memory(about: dict[str, Any], plan: Plan) -> None:
 
 @pytest.mark.slow
 def test_a_configuration_that_needs_too_much_memory_fails_and_the_search_goes_on(
-    tiny_plan: Callable[..., Plan], empty_store: Path, monkeypatch: pytest.MonkeyPatch,
+    tiny_plan: Callable[..., Plan],
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-):  # fmt: skip
+):
     plan = tiny_plan("arcade", method="nerf", trials=3, stopping={"rule": "none"},
                      space={"field.optim.lr": {"low": 1e-3, "high": 1e-1}})  # fmt: skip
-    plan.storage.mkdir(exist_ok=True)
-    shutil.copy(empty_store, plan.storage / "mlflow.db")
     state = StudyState(plan)
     monkeypatch.setattr(driver, "run_units", train_or_take_memory)
-    monkeypatch.setattr(driver.Tracker, "end_unit", lambda *about: None)  # there are no files
-    with driver.Writer() as write:
-        driver._search(plan, state, driver.Tracker(plan, state.id), write, concurrency=2)
+    driver._search(plan, state, concurrency=2)
     states = [trial.state for trial in state.study.get_trials()]
     assert states == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
     best = state.best()

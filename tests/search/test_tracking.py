@@ -1,7 +1,9 @@
 """The tracker against a real SQLite store; no training."""
 
 import shutil
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,14 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 
 from cbnerf.overrides import save_config
+from cbnerf.search.curves import append_point, begin_curves
 from cbnerf.search.mlflow_store import legal_key, tracking_uri
-from cbnerf.search.plan import Plan
-from cbnerf.search.state import Unit
-from cbnerf.search.tracking import NOT_COMPARABLE, Tracker
+from cbnerf.search.plan import Plan, Unit
+from cbnerf.search.state import StudyState
+from cbnerf.search.tracking import NOT_COMPARABLE, Tracker, repeated
 from cbnerf.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 pytestmark = [
@@ -24,18 +28,34 @@ pytestmark = [
 ]
 
 KNOBS = {"codebook.size": 64, "codebook.beta": 0.5}
-LAST = 2
-"""The rung of a whole training."""
+SPACE = {name: {"choices": [value]} for name, value in KNOBS.items()}
+Leave = Callable[..., dict[str, float]]
 
 
 @pytest.fixture
-def plan(tiny_plan: Callable[..., Plan], empty_store: Path) -> Iterator[Plan]:
-    stopping = {"rungs": LAST + 1, "grace_period": 1}
-    plan = tiny_plan("arcade,blinds", fixed={"codebook.dim": 8}, stopping=stopping)
-    plan = plan.with_precision("bfloat16")
-    plan.storage.mkdir()
-    shutil.copy(empty_store, plan.storage / "mlflow.db")
-    yield plan
+def make(tiny_plan: Callable[..., Plan], empty_store: Path) -> Callable[..., Plan]:
+    """A plan whose space holds the `KNOBS` only, with an empty MLflow; one rung unless told."""
+
+    def make_plan(**spec: Any) -> Plan:
+        defaults = {"stopping": {"rule": "none"}, "space": SPACE, "fixed": {"codebook.dim": 8}}
+        plan = tiny_plan("arcade,blinds", **defaults | spec).with_precision("bfloat16")
+        if not plan.storage.exists():
+            plan.storage.mkdir()
+            shutil.copy(empty_store, plan.storage / "mlflow.db")
+        return plan
+
+    return make_plan
+
+
+@pytest.fixture
+def plan(make: Callable[..., Plan]) -> Plan:
+    return make()
+
+
+@pytest.fixture
+def race(make: Callable[..., Plan]) -> Plan:
+    """A plan with two rungs."""
+    return make(stopping={"rule": "race", "rungs": 2, "grace_period": 1})
 
 
 def runs_of(plan: Plan) -> dict[str, Run]:
@@ -49,6 +69,10 @@ def runs_of(plan: Plan) -> dict[str, Run]:
     return keyed
 
 
+def statuses_of(plan: Plan) -> dict[str, str]:
+    return {key: run.info.status for key, run in runs_of(plan).items()}
+
+
 def steps_of(plan: Plan, run: Run, metric: str) -> list[tuple[int, float]]:
     history = MlflowClient(tracking_uri(plan.storage)).get_metric_history(run.info.run_id, metric)
     return [(point.step, point.value) for point in history]
@@ -59,26 +83,45 @@ def files_of(plan: Plan, run: Run, folder: str = "") -> list[str]:
     return [file.path for file in client.list_artifacts(run.info.run_id, folder or None)]
 
 
-def track_unit(tracker: Tracker, plan: Plan, leave: Callable[..., Any], unit: Unit, psnr: float):
-    """What a study does for one unit."""
-    tracker.start_unit(unit)
-    for step in (5, 10):
-        tracker.log_step(unit, {"val/psnr": psnr * step / 10, "train/loss": 1 / step}, step)
-    metrics = leave(plan, unit.configuration, unit.scene, unit.overrides, psnr)
-    tracker.end_unit(unit, metrics)
-    return metrics
+def begin(state: StudyState, points: dict[int, float] | None = None) -> Unit:
+    """The next unit, and the curves of a process that trains it."""
+    unit = state.next_unit()
+    assert unit is not None
+    folder = state.plan.trial_folder(unit.configuration, unit.scene)
+    begin_curves(folder)
+    for step, psnr in (points or {}).items():
+        append_point(folder, step, {"val/psnr": psnr, "train/loss": 1 / step})
+    return unit
 
 
-def track_configuration(tracker: Tracker, plan: Plan, leave: Callable[..., Any], number: int):
-    results = {
-        scene: track_unit(tracker, plan, leave, Unit(number, scene, LAST, KNOBS), 20.0 + 2 * place)
-        for place, scene in enumerate(plan.scenes)
-    }
-    tracker.end_configuration(number, results)
+def train(state: StudyState, leave: Leave, psnr: float | None = None) -> Unit:
+    """Train the next unit; of a full training also its files."""
+    unit = state.next_unit()
+    assert unit is not None
+    folder = state.plan.trial_folder(unit.configuration, unit.scene)
+    if psnr is None:
+        psnr = 20.0 + 2 * state.plan.scenes.index(unit.scene)
+    metrics = {"val/psnr": psnr, "val/ssim": 0.5, "val/gain": 0.25, "seconds": 1.5}
+    if unit.rung == state.plan.rungs - 1:
+        metrics = leave(state.plan, unit.configuration, unit.scene, unit.overrides, psnr)
+    begin_curves(folder)
+    last = state.plan.steps(state.plan.config_of(unit), unit.rung)
+    for step in (last // 2, last):
+        append_point(folder, step, {"val/psnr": psnr * step / last, "train/loss": 1 / step})
+    state.record(unit, metrics)
+    return unit
 
 
-def test_a_configuration_is_a_run_with_its_knobs_and_means(plan: Plan, leave_unit):
-    track_configuration(Tracker(plan, "one"), plan, leave_unit, 0)
+def finished(plan: Plan, leave: Leave) -> StudyState:
+    """A study whose first configuration has finished."""
+    state = StudyState(plan)
+    for _ in plan.scenes:
+        train(state, leave)
+    return state
+
+
+def test_a_configuration_is_a_run_with_its_knobs_and_means(plan: Plan, leave_unit: Leave):
+    Tracker(finished(plan, leave_unit)).sync()
     run = runs_of(plan)["configuration/0"]
     assert run.info.status == "FINISHED" and run.info.run_name == "configuration 00"
     assert run.data.params == {
@@ -92,34 +135,38 @@ def test_a_configuration_is_a_run_with_its_knobs_and_means(plan: Plan, leave_uni
     assert any("arcade" in file for file in files_of(plan, run, "images"))
 
 
-def test_a_scene_is_a_child_with_curves_strip_and_weights(plan: Plan, leave_unit):
-    track_configuration(Tracker(plan, "one"), plan, leave_unit, 3)
+def test_a_scene_is_a_child_with_curves_strip_and_weights(plan: Plan, leave_unit: Leave):
+    Tracker(finished(plan, leave_unit)).sync()
     runs = runs_of(plan)
-    child = runs["unit/3/arcade"]
-    assert child.data.tags["mlflow.parentRunId"] == runs["configuration/3"].info.run_id
-    assert child.info.status == "FINISHED"
+    child = runs["unit/0/arcade"]
+    assert child.data.tags["mlflow.parentRunId"] == runs["configuration/0"].info.run_id
+    assert child.info.status == "FINISHED" and child.data.tags["cbnerf.node"]
     assert child.data.params == {"scene": "arcade", "codebook.size": "64", "codebook.beta": "0.5"}
     # The last value stands at the last step and nowhere else.
     assert steps_of(plan, child, "val/psnr") == [(5, 10.0), (10, 20.0)]
+    assert steps_of(plan, child, "train/loss") == [(5, 0.2), (10, 0.1)]
     assert steps_of(plan, child, "seconds") == [(10, 1.5)]
     assert {"config.yaml", "refiner.pt"} <= set(files_of(plan, child))
     assert any("strip" in file for file in files_of(plan, child, "images"))
 
 
-def test_stage_1_runs_are_linked_to_the_runs_that_use_them(plan: Plan, leave_unit, tmp_path: Path):
-    tracker = Tracker(plan, "one")
-    entry = tmp_path / "field-arcade-0123"
-    entry.mkdir()
+def leave_field(plan: Plan, state: StudyState, scene: str) -> Path:
+    """A trained field in the cache and in the state."""
+    entry = plan.cache.folder / f"field-{scene}-0123"
     save_config(plan.base, entry / "config.yaml")
-    weights = {"planes": torch.ones(2)}
-    adam = {"state": {0: {"exp_avg": torch.ones(2)}}}
-    save_checkpoint(
-        Checkpoint("field", "arcade", 20, plan.base, "float32", weights, adam, {}),
-        entry / "field.pt",
-    )
-    for _ in range(2):  # A study that goes on logs the cached field again.
-        tracker.log_field("arcade", entry, {"val/psnr": 19.0, "seconds": 3.0})
-    tracker.start_unit(Unit(0, "arcade", LAST, KNOBS))
+    weights, adam = {"planes": torch.ones(2)}, {"state": {0: {"exp_avg": torch.ones(2)}}}
+    checkpoint = Checkpoint("field", scene, 20, plan.base, "float32", weights, adam, {})
+    save_checkpoint(checkpoint, entry / "field.pt")
+    (entry / "metrics.json").write_text('{"val/psnr": 19.0, "seconds": 3.0}', encoding="utf-8")
+    state.record_field(scene, entry.name, 3.0)
+    return entry
+
+
+def test_stage_1_runs_are_linked_to_the_runs_that_use_them(plan: Plan, tmp_path: Path):
+    state = StudyState(plan)
+    leave_field(plan, state, "arcade")
+    begin(state)
+    Tracker(state).sync()
     runs = runs_of(plan)
     field = runs["field/field-arcade-0123"]
     assert runs["unit/0/arcade"].data.tags["cbnerf.field_run"] == field.info.run_id
@@ -132,25 +179,42 @@ def test_stage_1_runs_are_linked_to_the_runs_that_use_them(plan: Plan, leave_uni
         field.info.run_id, "field.pt", str(tmp_path)
     )
     checkpoint = load_checkpoint(Path(logged), "field", torch.device("cpu"))
-    assert torch.equal(checkpoint.model["planes"], weights["planes"]) and not checkpoint.optimizer
+    assert torch.equal(checkpoint.model["planes"], torch.ones(2)) and not checkpoint.optimizer
 
 
-def test_runs_of_built_in_scenes_say_that_they_compare_with_nothing(plan: Plan, leave_unit):
-    track_configuration(Tracker(plan, "one"), plan, leave_unit, 0)
+def test_fields_are_logged_once_and_not_read_again(plan: Plan):
+    state = StudyState(plan)
+    entry = leave_field(plan, state, "arcade")
+    state.record_field("blinds", "field-blinds-4567", 3.0)  # It was removed since.
+    for _ in range(2):
+        Tracker(StudyState(plan)).sync()
+        (run,) = runs_of(plan).values()
+        assert run.info.status == "FINISHED"
+        assert set(files_of(plan, run)) == {"config.yaml", "field.pt"}
+        assert len(steps_of(plan, run, "val/psnr")) == 1
+        (entry / "field.pt").unlink(missing_ok=True)
+
+
+def test_runs_of_built_in_scenes_say_that_they_compare_with_nothing(plan: Plan, leave_unit: Leave):
+    Tracker(finished(plan, leave_unit)).sync()
     for run in runs_of(plan).values():
         assert run.data.tags["cbnerf.warning"] == NOT_COMPARABLE
         assert run.data.tags["cbnerf.study"] == plan.name
 
 
-def test_a_restarted_study_adds_to_its_runs(plan: Plan, leave_unit):
-    first = Tracker(plan, "one")
-    track_configuration(first, plan, leave_unit, 0)
-    first.start_unit(Unit(1, "arcade", LAST, KNOBS))
-    first.log_step(Unit(1, "arcade", LAST, KNOBS), {"val/psnr": 5.0}, 5)
+def test_a_restarted_study_adds_to_its_runs(plan: Plan, leave_unit: Leave):
+    first = finished(plan, leave_unit)
+    begin(first, {5: 5.0})
+    Tracker(first).sync()
     before = runs_of(plan)
-    second = Tracker(plan, "one")
-    second.start_unit(Unit(1, "arcade", LAST, KNOBS))
-    second.log_step(Unit(1, "arcade", LAST, KNOBS), {"val/psnr": 9.0}, 10)
+    # A killed process has left half a line; the next one repeats a step.
+    folder = plan.trial_folder(1, "arcade")
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"node": "left", "ti')
+    second = StudyState(plan)
+    tracker = Tracker(second)
+    begin(second, {5: 6.0, 10: 9.0})
+    tracker.sync()
     after = runs_of(plan)
     assert {key: run.info.run_id for key, run in after.items()} == {
         key: run.info.run_id for key, run in before.items()
@@ -159,97 +223,258 @@ def test_a_restarted_study_adds_to_its_runs(plan: Plan, leave_unit):
     assert after["configuration/0"].info.status == "FINISHED"
 
 
-def test_ending_a_unit_twice_doubles_nothing(plan: Plan, leave_unit):
-    """A kill between MLflow and the journal makes the next life end the unit once more."""
-    unit = Unit(0, "arcade", LAST, KNOBS)
-    metrics = track_unit(Tracker(plan, "one"), plan, leave_unit, unit, 20.0)
-    second = Tracker(plan, "one")
-    second.start_unit(unit)
-    second.end_unit(unit, metrics)
-    run = runs_of(plan)["unit/0/arcade"]
-    assert run.info.status == "FINISHED"
-    assert steps_of(plan, run, "val/psnr") == [(5, 10.0), (10, 20.0)]
+def test_curves_are_written_while_a_unit_trains(plan: Plan):
+    state = StudyState(plan)
+    tracker = Tracker(state)
+    tracker.sync()
+    assert not runs_of(plan)
+    unit = state.next_unit()
+    assert unit is not None
+    tracker.sync()
+    assert not runs_of(plan), "it has not begun"
+    folder = plan.trial_folder(0, unit.scene)
+    begin_curves(folder)
+    tracker.sync()
+    assert statuses_of(plan) == {"configuration/0": "RUNNING", "unit/0/arcade": "RUNNING"}
+    for step in (2, 4):
+        append_point(folder, step, {"val/psnr": 10.0 * step})
+        tracker.sync()
+    assert steps_of(plan, runs_of(plan)["unit/0/arcade"], "val/psnr") == [(2, 20.0), (4, 40.0)]
 
 
-def test_a_study_made_anew_leaves_the_runs_of_its_namesake_alone(plan: Plan, leave_unit):
-    track_configuration(Tracker(plan, "one"), plan, leave_unit, 0)
-    other = Tracker(plan, "two")
-    other.start_unit(Unit(0, "arcade", LAST, {"codebook.size": 1024}))
+def everything(plan: Plan) -> list[Any]:
+    return [
+        (run.to_dictionary(), files_of(plan, run), files_of(plan, run, "images"),
+         [steps_of(plan, run, name) for name in run.data.metrics])
+        for run in runs_of(plan).values()
+    ]  # fmt: skip
+
+
+def test_what_a_killed_driver_missed_is_written_once(race: Plan, leave_unit: Leave):
+    state = StudyState(race)
+    for _ in range(5):  # The second configuration is pruned after one unit.
+        worse = 3 * len(state.ended)
+        train(state, leave_unit, 20.0 - worse)
+    begin(state, {1: 3.0})
+    Tracker(state).sync()
+    before = everything(race)
+    runs = runs_of(race)
+    assert runs["configuration/0"].info.status == "FINISHED"
+    assert runs["configuration/0"].data.metrics["arcade/psnr"] == 20.0
+    for scene in race.scenes:
+        assert runs[f"unit/0/{scene}"].info.status == "FINISHED"
+        assert runs[f"unit/0/{scene}"].data.metrics["val/psnr"] == 20.0
+    assert list(state.pruned) == [1]
+    (pruned,) = [unit for unit, _ in state.recorded if unit.configuration == 1]
+    child = runs[f"unit/1/{pruned.scene}"]
+    assert child.data.metrics["val/psnr"] == 17.0
+    assert child.data.params["codebook.size"] == str(pruned.overrides["codebook.size"])
+    statuses = {run.info.status for key, run in runs.items() if "/1" in key}
+    assert statuses == {"KILLED"}
+    again = StudyState(race)
+    again.next_unit()
+    Tracker(again).sync()
+    assert str(everything(race)) == str(before)
+
+
+def test_a_study_made_anew_leaves_the_runs_of_its_namesake_alone(make, leave_unit: Leave):
+    plan = make()
+    Tracker(finished(plan, leave_unit)).sync()
+    shutil.rmtree(plan.folder)
+    state = StudyState(make(space=SPACE | {"codebook.size": {"choices": [1024]}}))
+    begin(state)
+    tracker = Tracker(state)
+    tracker.sync()
     client = MlflowClient(tracking_uri(plan.storage))
-    runs = client.search_runs([other.experiment_id], "tags.`cbnerf.key` = 'configuration/0'")
+    runs = client.search_runs([tracker.experiment_id], "tags.`cbnerf.key` = 'configuration/0'")
     assert {run.data.params["codebook.size"] for run in runs} == {"64", "1024"}
 
 
-def test_an_interrupt_marks_open_runs_as_killed(plan: Plan, leave_unit):
-    tracker = Tracker(plan, "one")
-    track_configuration(tracker, plan, leave_unit, 0)
-    unit = Unit(1, "arcade", LAST, KNOBS)
-    tracker.start_unit(unit)
+def test_an_interrupt_marks_open_runs_as_killed(plan: Plan, leave_unit: Leave):
+    state = finished(plan, leave_unit)
+    begin(state)
+    tracker = Tracker(state)
+    tracker.sync()
     tracker.interrupt()
-    statuses = {key: run.info.status for key, run in runs_of(plan).items()}
-    assert statuses == {
+    assert statuses_of(plan) == {
         "configuration/0": "FINISHED", "unit/0/arcade": "FINISHED", "unit/0/blinds": "FINISHED",
         "configuration/1": "KILLED", "unit/1/arcade": "KILLED",
     }  # fmt: skip
-    again = Tracker(plan, "one")
-    again.start_unit(unit)
-    opened = runs_of(plan)
-    assert {opened[key].info.status for key in ("configuration/1", "unit/1/arcade")} == {"RUNNING"}
+    again = StudyState(plan)
+    begin(again)
+    Tracker(again).sync()
+    statuses = statuses_of(plan)
+    assert {statuses[key] for key in ("configuration/1", "unit/1/arcade")} == {"RUNNING"}
 
 
-def test_a_failed_unit_fails_its_configuration_and_says_why(plan: Plan, leave_unit):
-    tracker = Tracker(plan, "one")
-    good = track_unit(tracker, plan, leave_unit, Unit(0, "arcade", LAST, KNOBS), 20.0)
-    bad = Unit(0, "blinds", LAST, KNOBS)
-    tracker.start_unit(bad)
-    tracker.end_unit(bad, None)
-    tracker.explain_failure(bad, "train/loss not finite")
-    tracker.end_configuration(0, {"arcade": good, "blinds": None})
+def test_a_failed_unit_fails_its_configuration_and_says_why(plan: Plan, leave_unit: Leave):
+    state = StudyState(plan)
+    train(state, leave_unit)
+    unit = begin(state, {5: 1.0})
+    tracker = Tracker(state)
+    tracker.sync()
+    state.record(unit, None)
+    tracker.sync()  # Its reason may come later.
+    state.explain(unit, "train/loss not finite")
+    Tracker(StudyState(plan)).sync()
     runs = runs_of(plan)
     assert runs["unit/0/arcade"].info.status == "FINISHED"
     assert runs["unit/0/blinds"].info.status == "FAILED"
     assert runs["unit/0/blinds"].data.tags["mlflow.note.content"] == "train/loss not finite"
+    assert steps_of(plan, runs["unit/0/blinds"], "val/psnr") == [(5, 1.0)]
     assert runs["configuration/0"].info.status == "FAILED"
     assert "val/psnr" not in runs["configuration/0"].data.metrics
+
+
+def test_other_units_of_a_failed_configuration_end_as_killed(race: Plan, leave_unit: Leave):
+    state = StudyState(race)
+    train(state, leave_unit)
+    state.record(begin(state), None)
+    Tracker(state).sync()
+    assert statuses_of(race) == {
+        "configuration/0": "FAILED", "unit/0/arcade": "KILLED", "unit/0/blinds": "FAILED",
+    }  # fmt: skip
 
 
 def test_the_report_is_one_run_with_its_files(plan: Plan, tmp_path: Path):
     file = tmp_path / "report.md"
     file.write_text("# Study", encoding="utf-8")
-    for _ in range(2):
-        Tracker(plan, "one").log_report([file], {"val/psnr": 21.0})
+    for psnr in (21.0, 21.0, 22.0):
+        Tracker(StudyState(plan)).log_report([file], {"val/psnr": psnr})
     run = runs_of(plan)["report"]
-    assert files_of(plan, run) == ["report.md"]
-    assert steps_of(plan, run, "val/psnr") == [(0, 21.0)]
+    assert files_of(plan, run) == ["report.md"] and run.info.status == "FINISHED"
+    assert steps_of(plan, run, "val/psnr") == [(0, 21.0), (0, 22.0)]
 
 
-def test_a_lower_rung_leaves_its_curve_and_nothing_else(plan: Plan):
-    tracker = Tracker(plan, "one")
-    unit = Unit(0, "arcade", 0, KNOBS)
-    tracker.start_unit(unit)
-    tracker.log_step(unit, {"val/psnr": 15.0}, 1)
-    tracker.end_unit(unit, {"val/psnr": 15.0, "seconds": 1.0})
-    child = runs_of(plan)["unit/0/arcade"]
-    assert child.info.status == "RUNNING" and not files_of(plan, child)
-    assert steps_of(plan, child, "val/psnr") == [(1, 15.0)]
+def test_a_lower_rung_leaves_its_curve_and_nothing_else(race: Plan, leave_unit: Leave):
+    state = StudyState(race)
+    train(state, leave_unit, 15.0)
+    Tracker(state).sync()
+    child = runs_of(race)["unit/0/arcade"]
+    assert child.info.status == "RUNNING" and not files_of(race, child)
+    last = race.steps(race.base, 0)
+    assert steps_of(race, child, "val/psnr")[-1] == (last, 15.0)
+    assert steps_of(race, child, "seconds") == [(last, 1.5)]
 
 
-def test_a_stopped_configuration_ends_as_killed_and_says_why(plan: Plan):
-    tracker = Tracker(plan, "one")
-    tracker.start_unit(Unit(0, "arcade", 0, KNOBS))
-    assert not tracker.is_closed(0)
-    tracker.prune_configuration(0, "1.2% to beat #00 after 1 units")
-    runs = runs_of(plan)
-    assert {runs[key].info.status for key in ("configuration/0", "unit/0/arcade")} == {"KILLED"}
-    assert "1.2% to beat" in runs["configuration/0"].data.tags["mlflow.note.content"]
-    assert Tracker(plan, "one").is_closed(0)
+def test_a_pruned_configuration_ends_as_killed_and_a_late_unit_opens_nothing(
+    race: Plan, leave_unit: Leave
+):
+    state = StudyState(race)
+    for _ in range(4):
+        train(state, leave_unit, 20.0)
+    tracker = Tracker(state)
+    early, late = begin(state), begin(state)
+    while late.configuration != early.configuration:
+        late = begin(state)
+    tracker.sync()
+    state.record(early, {"val/psnr": 1.0, "val/ssim": 0.5, "val/gain": 0.25, "seconds": 1.0})
+    tracker.sync()
+    runs = runs_of(race)
+    assert {runs[key].info.status for key in ("configuration/1", "unit/1/arcade")} == {"KILLED"}
+    assert "to beat #00" in runs["configuration/1"].data.tags["mlflow.note.content"]
+    state.record(late, {"val/psnr": 2.0, "val/ssim": 0.5, "val/gain": 0.25, "seconds": 1.0})
+    tracker.sync()
+    run = runs_of(race)[f"unit/1/{late.scene}"]
+    assert run.info.status == "KILLED" and run.data.metrics["val/psnr"] == 2.0
 
 
 @pytest.mark.parametrize("name", ["garden(1)", "küche", "street, north", "val"])
-def test_a_scene_of_any_name_has_metrics_and_images(plan: Plan, leave_unit, name: str):
+def test_a_scene_of_any_name_has_metrics_and_images(plan: Plan, leave_unit: Leave, name: str):
     plan = replace(plan, scenes=(name,))
-    track_configuration(Tracker(plan, "one"), plan, leave_unit, 0)
+    Tracker(finished(plan, leave_unit)).sync()
     run = runs_of(plan)["configuration/0"]
     assert run.data.metrics[f"{legal_key(name)}/psnr"] == 20.0
     assert run.data.metrics["val/ssim"] == 0.5 and "val/gain" in run.data.metrics
     assert any(legal_key(name) in file for file in files_of(plan, run, "images"))
+
+
+def test_a_sync_that_fails_at_any_call_is_completed_by_the_next(
+    plan: Plan, leave_unit: Leave, monkeypatch: pytest.MonkeyPatch
+):
+    """Whether a failed call was carried out or not, nothing is missing and nothing is doubled."""
+    state = finished(plan, leave_unit)
+    begin(state, {5: 5.0})
+    tracker, calls = Tracker(state), 0
+
+    def failing(name: str, carried_out: bool) -> Callable[..., Any]:
+        real = getattr(MlflowClient, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls % 2:
+                return real(*args, **kwargs)
+            if carried_out:
+                real(*args, **kwargs)
+            raise MlflowException("no server answers")
+
+        return call
+
+    with monkeypatch.context() as patched:
+        for name, done in (("create_run", True), ("log_batch", True), ("set_terminated", False)):
+            patched.setattr(MlflowClient, name, failing(name, done))
+        for _ in range(100):
+            try:
+                tracker.sync()
+                break
+            except MlflowException:
+                continue
+    Tracker(state).sync()
+    assert statuses_of(plan) == {
+        "configuration/0": "FINISHED", "unit/0/arcade": "FINISHED", "unit/0/blinds": "FINISHED",
+        "configuration/1": "RUNNING", "unit/1/arcade": "RUNNING",
+    }  # fmt: skip
+    runs = runs_of(plan)
+    assert steps_of(plan, runs["unit/0/arcade"], "val/psnr") == [(5, 10.0), (10, 20.0)]
+    assert steps_of(plan, runs["unit/1/arcade"], "val/psnr") == [(5, 5.0)]
+    assert steps_of(plan, runs["configuration/0"], "val/psnr") == [(0, 21.0)]
+
+
+def test_a_sync_without_changes_calls_nothing(
+    plan: Plan, leave_unit: Leave, monkeypatch: pytest.MonkeyPatch
+):
+    state = finished(plan, leave_unit)
+    begin(state, {5: 5.0})
+    tracker = Tracker(state)
+    tracker.sync()
+    monkeypatch.setattr(tracker, "_client", None)
+    for run in tracker._runs.values():
+        monkeypatch.setattr(run, "_client", None)
+    tracker.sync()
+
+
+def test_sync_is_repeated_in_another_thread_and_at_the_end():
+    threads: list[int] = []
+    with repeated(lambda: threads.append(threading.get_ident()), seconds=0.01):
+        while len(threads) < 3:
+            time.sleep(0.01)
+        before = len(threads)
+    assert len(threads) > before and threading.get_ident() not in threads
+
+
+def test_an_error_that_passes_is_printed_and_one_that_stays_is_raised(
+    capsys: pytest.CaptureFixture[str],
+):
+    calls: list[int] = []
+
+    def sync() -> None:
+        calls.append(1)
+        if len(calls) < 4:
+            raise MlflowException("no server at http://me:secret@host\nstatement")
+
+    with repeated(sync, seconds=0.01):
+        while len(calls) < 5:
+            time.sleep(0.01)
+    output = capsys.readouterr().out
+    assert output == "  MLflow: no server at http://host; trying again\n"
+    with pytest.raises(ZeroDivisionError), repeated(lambda: divmod(1, 0), seconds=60.0):
+        pass
+
+
+def test_a_failing_search_does_not_wait_for_a_sync_that_hangs():
+    go = threading.Event()
+    with pytest.raises(KeyboardInterrupt), repeated(go.wait, seconds=0.01, patience=0.1):
+        time.sleep(0.05)
+        raise KeyboardInterrupt
+    go.set()

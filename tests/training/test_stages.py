@@ -4,7 +4,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import pytest
 import torch
-from comparing import assert_same_state, read_hashes
+from comparing import assert_same_state, read_files
 
 from cbnerf.config import Config
 from cbnerf.data.renders import Renders, load_renders
@@ -119,11 +119,11 @@ def test_other_knobs_are_refused_and_change_nothing(stage, run, config, stop_at,
             run(stop_at=stop_at)
     else:
         run()
-    before = read_hashes(tmp_path)
+    before = read_files(tmp_path)
     other = with_overrides(config, {f"{stage}.optim.lr": 0.5})
     with pytest.raises(ValueError, match="with other knobs"):
         run(config=other)
-    assert read_hashes(tmp_path) == before
+    assert read_files(tmp_path) == before
 
 
 @pytest.mark.parametrize("stage", ["field"], indirect=True)
@@ -141,13 +141,13 @@ def test_a_field_goes_on_in_the_precision_that_it_was_begun_in(
         run(stop_at=2)
     begun = load_checkpoint(tmp_path / "field.pt", "field", CPU)
     assert (begun.precision, begun.config.field.precision) == ("bfloat16", "auto")
-    before = read_hashes(tmp_path)
+    before = read_files(tmp_path)
     monkeypatch.setenv(AUTO_PRECISION, "float32")
     with pytest.raises(ValueError, match="begun in bfloat16 .* give --field.precision bfloat16"):
         run()
     with pytest.raises(ValueError, match="with other knobs"):
         run(config=with_overrides(config, {"field.precision": "float32"}))
-    assert read_hashes(tmp_path) == before
+    assert read_files(tmp_path) == before
     named = with_overrides(config, {"field.precision": "bfloat16"})
     metrics, steps = run(config=named)
     assert steps == [3, 4]
