@@ -202,7 +202,7 @@ def test_no_file_holds_a_secret():
 
 
 def test_the_next_steps_parse():
-    from cbnerf.search.command import Options
+    from cbnerf.search.request import Options
 
     text = (CLUSTERS / "next_steps.txt").read_text(encoding="utf-8")
     tyro = pytest.importorskip("tyro")

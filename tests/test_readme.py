@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import tyro
 
-from cbnerf.cli import Compare, parse_command
+from cbnerf.cli import parse_command
+from cbnerf.commands.storage import Compare
 from cbnerf.config import Config, flatten
 from cbnerf.strict_yaml import load_yaml
 
@@ -50,7 +51,7 @@ def test_the_commands_of_a_comparison_parse(arguments: str):
 @pytest.mark.search
 @pytest.mark.parametrize("arguments", TUNE_COMMANDS)
 def test_the_commands_of_the_search_parse(arguments: str):
-    from cbnerf.search.command import Options
+    from cbnerf.search.request import Options
 
     options = tyro.cli(Options, args=shlex.split(arguments))
     assert options.config is None or (ROOT / options.config).exists()

@@ -7,96 +7,46 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import ray
 import tyro
-import yaml
 from filelock import FileLock, Timeout
 from mlflow.exceptions import MlflowException
 from ray.exceptions import RayError
 from ray.tune import TuneError
 
 from cbnerf.console import expand_homes, explain_unforeseen, fail, one_line, prepare_output
-from cbnerf.data.library import (
-    DATA_VARIABLE,
-    DEFAULT_DATA,
-    check_scenes,
-    default_storage,
-    describe_photographs,
-)
-from cbnerf.data.llff import fingerprint
-from cbnerf.files import atomic_write_text, check_may_write, is_about_space
+from cbnerf.data.library import DATA_VARIABLE, DEFAULT_DATA, describe_photographs
+from cbnerf.files import check_may_write, is_about_space
 from cbnerf.overrides import with_overrides
 from cbnerf.report.tables import to_markdown
-from cbnerf.search.driver import find_precision, quieten_libraries, run_study
-from cbnerf.search.estimate import calibrate
+from cbnerf.search.driver import Outcome, find_precision, quieten_libraries, run_study
+from cbnerf.search.estimate import bytes_needed, describe_price
 from cbnerf.search.machines import num_slots
 from cbnerf.search.mlflow_store import tracking_uri, without_password
-from cbnerf.search.plan import Plan, make_plan
+from cbnerf.search.plan import Plan
 from cbnerf.search.report import known_scores, scene_table, write_report
-from cbnerf.search.spec import parse_spec
+from cbnerf.search.request import (
+    Options,
+    Settled,
+    know_photographs,
+    plan_study,
+    read_request,
+    settle,
+)  # fmt: skip
 from cbnerf.search.state import StudyState
 from cbnerf.search.tracking import NOT_COMPARABLE
-from cbnerf.search.worker import load_scene
-from cbnerf.strict_yaml import load_yaml
-from cbnerf.training.distributed import choose_device
-from cbnerf.training.models import count_parameters
 
-_REQUEST_FILE = "request.yaml"
 _PROGRAM, _INTERRUPTED = "tune.py", 130
-_FIELD_BYTES = 400
-"""Of a checkpoint of the planes field, for each pixel of an image."""
 _CHARTS = "compareRunsMode=CHART&workflowType=machine_learning"
-"""MLflow's UI opens on its pages for language models unless told otherwise."""
-
-
-@dataclass(kw_only=True)
-class Options:
-    """Search hyper-parameters of Codebook-NeRF over several scenes with Ray, Optuna and MLflow."""
-
-    scenes: str = "all"
-    """`all`, or names of scenes separated by commas; one that holds a comma in double quotes."""
-    config: Path | None = None
-    """Search specification; `tune_configs/default.yaml` if not given."""
-    data: Path | None = None
-    """Folder of LLFF scene folders; else $CBNERF_DATA, else data/nerf_llff_data, else `data` in
-    the storage named by $CBNERF_STORAGE, else the built-in scenes."""
-    trials: int | None = None
-    """Configurations to try; a finished study goes on when this grows."""
-    resolution: str | None = None
-    """Image size, overriding the specification."""
-    method: str | None = None
-    """Method, overriding the specification."""
-    name: str | None = None
-    """Name of the study, from method, resolution and scenes if not given."""
-    resume: bool = False
-    """Go on with the study `--name` as it was started, without repeating its other options. (The
-    same command as before goes on without this flag, too.)"""
-    storage: Path = field(default_factory=default_storage)
-    """Folder for studies, cache and MLflow, $CBNERF_STORAGE or runs if not given; on a cluster one
-    that all machines share."""
-    concurrency: int | None = None
-    """Training runs at a time; as many as the machines hold if not given, and on a cluster as many
-    again wait for machines to join. With 1 the same seed gives the same trials and values on a
-    CPU, bit for bit."""
-    cache: str | None = None
-    """URI of a store that trained stages are shared through beyond `--storage`, such as
-    s3://bucket/cache."""
-    gpus: float | None = None
-    """GPUs of each process of a training run, overriding the specification; may be a part of one.
-    Needed where machines with GPUs only join once trainings wait for them."""
-    address: str | None = None
-    """Ray cluster to run on, such as `auto`; a local Ray is started if not given."""
-    dry_run: bool = False
-    """Print the plan and what it will cost, and stop."""
+"""MLflow's UI opens on its pages for language models by default."""
 
 
 def main(default_config: Path) -> None:
-    """Run a command line; bad input ends in one line and exit status 2, anything that nobody
-    foresaw in one that names the file of its traceback, and exit status 1."""
+    """Run a command line. Bad input prints one line and exits with status 2; an unforeseen error
+    prints one line that names a file with the traceback, and exits with status 1."""
     prepare_output()
     options = tyro.cli(Options)
     quieten_libraries()
@@ -110,12 +60,12 @@ def main(default_config: Path) -> None:
 
 
 def _explain(error: Exception, storage: Path) -> tuple[str, int]:
-    """One line for people and the exit status."""
+    """A message of one line and the exit status."""
     if is_about_space(error):
         return f"the disk is full ({one_line(error)}); make room, and the same command goes on", 2
     match error:
         case RayError() | TuneError():
-            # A task's error is an instance of its cause's class, too; the cause is for people.
+            # A task's error is also an instance of its cause's class; the cause is more readable.
             cause = one_line(getattr(error, "cause", None) or error)
             return explain_unforeseen(error, storage, cause), 1
         case MlflowException():
@@ -128,45 +78,46 @@ def _explain(error: Exception, storage: Path) -> tuple[str, int]:
 
 
 def _run(options: Options, default_config: Path) -> None:
-    request = _load_request(options) if options.resume else _make_request(options, default_config)
-    if options.trials is not None:
-        request["spec"]["trials"] = options.trials
-    if options.gpus is not None:
-        request["spec"]["resources"] = request["spec"].get("resources", {}) | {
-            "gpus_per_worker": options.gpus
-        }
     if options.concurrency is not None and options.concurrency < 1:
         raise ValueError("--concurrency must be at least 1")
-    plan, _ = _settle(request, options, has_gpu=False)  # Mistakes come out before Ray starts.
+    # A mistake ends the command before Ray starts.
+    checked = settle(read_request(options, default_config), options, has_gpu=None)
+    request = checked.request
     if not options.dry_run:
-        check_may_write(plan.storage)
-        request["photographs"] = _know_photographs(plan)
+        check_may_write(checked.plan.storage)
+        request = replace(request, photographs=know_photographs(checked))
     with _ray(options.address):
         has_gpu = ray.cluster_resources().get("GPU", 0) > 0
-        plan, views = _settle(request, options, has_gpu=has_gpu)
-        _describe(plan, views)
+        settled = settle(request, options, has_gpu=has_gpu)
+        _describe(settled.plan, settled.views)
         if options.dry_run:
-            _price(plan)
+            print("\n".join(describe_price(settled.plan)))
             return
-        _check_room(plan, options.address)
-        concurrency = options.concurrency
-        if concurrency is None and options.address is None:
-            concurrency = num_slots(plan)
-        with _alone(plan):
-            _check_same_resolution(plan)
-            if not (plan.folder / _REQUEST_FILE).exists():
-                plan.check_disk(needed=_bytes_needed(plan, views))
-            plan = plan.with_precision(find_precision(plan))
-            print(f"precision  {plan.base.field.precision} in stage 1", flush=True)
-            settled = request | {"resolution": plan.resolution,
-                                 "precision": plan.base.field.precision}  # fmt: skip
-            atomic_write_text(plan.folder / _REQUEST_FILE, yaml.safe_dump(settled, sort_keys=False))
-            outcome = run_study(plan, print, concurrency)
+        plan, outcome = _search(settled, options)
     if outcome is None:
         raise ValueError(
             f"study {plan.name}: no configuration was trained to its end; all failed (see their "
             "runs in MLflow) or lie beyond `limits`"
         )
+    _print_outcome(plan, outcome)
+
+
+def _search(settled: Settled, options: Options) -> tuple[Plan, Outcome | None]:
+    request, plan, views, before = settled
+    _check_room(plan, options.address)
+    concurrency = options.concurrency
+    if concurrency is None and options.address is None:
+        concurrency = num_slots(plan)
+    with _alone(plan):
+        if before is None:
+            plan.check_disk(needed=bytes_needed(plan, views))
+        plan = plan.with_precision(precision := find_precision(plan))
+        print(f"precision  {precision} in stage 1", flush=True)
+        replace(request, resolution=plan.resolution, precision=precision).write(plan.folder)
+        return plan, run_study(plan, print, concurrency)
+
+
+def _print_outcome(plan: Plan, outcome: Outcome) -> None:
     print(f"\n{to_markdown(scene_table(outcome.scores))}\n")
     if plan.data is None:
         print(f"{NOT_COMPARABLE}.")
@@ -184,19 +135,18 @@ def _run(options: Options, default_config: Path) -> None:
 
 
 def _pasted(word: object) -> str:
-    """A path or name as it can be pasted into a shell."""
+    """A path or name, quoted for a shell."""
     return shlex.quote(str(word))
 
 
 def report_study(storage: Path, name: str) -> Path:
-    """Write the report of a study that has a finished configuration, running or not; its page.
+    """Write the report of a study, finished or running, and return the path of its page.
 
-    Neither its photographs nor its machines are asked for. Where nothing has finished nothing is
-    written.
+    Needs neither the photographs nor the machines of the study. Raises ValueError and writes
+    nothing if no configuration has finished.
     """
     quieten_libraries()
-    options = Options(storage=storage, name=name, resume=True)
-    plan = _with_same_precision(_plan(_load_request(options), options, has_gpu=False))
+    plan = plan_study(storage, name)
     state = StudyState(plan, adopt=False)
     best = state.best()
     if best is None:
@@ -204,164 +154,6 @@ def report_study(storage: Path, name: str) -> Path:
     config = with_overrides(plan.base, best.params)
     *_, page = write_report(state, config, best.number, known_scores(state, best.number))
     return page
-
-
-def _make_request(options: Options, default_config: Path) -> dict[str, Any]:
-    """All that decides what a study computes, as plain values."""
-    file = options.config or default_config
-    content = load_yaml(file)
-    overrides = {"resolution": options.resolution, "method": options.method}
-    content |= {name: value for name, value in overrides.items() if value is not None}
-    try:
-        parse_spec(content)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
-    data = str(options.data.resolve()) if options.data else None
-    return {"scenes": options.scenes, "data": data, "spec": content}
-
-
-def _load_request(options: Options) -> dict[str, Any]:
-    fixed = ("config", "resolution", "method")
-    repeated = [name for name in fixed if getattr(options, name) is not None]
-    repeated += ["scenes"] if options.scenes != "all" else []
-    if repeated:
-        raise ValueError(f"--resume goes on as the study was started; leave out --{repeated[0]}")
-    studies = options.storage / "studies"
-    known = sorted(file.parent.name for file in studies.glob(f"*/{_REQUEST_FILE}"))
-    if options.name is None:
-        raise ValueError("--resume: give the study's --name")
-    if options.name not in known:
-        raise ValueError(
-            f"no study {options.name!r} in {studies}; "
-            + (f"there are {', '.join(known)}" if known else "it holds none")
-        )
-    request = load_yaml(studies / options.name / _REQUEST_FILE)
-    if options.data and not request["data"]:
-        raise ValueError(f"--data: study {options.name} was started on built-in scenes")
-    return request | ({"data": str(options.data.resolve())} if options.data else {})
-
-
-def _plan(request: dict[str, Any], options: Options, *, has_gpu: bool) -> Plan:
-    """The plan of a request; of a study that goes on its scenes are not looked for."""
-    content = request["spec"]
-    if "resolution" in request:  # of a study that goes on, perhaps on other machines
-        content = content | {"resolution": request["resolution"]}
-    names = request.get("scene_names")  # more may have come since
-    return make_plan(
-        parse_spec(content),
-        scenes=tuple(names) if names and options.resume else request["scenes"],
-        data=Path(request["data"]) if request["data"] else None,
-        name=options.name,
-        storage=options.storage,
-        has_gpu=has_gpu,
-        cache_store=options.cache,
-    )
-
-
-def _settle(
-    request: dict[str, Any], options: Options, *, has_gpu: bool
-) -> tuple[Plan, dict[str, int]]:
-    """The plan and the number of views of its scenes, everything checked but the pixels."""
-    plan = _plan(request, options, has_gpu=has_gpu)
-    _check_names(plan)
-    if options.resume:
-        _check_still_there(plan)
-    request["data"] = str(plan.data) if plan.data else None
-    request["scene_names"] = list(plan.scenes)
-    _check_same_request(plan, request)
-    return _with_same_precision(plan), _count_views(plan)
-
-
-def _check_names(plan: Plan) -> None:
-    """What cannot be written into a report or MLflow is refused before anything is trained."""
-    for text in map(str, (plan.storage, plan.name, plan.data, *plan.scenes)):
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"{ascii(text)}: cannot be read in the encoding of this locale; rename it, or set "
-                "LC_ALL=C.UTF-8"
-            ) from None
-        if any(sign.isascii() and not sign.isprintable() for sign in text):
-            raise ValueError(f"{ascii(text)}: holds characters that cannot be printed; rename it")
-
-
-def _check_still_there(plan: Plan) -> None:
-    if plan.data is None:
-        return
-    lost = [scene for scene in plan.scenes if not (plan.data / scene).is_dir()]
-    if lost:
-        raise ValueError(
-            f"{plan.data / lost[0]}: no such folder; `--resume --name {_pasted(plan.name)} --data "
-            "FOLDER` goes on with photographs that have moved to another folder"
-        )
-
-
-def _know_photographs(plan: Plan) -> dict[str, str]:
-    """Fingerprints of the photographs of each scene; those that have moved since the study was
-    started must be the same."""
-    if plan.data is None:
-        return {}
-    file, width = plan.folder / _REQUEST_FILE, plan.base.data.width
-    before = load_yaml(file) if file.exists() else {}
-    known = before.get("photographs")
-    if known and before["data"] == str(plan.data):
-        return known
-    found = {scene: fingerprint(plan.scene_folder(scene, width), width) for scene in plan.scenes}
-    if before and found != known:
-        other = [scene for scene in plan.scenes if not known or found[scene] != known.get(scene)]
-        raise ValueError(
-            f"{plan.data / other[0]}: not the photographs that study {plan.name} was started with; "
-            f"those were in {before['data']}; give another --name to search on others"
-        )
-    return found
-
-
-def _check_same_request(plan: Plan, request: dict[str, Any]) -> None:
-    """A study is one search: other scenes or another space need another name."""
-    file = plan.folder / _REQUEST_FILE
-    if not file.exists():
-        return
-    before = load_yaml(file)
-    was, now = _comparable(before), _comparable(request)
-    different = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
-    if different:
-        moved = f"; its photographs were in {before['data']}" if "data" in different else ""
-        raise ValueError(
-            f"study {plan.name} was started with other {', '.join(different)} "
-            f"({file}){moved}; give another --name, or --resume to go on as it was"
-        )
-
-
-def _check_same_resolution(plan: Plan) -> None:
-    """`auto` means another size where there are GPUs."""
-    file = plan.folder / _REQUEST_FILE
-    before = load_yaml(file).get("resolution") if file.exists() else None
-    if before not in (None, plan.resolution):
-        raise ValueError(
-            f"study {plan.name} was started at {before} ({file}), and here `auto` means "
-            f"{plan.resolution}; give --resolution {before}, --resume or another --name"
-        )
-
-
-def _with_same_precision(plan: Plan) -> Plan:
-    """With what `auto` was where the study was started; on other machines it may be another one."""
-    file = plan.folder / _REQUEST_FILE
-    before = load_yaml(file).get("precision") if file.exists() else None
-    return plan.with_precision(before) if before else plan
-
-
-def _comparable(request: dict[str, Any]) -> dict[str, Any]:
-    spec = {k: v for k, v in request["spec"].items() if k not in ("trials", "resources")}
-    # Photographs may move; whether they are the same is asked by their fingerprints.
-    return spec | {"scenes": request.get("scene_names"), "data": request["data"] is not None}
-
-
-def _count_views(plan: Plan) -> dict[str, int]:
-    """Views of each scene, with everything checked but the pixels."""
-    return check_scenes(
-        plan.scenes, plan.data, plan.base.data, "`{}: {}` under `fixed` of --config".format
-    )
 
 
 def _describe(plan: Plan, views: dict[str, int]) -> None:
@@ -412,43 +204,6 @@ def _check_room(plan: Plan, address: str | None) -> None:
             f"{has.get('CPU', 0):.0f} and {has.get('GPU', 0):.0f}; lower `resources`, or give "
             "--address of a cluster"
         )
-
-
-def _price(plan: Plan) -> None:
-    device = choose_device()
-    scene = load_scene(plan, plan.scenes[0], plan.base.data)
-    num_together = len(plan.scenes) // len(plan.trainings)
-    estimate = calibrate(plan.base, scene, device, num_together=num_together, num_rungs=plan.rungs)
-    print(
-        f"estimate   {estimate.field_seconds:.1f} s for a field, "
-        f"{estimate.refiner_seconds:.1f} s for a refiner (calibrated on {scene.name}, {device})"
-    )
-    if plan.spec.stopping.rule != "none":
-        print(f"           before {plan.spec.stopping.rule} stops anything:")
-    slots, gpus = num_slots(plan), plan.gpus_per_worker * plan.spec.resources.workers
-    for count in (1, 4, 8):
-        if runs := int(count / gpus) if gpus else count:
-            minutes = estimate.wall_seconds(plan, runs) / 60
-            what = "GPUs" if gpus else "runs at a time"
-            print(f"           {minutes:8.1f} min with {count} {what}")
-    if slots:
-        minutes = estimate.wall_seconds(plan, slots) / 60
-        print(f"           {minutes:8.1f} min on this machine, {slots} runs at a time")
-    hours = estimate.run_hours(plan) * (gpus or 1)
-    print(f"           {hours:8.2f} {'GPU-hours' if gpus else 'hours'} in all")
-    if gpus and device.type == "cpu":
-        print("           timed without a GPU, on which all of it takes less")
-
-
-def _bytes_needed(plan: Plan, views: dict[str, int]) -> int:
-    """Renders of all views, a checkpoint of each training, as much again for MLflow's copies."""
-    image = plan.base.data.width**2 * 3 // 4
-    field = _FIELD_BYTES * image + 20_000_000
-    fields = plan.spec.trials * len(plan.scenes) if not plan.shares_fields else len(plan.scenes)
-    size = fields * field + sum(views.values()) * image * 5
-    if plan.stage == "refiner":  # weights and both averages of Adam
-        size += plan.spec.trials * len(plan.trainings) * count_parameters(plan.base) * 12
-    return 2 * size
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
 from cbnerf.overrides import with_overrides
+from cbnerf.search.machines import num_slots
 from cbnerf.search.plan import Plan
 from cbnerf.search.spec import Choices, Range
 from cbnerf.search.worker import load_scene
@@ -20,6 +21,7 @@ from cbnerf.training.distributed import choose_device
 from cbnerf.training.evaluation import render_views
 from cbnerf.training.field import scene_cameras, train_field
 from cbnerf.training.memory import gpu_share
+from cbnerf.training.models import count_parameters
 from cbnerf.training.refiner import train_refiner
 from cbnerf.training.stages import ignore
 
@@ -27,6 +29,8 @@ _SHORT, _LONG = 3, 15
 _HEADROOM = 1.2
 _MOST_PARTS = 4
 """More processes than this on one GPU wait for each other."""
+_FIELD_BYTES = 400
+"""Of a checkpoint of the planes field, for each pixel of an image."""
 
 
 class Estimate(NamedTuple):
@@ -51,6 +55,43 @@ class Estimate(NamedTuple):
     def run_hours(self, plan: Plan) -> float:
         """Hours of all training runs together."""
         return self.wall_seconds(plan, 1) / 3600
+
+
+def describe_price(plan: Plan) -> list[str]:
+    """Lines on what a study will cost, calibrated on its first scene."""
+    device = choose_device()
+    scene = load_scene(plan, plan.scenes[0], plan.base.data)
+    num_together = len(plan.scenes) // len(plan.trainings)
+    estimate = calibrate(plan.base, scene, device, num_together=num_together, num_rungs=plan.rungs)
+    lines = [
+        f"estimate   {estimate.field_seconds:.1f} s for a field, "
+        f"{estimate.refiner_seconds:.1f} s for a refiner (calibrated on {scene.name}, {device})"
+    ]
+    if plan.spec.stopping.rule != "none":
+        lines.append(f"           before {plan.spec.stopping.rule} prunes anything:")
+    slots, gpus = num_slots(plan), plan.gpus_per_worker * plan.spec.resources.workers
+    places = [(f"with {count} {'GPUs' if gpus else 'runs at a time'}",
+               int(count / gpus) if gpus else count) for count in (1, 4, 8)]  # fmt: skip
+    for where, runs in [*places, (f"on this machine, {slots} runs at a time", slots)]:
+        if runs:
+            lines.append(f"           {estimate.wall_seconds(plan, runs) / 60:8.1f} min {where}")
+    hours = estimate.run_hours(plan) * (gpus or 1)
+    lines.append(f"           {hours:8.2f} {'GPU-hours' if gpus else 'hours'} in all")
+    if gpus and device.type == "cpu":
+        lines.append("           timed without a GPU, on which all of it takes less")
+    return lines
+
+
+def bytes_needed(plan: Plan, views: dict[str, int]) -> int:
+    """Disk space of a study: renders of all views, a checkpoint of each training, and as much again
+    for MLflow's copies."""
+    image = plan.base.data.width**2 * 3 // 4
+    field = _FIELD_BYTES * image + 20_000_000
+    fields = plan.spec.trials * len(plan.scenes) if not plan.shares_fields else len(plan.scenes)
+    size = fields * field + sum(views.values()) * image * 5
+    if plan.stage == "refiner":  # weights and both averages of Adam
+        size += plan.spec.trials * len(plan.trainings) * count_parameters(plan.base) * 12
+    return 2 * size
 
 
 def calibrate(

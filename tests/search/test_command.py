@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ray.cluster_utils import Cluster
 
-from cbnerf.cli import Report
+from cbnerf.commands.storage import Report
 from cbnerf.data.library import make_capture
 from cbnerf.data.llff import write_capture
 from cbnerf.search import command
 from cbnerf.search.plan import Plan
+from cbnerf.search.request import Options, know_photographs, read_request, settle
 from cbnerf.search.state import StudyState
 from cbnerf.strict_yaml import load_yaml
 
@@ -51,13 +53,12 @@ def photograph(folder: Path, *, num_views: int = 10) -> Path:
 
 def begin(data: Path, **options: Any) -> Plan:
     """A study that a driver has begun and that has got no further."""
-    asked = command.Options(data=data, name="study", storage=Path("runs"), **options)
-    request = command._make_request(asked, SMOKE)
-    plan, _ = command._settle(request, asked, has_gpu=False)
-    kept = request | {"photographs": command._know_photographs(plan), "resolution": "tiny"}
-    plan.folder.mkdir(parents=True)
-    (plan.folder / "request.yaml").write_text(yaml.safe_dump(kept), encoding="utf-8")
-    return plan
+    asked = Options(data=data, name="study", storage=Path("runs"), **options)
+    settled = settle(read_request(asked, SMOKE), asked, has_gpu=False)
+    known = know_photographs(settled)
+    kept = replace(settled.request, photographs=known, resolution="tiny")
+    kept.write(settled.plan.folder)
+    return settled.plan
 
 
 def content(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -87,9 +88,9 @@ def test_photographs_that_have_moved_are_said_and_found_again(
         assert call(monkeypatch, *arguments, "--dry-run") == 0, capfd.readouterr().err
         assert "data       photographs in " in capfd.readouterr().out
     request = load_yaml(plan.folder / "request.yaml")
-    asked = command.Options(resume=True, name="study", data=tmp_path / "new disk")
-    again, _ = command._settle(command._load_request(asked), asked, has_gpu=False)
-    assert command._know_photographs(again) == request["photographs"]
+    asked = Options(resume=True, name="study", data=tmp_path / "new disk")
+    again = settle(read_request(asked, SMOKE), asked, has_gpu=False)
+    assert know_photographs(again) == request["photographs"]
 
 
 @pytest.mark.parametrize("noted", [True, False])
@@ -147,7 +148,7 @@ def test_anything_unforeseen_is_one_line_that_names_a_file(
     def fail(*arguments: Any, **options: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(command, "make_plan", fail)
+    monkeypatch.setattr("cbnerf.search.request.make_plan", fail)
     (tmp_path / "my runs").mkdir()
     assert call(monkeypatch, "--storage", "my runs") == 1
     (line,) = capfd.readouterr().err.splitlines()

@@ -19,12 +19,13 @@ import yaml
 from drivers import PATIENCE, plan_of, search_without_ray
 from mlflow import MlflowClient
 
-from cbnerf.cli import Report
+from cbnerf.commands.storage import Report
 from cbnerf.data.library import make_capture
 from cbnerf.data.llff import write_capture
 from cbnerf.nerf.model import AUTO_PRECISION
 from cbnerf.overrides import load_config
 from cbnerf.search import command
+from cbnerf.search.request import Options, read_request, settle
 from cbnerf.search.state import StudyState
 from cbnerf.strict_yaml import load_yaml
 from cbnerf.training.checkpoint import load_checkpoint
@@ -419,10 +420,10 @@ def test_too_few_photographs_are_refused_with_what_a_search_takes(
     spec = yaml.safe_load(SMOKE.read_text(encoding="utf-8"))
     spec["fixed"] = spec.get("fixed", {}) | {"data.test_every": 7}
     (tmp_path / "mended.yaml").write_text(yaml.safe_dump(spec), encoding="utf-8")
-    options = command.Options(config=tmp_path / "mended.yaml", data=tmp_path / "photos",
+    options = Options(config=tmp_path / "mended.yaml", data=tmp_path / "photos",
                               storage=tmp_path / "runs")  # fmt: skip
-    request = command._make_request(options, SMOKE)
-    assert command._settle(request, options, has_gpu=False)[1] == {"mine": 4}
+    settled = settle(read_request(options, SMOKE), options, has_gpu=False)
+    assert settled.views == {"mine": 4}
     assert not (tmp_path / "runs").exists()
 
 
@@ -467,12 +468,10 @@ def test_scenes_that_come_later_are_no_part_of_a_study(
     add("fern")
     add("room")
     line = ["--config", str(SMOKE), "--data", "data", "--name", "study"]
-    options = command.Options(config=SMOKE, data=tmp_path / "data", name="study",
+    options = Options(config=SMOKE, data=tmp_path / "data", name="study",
                               storage=tmp_path / "runs")  # fmt: skip
-    request = command._make_request(options, SMOKE)
-    plan, _ = command._settle(request, options, has_gpu=False)
-    plan.folder.mkdir(parents=True)
-    (plan.folder / "request.yaml").write_text(yaml.safe_dump(request), encoding="utf-8")
+    settled = settle(read_request(options, SMOKE), options, has_gpu=False)
+    settled.request.write(settled.plan.folder)
     add("flower")
     assert call(monkeypatch, *line) == 2
     assert "study study was started with other scenes (" in capfd.readouterr().err
