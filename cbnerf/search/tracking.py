@@ -43,7 +43,7 @@ class Tracker:
     """Keeps the MLflow experiment of a study up to date."""
 
     def __init__(self, state: StudyState):
-        """Raises ValueError where MLflow does not answer."""
+        """Raises ValueError if MLflow does not answer."""
         self._state, self._plan = state, state.plan
         self._client = open_client(self._plan.storage)
         self.experiment_id = open_experiment(
@@ -61,9 +61,10 @@ class Tracker:
         self._num_failures = 0
 
     def sync(self) -> None:
-        """Write what MLflow does not hold yet; after an error the next call goes on from there.
+        """Write what MLflow does not hold yet. After an error the next call completes the work.
 
-        May run in another thread than the search. Takes calls in proportion to what is new.
+        May run in another thread than the search. The number of calls of MLflow grows with the
+        changes since the last sync, not with the size of the study.
         """
         try:
             self._load()
@@ -82,7 +83,7 @@ class Tracker:
         run.set_status("FINISHED")
 
     def interrupt(self) -> None:
-        """Mark open runs as killed; `sync` opens them again when the study goes on."""
+        """Mark open runs as killed; `sync` reopens them when the study resumes."""
         for run in find_runs(self._client, self.experiment_id, self._state.id):
             if run.status == "RUNNING":
                 run.set_status("KILLED")
@@ -241,8 +242,8 @@ def repeated(
 ) -> Iterator[None]:
     """Call `sync` every few seconds in a thread, and once more at the end of the block.
 
-    An error of the last call is raised; earlier ones are printed. Where the block itself fails, the
-    last call may take `patience` seconds.
+    An error of the last call is raised; of earlier ones the first in a row is printed. If the block
+    fails, the last call gets `patience` seconds.
     """
     is_over = threading.Event()
     error: Exception | None = None
