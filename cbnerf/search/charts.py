@@ -1,4 +1,4 @@
-"""Charts of a study: Optuna's own, the units of each configuration, and the cost."""
+"""Charts of a study: those of Optuna, the units of each configuration, and the cost."""
 
 import warnings
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ from cbnerf.report.page import Chart
 from cbnerf.search.state import StudyState
 
 _ENOUGH = 4
-"""Finished or pruned configurations that a chart of importances needs."""
+"""Number of finished or pruned configurations that a chart of importances needs."""
 
 
 def charts(state: StudyState) -> Iterator[Chart]:
-    """The charts of a study; the first one embeds plotly's script for all of them."""
+    """The charts of a study; the first one embeds plotly's script for all."""
     for index, (title, about, figure) in enumerate(_figures(state)):
         figure.update_layout(title=None, margin={"t": 30})
         html = chart_to_html(
@@ -31,7 +31,7 @@ def _figures(state: StudyState) -> Iterator[tuple[str, str, go.Figure]]:
     study, objectives = state.study, state.plan.spec.objectives
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     for index, name in enumerate(objectives):
-        # Without a target, Optuna draws the best so far; it knows that of a single objective.
+        # Without a target, which several objectives need, Optuna also draws the best so far.
         target = None if len(objectives) == 1 else lambda trial, i=index: trial.values[i]
         figure = visualization.plot_optimization_history(study, target=target, target_name=name)
         yield f"History of {name}", "Each configuration in the order of its number.", figure
@@ -40,7 +40,7 @@ def _figures(state: StudyState) -> Iterator[tuple[str, str, go.Figure]]:
         yield "Pareto front", "No configuration is better in all objectives.", figure
     if len(complete) >= _ENOUGH and len(state.plan.spec.space) > 1:
         first = objectives[0]
-        # Given a target, Optuna takes low for good; it knows the direction of a single objective.
+        # Optuna minimises a target; it knows the direction of a single objective.
         target = None if len(objectives) == 1 else lambda trial: -trial.values[0]
         figure = visualization.plot_parallel_coordinate(study, target=target, target_name=first)
         about = f"One line per configuration, the darker the better in {first}."
@@ -54,18 +54,17 @@ def _figures(state: StudyState) -> Iterator[tuple[str, str, go.Figure]]:
 
 
 def importances(state: StudyState) -> go.Figure:
-    """PED-ANOVA's share of each knob in what makes a configuration good, overall and, where
-    scenes are trained apart, by scene."""
+    """PED-ANOVA importance of each knob, overall and, if scenes train separately, by scene."""
     figure = go.Figure()
     evaluator, first = PedAnovaImportanceEvaluator(), state.plan.spec.objectives[0]
-    # PED-ANOVA asks what makes a target low.
+    # PED-ANOVA minimises a target.
     targets = {"overall": lambda trial: -trial.values[0]}
     trainings = state.plan.trainings
     for scene in trainings if len(trainings) > 1 else ():
         targets[scene] = lambda trial, s=scene: -_value_on(state, trial, s, first)
     for name, target in targets.items():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # That it does.
+            warnings.simplefilter("ignore", UserWarning)  # It warns that it minimises.
             shares = get_param_importances(state.study, evaluator=evaluator, target=target)
         visible = True if name == "overall" else "legendonly"
         bar = go.Bar(x=list(shares), y=list(shares.values()), name=name, visible=visible)
@@ -74,7 +73,7 @@ def importances(state: StudyState) -> go.Figure:
 
 
 def _value_on(state: StudyState, trial: FrozenTrial, scene: str, quality: str) -> float:
-    """The objective on one scene at the highest rung reached; the mean where it never ran."""
+    """The objective on one scene at the highest rung reached; the mean if it was not trained."""
     reached = [(rung, m) for (s, rung), m in state.results(trial.number).items() if s == scene]
     metrics = max(reached, key=lambda pair: pair[0], default=(0, None))[1]
     return metrics[quality] if metrics else trial.values[0]

@@ -1,8 +1,7 @@
 """The curves of a unit: `metrics.jsonl` in its trial folder, one JSON object a line.
 
-The process that trains the unit appends lines, and the driver reads them meanwhile. The first line
-of a process says where it runs: `{"node", "time"}`; a line for each evaluation adds
-`{"step", "metrics"}`. `time` is in milliseconds since 1970, as in MLflow.
+The process that trains the unit appends points, and the driver reads them meanwhile. A process that
+begins, or resumes, appends a point without metrics at step 0.
 """
 
 import json
@@ -19,28 +18,12 @@ CURVES_FILE = "metrics.jsonl"
 class Point(NamedTuple):
     """The metrics of one evaluation."""
 
-    time: int
+    step: int
     metrics: dict[str, float]
-
-
-class Curves(NamedTuple):
-    """What a unit has written so far."""
-
-    node: str = ""
-    """Host name of the machine that trains it; empty if it has not begun."""
-    points: dict[int, Point] = {}
-    """By step; a step that a resumed unit has repeated has its last metrics."""
-
-
-def begin_curves(folder: Path) -> None:
-    """Note that this process trains the unit of a trial folder from now on."""
-    reserve_curves(folder)
-    drop_torn_line(folder / CURVES_FILE)
-    _append(folder, {})
-
-
-def append_point(folder: Path, step: int, metrics: dict[str, float]) -> None:
-    _append(folder, {"step": step, "metrics": metrics})
+    node: str
+    """Host name of the machine that trains the unit."""
+    time: int
+    """Milliseconds since 1970, as in MLflow."""
 
 
 def reserve_curves(folder: Path) -> None:
@@ -50,18 +33,28 @@ def reserve_curves(folder: Path) -> None:
     (folder / CURVES_FILE).touch()
 
 
-def read_curves(folder: Path) -> Curves:
-    """The curves in a trial folder, without a last line that is not complete yet."""
+def begin_curves(folder: Path) -> None:
+    """Note that this process trains the unit of a trial folder from now on."""
+    reserve_curves(folder)
+    drop_torn_line(folder / CURVES_FILE)
+    append_point(folder, 0, {})
+
+
+def append_point(folder: Path, step: int, metrics: dict[str, float]) -> None:
+    """Add an evaluation of the unit that this process trains."""
+    point = Point(step, metrics, platform.node(), int(time.time() * 1000))
+    with (folder / CURVES_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(point._asdict()) + "\n")
+
+
+def read_curves(folder: Path) -> list[Point]:
+    """The points of a unit by step, the last one of each step; empty if it has not begun.
+
+    A last line that is not complete is ignored.
+    """
     try:
         content = (folder / CURVES_FILE).read_text(encoding="utf-8")
     except FileNotFoundError:
-        return Curves()
-    entries = [json.loads(line) for line in content.split("\n")[:-1]]
-    points = {e["step"]: Point(e["time"], e["metrics"]) for e in entries if "step" in e}
-    return Curves(entries[-1]["node"], points) if entries else Curves()
-
-
-def _append(folder: Path, entry: dict) -> None:
-    about = {"node": platform.node(), "time": int(time.time() * 1000)}
-    with (folder / CURVES_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(about | entry) + "\n")
+        return []
+    points = [Point(**json.loads(line)) for line in content.split("\n")[:-1]]
+    return [point for _, point in sorted({point.step: point for point in points}.items())]

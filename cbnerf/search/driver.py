@@ -29,20 +29,20 @@ from cbnerf.search.worker import MAX_FAILURES, find_precision_here, run_base_fie
 from cbnerf.training.checkpoint import Stage
 
 _FIRST_WAITING = 8
-"""Training runs that wait while no machine has joined."""
+"""Training runs that are submitted while no machine has joined."""
 
 
 class Outcome(NamedTuple):
-    """How a study ended."""
+    """Result of a study."""
 
     best: int
     """Number of the best configuration."""
     scores: SceneScores
-    """Of the best configuration."""
+    """Scores of the best configuration."""
     seconds: dict[str, float]
-    """Wall-clock of each phase of this run."""
+    """Wall-clock seconds of each phase of this run."""
     experiment_id: str
-    """Of MLflow."""
+    """MLflow experiment."""
 
 
 def run_study(
@@ -99,21 +99,21 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 
 def _sharing_gpus(plan: Plan, stages: Sequence[Stage]) -> Plan:
-    """The plan with as much of a GPU for a training of these stages as one was measured to need,
-    where the specification leaves that open; a quarter stays where there is nothing to measure."""
+    """With `gpus_per_worker: auto`, the plan with the part of a GPU that training these stages was
+    measured to need; unchanged (a quarter) if no GPU can be measured."""
     resources = plan.spec.resources
     if not plan.gpus_per_worker or resources.workers > 1 or resources.gpus_per_worker != "auto":
         return plan
     try:
         share = call(replace(plan, gpus_per_worker=1), measure_share, stages)
     except torch.OutOfMemoryError:
-        share = 1.0  # Of a whole GPU, and more: its trainings will say so.
+        share = 1.0  # A whole GPU does not suffice either; training will fail with the reason.
     return plan if share is None else replace(plan, gpus_per_worker=part_of_gpu(share))
 
 
 def find_precision(plan: Plan) -> Precision:
-    """What `field.precision` is where trainings run. A study keeps to it on whatever machine: else
-    its configurations would not refine the same renders."""
+    """The precision that `field.precision` means on a training machine. A study keeps it on all
+    machines, so that its configurations refine the same renders."""
     if plan.base.field.precision != "auto" or AUTO_PRECISION in os.environ:
         return find_precision_here(plan)
     return call(plan, find_precision_here)
@@ -155,7 +155,7 @@ def _tune(plan: Plan, searcher: TuneSearcher, recorder: Recorder) -> None:
         tune.with_resources(tune.with_parameters(run_units, plan=plan), _trial_resources(plan)),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
-            num_samples=-1,  # The searcher ends it.
+            num_samples=-1,  # The searcher ends the search.
             reuse_actors=plan.spec.resources.workers == 1,
         ),
         run_config=tune.RunConfig(
@@ -170,8 +170,8 @@ def _tune(plan: Plan, searcher: TuneSearcher, recorder: Recorder) -> None:
 
 
 class _Room:
-    """Twice as many training runs as the machines hold, looked up every few seconds: Tune asks at
-    every turn of its loop, while machines join and go in minutes."""
+    """Twice the number of training runs that the machines hold, cached for some seconds because
+    Tune asks in every iteration of its loop."""
 
     def __init__(self, plan: Plan):
         self._plan, self._size, self._until = plan, 0, 0.0
@@ -185,8 +185,8 @@ class _Room:
 
 def _trial_resources(plan: Plan) -> dict[str, float]:
     if plan.spec.resources.workers > 1:
-        # The trainer inside opens a placement group of its own; the trial itself needs none, and
-        # a CPU held here could starve it. Ray refuses {"CPU": 0}.
+        # The trainer opens its own placement group; a CPU reserved here could starve it. Ray
+        # refuses {"CPU": 0}.
         return {"node:__internal_head__": 0.001}
     return {name.lower(): float(amount) for name, amount in worker_resources(plan).items()}
 
@@ -196,14 +196,14 @@ def _progress(total: int, label: str, unit: str, *, done: int = 0) -> "tqdm[Any]
 
 
 def quieten_libraries() -> None:
-    """Ray, Optuna and MLflow say nothing on the screen that the study does not say itself."""
+    """Silence Ray, Optuna and MLflow; the study prints what a user needs to know."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    # Tracebacks: the study tells their last line; of a failed unit error.txt holds the whole.
+    # These log tracebacks. The study prints their last line; Tune keeps them in error.txt.
     for library in ("mlflow", "ray.tune"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    # How many trials may wait is up to the searcher.
+    # The searcher limits the number of pending trials.
     os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "100000")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")

@@ -1,4 +1,4 @@
-"""What a study will cost, in time and GPU memory, from a few steps on the machine at hand."""
+"""Estimates of the time and the GPU memory of a study, from a few steps on this machine."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -28,26 +28,26 @@ from cbnerf.training.stages import ignore
 _SHORT, _LONG = 3, 15
 _HEADROOM = 1.2
 _MOST_PARTS = 4
-"""More processes than this on one GPU wait for each other."""
+"""More processes than this on one GPU slow each other down."""
 _FIELD_BYTES = 400
 """Of a checkpoint of the planes field, for each pixel of an image."""
 
 
 class Estimate(NamedTuple):
-    """Seconds of one training run, start-up apart."""
+    """Seconds of one training run, without start-up."""
 
     field_seconds: float
     refiner_seconds: float
 
     def unit_seconds(self, plan: Plan) -> float:
-        """One training of a configuration to its end."""
+        """A full training of a configuration on one scene (or on the joint scenes)."""
         if plan.stage == "field":
             return self.field_seconds
         num_fields = 0 if plan.shares_fields else len(plan.scenes) / len(plan.trainings)
         return self.refiner_seconds + num_fields * self.field_seconds
 
     def wall_seconds(self, plan: Plan, slots: int) -> float:
-        """The whole study with `slots` training runs at a time, if no configuration is stopped."""
+        """The whole study with `slots` training runs at a time, if no configuration is pruned."""
         stage_1 = -(-len(plan.scenes) // slots) * self.field_seconds if plan.shares_fields else 0
         num_trainings = plan.spec.trials * len(plan.trainings)
         return stage_1 + -(-num_trainings // slots) * self.unit_seconds(plan)
@@ -102,8 +102,11 @@ def calibrate(
     num_together: int = 1,
     num_rungs: int = 1,
 ) -> Estimate:
-    """Time a few steps of both stages and one render, and scale up; as many scenes like this one
-    as are `num_together` share a refiner, which is evaluated at the end of each rung, too."""
+    """Time a few steps of both stages and one render, and extrapolate.
+
+    The refiner is assumed to train on `num_together` joint scenes like this one, and to be
+    evaluated at the end of each rung in addition.
+    """
 
     def field(steps: int) -> None:
         _try_field(config, scene, device, steps)
@@ -130,7 +133,7 @@ def calibrate(
 
 
 def measure_share(plan: Plan, stages: Sequence[Stage]) -> float | None:
-    """The part of this machine's GPU that a training of some stages needs, with the largest values
+    """The share of this machine's GPU that training these stages needs, with the largest values
     of the space and on the scene with the most views; None without a GPU."""
     device, width = choose_device(), plan.base.data.width
     if gpu_share() is None:
@@ -149,8 +152,8 @@ def measure_share(plan: Plan, stages: Sequence[Stage]) -> float | None:
 
 
 def largest(plan: Plan) -> Config:
-    """The base with the largest value of each number of the space; the base itself where these do
-    not go together."""
+    """The base configuration with the largest value of each numeric knob of the space; without
+    them if these are incompatible."""
     tops = {
         name: max(domain.choices) if isinstance(domain, Choices) else domain.high
         for name, domain in plan.spec.space.items()
@@ -163,8 +166,8 @@ def largest(plan: Plan) -> Config:
 
 
 def part_of_gpu(share: float) -> float:
-    """The GPU that Ray gives a process which needs this share: one of equal parts, four at most,
-    with room for what a few steps do not show."""
+    """The part of a GPU that Ray reserves for a process that needs this share: one of at most four
+    equal parts, with headroom for later steps."""
     return 1 / min(max(int(1 / (share * _HEADROOM)), 1), _MOST_PARTS)
 
 
@@ -176,7 +179,7 @@ def _try_field(config: Config, scene: Scene, device: torch.device, steps: int) -
 def _try_refiner(
     config: Config, scene: Scene, device: torch.device, steps: int, num_together: int
 ) -> None:
-    """Train on photographs in place of renders; the scene stands in for its joint scenes."""
+    """Train on photographs in place of renders, and on copies of the scene as joint scenes."""
     pair = scene, Renders(scene.images, torch.zeros(scene.images.shape[:3], dtype=torch.float16))
     short = _shortened(config, "refiner", steps)
     joint = [pair] * (num_together - 1)
@@ -188,7 +191,8 @@ def _shortened(config: Config, stage: str, steps: int) -> Config:
 
 
 def _total(train: Callable[[int], None], optim: OptimConfig, more_evaluations: int = 0) -> float:
-    """Seconds of a whole run: the slope between two short runs gives a step, the rest is fixed."""
+    """Seconds of a full run: the slope between two short runs is the time of a step, the intercept
+    a fixed cost for each evaluation."""
     train(1)
     short, long = _seconds(lambda: train(_SHORT)), _seconds(lambda: train(_LONG))
     per_step = max(long - short, 0) / (_LONG - _SHORT)

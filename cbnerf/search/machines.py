@@ -1,6 +1,6 @@
-"""Machines of the cluster: how many training runs they hold, and how the workers of one are placed.
+"""Machines of the cluster: how many training runs they hold, and where the workers of one run.
 
-A training run is one process or, with `resources.workers` of 2 and more, a group of them that
+A training run is one process or, with `resources.workers` of at least 2, a group of processes that
 train together through Ray Train.
 """
 
@@ -17,7 +17,7 @@ from cbnerf.search.plan import Plan
 
 
 def num_slots(plan: Plan) -> int:
-    """Training runs that the cluster's present machines hold at the same time."""
+    """Number of training runs that the present machines of the cluster hold at the same time."""
     workers, room = plan.spec.resources.workers, _room(plan)
     if on_one_machine(plan):
         return sum(count // workers for count in room)
@@ -25,13 +25,13 @@ def num_slots(plan: Plan) -> int:
 
 
 def on_one_machine(plan: Plan) -> bool:
-    """Whether a machine can hold all workers of a training run, which then wait for one that is
-    free; else they lie on as few machines as are needed."""
+    """Whether one machine can hold all workers of a training run. If so they wait for a free one;
+    otherwise they are spread over as few machines as possible."""
     return max(_room(plan), default=0) >= plan.spec.resources.workers
 
 
 def worker_resources(plan: Plan) -> dict[str, int | float]:
-    """What Ray reserves for each process that trains."""
+    """Resources that Ray reserves for each training process."""
     resources = {"CPU": plan.spec.resources.cpus_per_worker, "GPU": plan.gpus_per_worker}
     return {name: amount for name, amount in resources.items() if amount}
 
@@ -47,26 +47,26 @@ def worker_group(plan: Plan) -> ScalingConfig:
 
 
 def _room(plan: Plan) -> list[int]:
-    """Processes that each present machine holds, were it empty."""
+    """Number of processes that each present machine holds when idle."""
     needed = worker_resources(plan)
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [processes_on(machine, needed) for machine in machines]
 
 
 def processes_on(machine: Mapping[str, int | float], needed: Mapping[str, int | float]) -> int:
-    """Processes that a machine's resources hold where each needs so much."""
+    """Number of processes that fit on a machine with these resources."""
     return min(int(machine.get(name, 0) / amount + 1e-6) for name, amount in needed.items())
 
 
 def device_of_worker() -> torch.device:
-    """The device of a process of a worker group."""
-    # Ray Train names a GPU wherever Ray was told of one.
+    """The device of this process of a worker group."""
+    # Ray Train names a GPU if Ray was told of one, even where torch sees none.
     return get_device() if torch.cuda.is_available() else torch.device("cpu")
 
 
 @dataclass
 class TorchGroup(TorchConfig):
-    """Workers that see one GPU each, and talk over NCCL where all of them have one."""
+    """Workers that see one GPU each, and use NCCL if all of them have one, else gloo."""
 
     @property
     def backend_cls(self) -> type:
@@ -75,7 +75,7 @@ class TorchGroup(TorchConfig):
 
 class _Backend(TorchConfig().backend_cls):
     share_cuda_visible_devices = False
-    """Of the other workers of a machine: what asks for `cuda` cannot get the GPU of another."""
+    """If true, `cuda` could be the GPU of another worker of the same machine."""
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         have_gpus = worker_group.execute(torch.cuda.is_available)

@@ -1,6 +1,6 @@
-"""Where MLflow keeps runs: at MLFLOW_TRACKING_URI, else in a file and a folder of the storage.
+"""The MLflow store: at MLFLOW_TRACKING_URI, else a SQLite file and a folder in the storage.
 
-The store in the storage is *embedded*: it moves with the storage.
+The latter is called *embedded*; it moves with the storage.
 """
 
 import hashlib
@@ -23,12 +23,12 @@ from cbnerf.files import atomic_write
 _VARIABLE = "MLFLOW_TRACKING_URI"
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 _PACKAGES = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
-"""What pip calls the drivers that have another name in Python."""
+"""Names on PyPI of database drivers whose module has another name."""
 _ARTIFACTS = "mlartifacts"
 
 
 def tracking_uri(storage: Path) -> str:
-    """The server or database of MLFLOW_TRACKING_URI, else a SQLite file in the storage."""
+    """MLFLOW_TRACKING_URI if it is set, else a SQLite file in the storage."""
     return os.environ.get(_VARIABLE) or _sqlite_uri(_database_file(storage))
 
 
@@ -37,8 +37,8 @@ def _database_file(storage: Path) -> Path:
 
 
 def _sqlite_uri(file: Path) -> str:
-    # MLflow makes the parent folder of a path behind `sqlite:///`, which it does not unquote as
-    # SQLAlchemy does; it leaves alone what names a driver. `URL.create` quotes what need not be.
+    # MLflow creates the parent folder of a path after `sqlite:///` without unquoting the path as
+    # SQLAlchemy does; it does not for a URI with a driver. `URL.create` quotes more than necessary.
     quoted = str(file).replace("%", "%25").replace("?", "%3F")
     return f"{'sqlite' if quoted == str(file) else 'sqlite+pysqlite'}:///{quoted}"
 
@@ -48,7 +48,7 @@ def _is_embedded(uri: str, storage: Path) -> bool:
 
 
 def open_client(storage: Path) -> MlflowClient:
-    """A client of the MLflow at `tracking_uri`; raises ValueError where that does not answer."""
+    """A client of the MLflow at `tracking_uri`; raises ValueError if that does not answer."""
     uri = tracking_uri(storage)
     if _is_embedded(uri, storage):
         place = str(_database_file(storage))
@@ -75,7 +75,7 @@ def open_client(storage: Path) -> MlflowClient:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """What MLflow raises comes out as a ValueError of one line."""
+    """Turn errors of MLflow into a ValueError with one line."""
     try:
         yield
     except MlflowException as error:
@@ -88,14 +88,14 @@ def without_password(uri: str) -> str:
 
 
 def _describe(error: MlflowException | SQLAlchemyError, uri: str) -> str:
-    """What is wrong with a server or a database, and what to do about it."""
+    """The problem of a server or a database, and what to do about it."""
     root = _root(error)
     if isinstance(root, ssl.SSLError):
         return (
             f"its certificate is not trusted ({first_line(root)}); name the file of its "
             "authority in MLFLOW_TRACKING_SERVER_CERT_PATH"
         )
-    if isinstance(error, MlflowException) and root is error:  # an answer
+    if isinstance(error, MlflowException) and root is error:  # the server has answered
         return first_line(error).replace("<database_uri>", f"'{without_password(uri)}'")
     if uri.startswith("http"):
         return (
@@ -122,7 +122,7 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def _impatient() -> Iterator[None]:
-    """MLflow's client gives up after one try of 20 s instead of minutes of silent retries."""
+    """Let MLflow's client fail after one attempt of 20 s instead of minutes of silent retries."""
     limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
     before = {name: os.environ.get(name) for name in limits}
     os.environ.update(limits)
@@ -137,10 +137,10 @@ def _impatient() -> Iterator[None]:
 
 
 def _check_database(uri: str) -> None:
-    """Raise SQLAlchemyError at once where MLflow would try for minutes, without a word."""
+    """Raise SQLAlchemyError at once where MLflow would retry silently for minutes."""
     url = make_url(uri)
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
-        return  # MLflow makes it.
+        return  # MLflow creates it.
     engine = create_engine(url)
     try:
         inspect(engine).get_table_names()
@@ -154,11 +154,11 @@ def _prepared(storage: Path) -> Path:
 
 
 def _make_database(storage: Path) -> None:
-    """MLflow makes a database in many steps and cannot go on with one that was made in part, so one
-    process makes it, and whole."""
+    """Create the database atomically: MLflow does it in many steps and cannot complete a partial
+    one. The caller holds a lock."""
     file = _database_file(storage)
     if not file.exists() or file.stat().st_size == 0:  # a full disk leaves an empty one
-        for left in storage.glob(f".{file.name}.*"):  # by one that was killed
+        for left in storage.glob(f".{file.name}.*"):  # by a killed process
             left.unlink()
         with atomic_write(file) as unfinished:
             MlflowClient(_sqlite_uri(unfinished)).search_experiments()
@@ -169,9 +169,9 @@ def _artifact_location(storage: Path, experiment: str) -> str:
 
 
 def _follow_storage(storage: Path) -> None:
-    """Point experiments and runs to the artifacts of this storage, after it was moved or copied.
+    """Point experiments and runs to the artifacts of this storage after it was moved or copied.
 
-    MLflow stores absolute locations, and has no call to change them.
+    MLflow stores absolute locations and has no API to change them.
     """
     engine = create_engine(_sqlite_uri(_database_file(storage)))
     try:
@@ -180,7 +180,7 @@ def _follow_storage(storage: Path) -> None:
                 text("SELECT experiment_id, artifact_location FROM experiments")
             )
             for number, before in rows.all():
-                # By its last folder, for an experiment can have another name by now.
+                # The last folder, since the experiment may have been renamed.
                 place, _, folder = (before or "").rpartition("/")
                 now = f"{(storage / _ARTIFACTS).as_uri()}/{folder}"
                 is_ours = place.startswith("file:") and place.endswith(f"/{_ARTIFACTS}")
@@ -200,7 +200,7 @@ _UPDATES_OF_LOCATIONS = (
 
 
 def open_experiment(client: MlflowClient, name: str, storage: Path, tags: dict[str, str]) -> str:
-    """The id of an experiment, made or brought back where it must be."""
+    """The id of an experiment, which is created, or restored if it was deleted."""
     found = client.get_experiment_by_name(name)
     if found is not None:
         if found.lifecycle_stage == "deleted":
@@ -213,15 +213,15 @@ def open_experiment(client: MlflowClient, name: str, storage: Path, tags: dict[s
 
 _ILLEGAL = re.compile(r"[^A-Za-z0-9_. -]")
 _TAKEN = ("train", "val", "test", "mean")
-"""Beginnings of other keys, which a scene of that name would write over."""
+"""Prefixes of other keys, with which a scene of that name would collide."""
 _MAX_NAME = 80
 
 
 def legal_key(name: str) -> str:
-    """The name of a scene or of a row as a part of MLflow's keys, which allow few characters.
+    """The name of a scene or a row as a part of MLflow's keys, which allow few characters.
 
-    Legal names stay as they are. In others each illegal character becomes `_`, and a hash is
-    appended, so that different names have different keys: `garden(1)` gives `garden_1_-46f1693b`.
+    Legal names are unchanged. In others each illegal character becomes `_`, and a hash is appended
+    so that different names have different keys: `garden(1)` gives `garden_1_-46f1693b`.
     """
     legal = _ILLEGAL.sub("_", name)[:_MAX_NAME].strip(". ")
     if legal == name and name not in _TAKEN:

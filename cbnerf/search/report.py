@@ -18,7 +18,7 @@ from cbnerf.search.tracking import NOT_COMPARABLE
 from cbnerf.search.worker import score_best
 
 SceneScores = dict[str, dict[str, dict[str, float]]]
-"""scene -> `stage 1` or `refined` -> metric -> value."""
+"""scene -> `stage 1` or `refined` -> metric -> value"""
 
 
 def score_once(plan: Plan, config: Config, number: int) -> SceneScores:
@@ -53,7 +53,7 @@ def _scores_file(plan: Plan, number: int) -> Path:
 
 
 def scene_table(scores: SceneScores) -> Table:
-    """Stage 1, refined and gain of each scene and their means."""
+    """Scores of stage 1 and of the refiner and their difference, by scene and as means."""
     columns = [("val", "psnr"), ("test", "psnr"), ("test", "ssim")]
     header = ["scene"]
     for prefix, metric in columns:
@@ -72,7 +72,8 @@ def scene_table(scores: SceneScores) -> Table:
 
 
 def write_report(state: StudyState, best: Config, number: int, scores: SceneScores) -> list[Path]:
-    """Write `best.yaml`, `report.md` and `report.html` into the study's folder; returns all."""
+    """Write `best.yaml`, `report.md` and `report.html` into the study's folder; returns their
+    paths."""
     best_file = state.plan.folder / "best.yaml"
     save_config(best, best_file)
     page = study_page(state, best, number, scores, best_file.read_text(encoding="utf-8"))

@@ -12,15 +12,15 @@ Array = NDArray[np.floating]
 
 
 def halving_keeps(values: Array, challenger: int, eta: int) -> bool:
-    """Asynchronous successive halving, stopping variant: whether a configuration is among the best
-    1 / `eta` of those that have come through the highest rung that it has come through.
+    """Asynchronous successive halving (ASHA), stopping variant: whether a configuration is among
+    the best 1 / `eta` of those that have completed its highest completed rung.
 
-    A rung counts once all scenes have been through it, by their mean, and a configuration is judged
-    anew whenever it has a value more, as others may have overtaken it. Ray's `ASHAScheduler` judges
-    a trial, here that would be one scene, once at each rung, and keeps what reaches the
-    (1 - 1 / `eta`) quantile of the trials recorded there before it.
+    A rung is complete once all scenes are measured; their mean counts. A configuration is judged
+    again after each new value, as others may have overtaken it. Ray's `ASHAScheduler` judges a
+    trial (here: one scene) once at each rung, and keeps it if it reaches the (1 - 1 / `eta`)
+    quantile of the trials recorded there before.
     """
-    means = values.mean(axis=1)  # NaN unless all scenes are there
+    means = values.mean(axis=1)  # NaN unless all scenes are measured
     rungs = np.flatnonzero(~np.isnan(means[challenger]))
     if not len(rungs):
         return True
@@ -30,9 +30,9 @@ def halving_keeps(values: Array, challenger: int, eta: int) -> bool:
 
 
 def signed_ranks_keep(values: Array, challenger: int, rival: int, threshold: float) -> bool:
-    """Wilcoxon's signed-rank test of the scenes of the last rung, by the rule of Optuna's
-    `WilcoxonPruner`: at least two scenes, scenes without a difference count half for either, and
-    what is on average no worse than the rival's mean over all scenes is kept whatever the ranks."""
+    """Wilcoxon's signed-rank test over the scenes of the last rung, as in Optuna's
+    `WilcoxonPruner`: it needs two scenes, zero differences are split between both signs, and a
+    configuration whose mean is no worse than the rival's mean over all scenes is always kept."""
     reached, best = values[challenger, :, -1], values[rival, :, -1]
     seen = ~np.isnan(reached)
     if seen.sum() < 2 or reached[seen].mean() >= best.mean():

@@ -1,4 +1,4 @@
-"""What is tried next: the Optuna study of a search and its sampler."""
+"""The Optuna study of a search, and the sampler that proposes configurations."""
 
 import uuid
 from contextlib import suppress
@@ -18,28 +18,28 @@ from cbnerf.search.spec import QUALITIES, Choices, Range
 
 
 def open_study(plan: Plan) -> optuna.Study:
-    """The study's journal in its folder, created with the points to try first.
+    """Open the study's journal for writing; a new one gets the initial points.
 
-    Nobody else may write to it: what a killed driver or a full disk has left there is mended.
+    Repairs a torn line and a stale lock, so no other process may write to it.
     """
     file = _journal_file(plan)
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.exists():
         drop_torn_line(file)  # Optuna refuses a journal that holds one.
     lock = JournalFileOpenLock(str(file))
-    with suppress(RuntimeError):  # There is none, as a rule.
+    with suppress(RuntimeError):  # Usually there is none.
         lock.release()
     return make_study(plan, _open_journal(file, lock))
 
 
 def read_study(plan: Plan) -> optuna.Study:
-    """The study's journal as it stands, to be read alone, while its driver writes or not.
+    """Open the study's journal for reading, also while its driver writes.
 
-    Raises ValueError where the study has not begun; nothing is made or changed on the disk.
+    Changes nothing on the disk. Raises ValueError if the study has not begun.
     """
     file = _journal_file(plan)
     try:
-        if file.exists():  # Optuna would make the file.
+        if file.exists():  # Optuna would create the file.
             return optuna.load_study(study_name=plan.name, storage=_open_journal(file))
     except KeyError:  # Its first line has not been written yet.
         pass
@@ -58,7 +58,7 @@ def _open_journal(file: Path, lock: JournalFileOpenLock | None = None) -> Journa
 
 
 def make_study(plan: Plan, storage: optuna.storages.BaseStorage | None = None) -> optuna.Study:
-    """The Optuna study of a plan; in memory if there is no storage."""
+    """The Optuna study of a plan; in memory without a storage."""
     study = optuna.create_study(
         study_name=plan.name,
         storage=storage,
@@ -75,7 +75,7 @@ def make_study(plan: Plan, storage: optuna.storages.BaseStorage | None = None) -
 
 
 def initial_points(plan: Plan) -> list[dict[str, Any]]:
-    """The preset's own values where they lie in the space, then the points of the YAML file."""
+    """The values of the preset that lie in the space, then the points of the YAML file."""
     defaults = {
         name: value
         for name, value in flatten(plan.base).items()
@@ -86,8 +86,8 @@ def initial_points(plan: Plan) -> list[dict[str, Any]]:
 
 
 def propose(plan: Plan, study: optuna.Study, number: int) -> optuna.Trial:
-    """Ask for the configuration of a number: a point to try first, one of the even start, or what
-    the sampler makes of the trials so far."""
+    """Ask for the configuration of a number: an initial point, a point of the quasi-random start,
+    or a proposal of the sampler."""
     states = [trial.state for trial in study.get_trials(deepcopy=False)]
     num_ended = sum(state.is_finished() for state in states)
     starts = plan.spec.sampler == "sobol-tpe" and num_ended < _num_startup(plan)
@@ -100,8 +100,8 @@ def propose(plan: Plan, study: optuna.Study, number: int) -> optuna.Trial:
 def make_sampler(plan: Plan, number: int) -> optuna.samplers.BaseSampler:
     """The sampler of one configuration.
 
-    What it proposes depends on the seed, the number and the trials so far alone, so that a search
-    that was killed goes on as it would have gone on.
+    Its proposal depends only on the seed, the number and the trials so far, so that a killed search
+    continues as if it had not been interrupted.
     """
     seed = int(SeedSequence([plan.spec.seed, number]).generate_state(1)[0])
     if plan.spec.sampler == "random":
@@ -110,7 +110,7 @@ def make_sampler(plan: Plan, number: int) -> optuna.samplers.BaseSampler:
 
 
 def quasi_random_point(plan: Plan, number: int) -> dict[str, Any]:
-    """A point of a scrambled Sobol sequence: any number of them lies evenly in the space."""
+    """A point of a scrambled Sobol sequence, which covers the space evenly at any length."""
     sequence = qmc.Sobol(len(plan.spec.space), rng=plan.spec.seed)
     if number:
         sequence.fast_forward(number)
@@ -122,12 +122,12 @@ def quasi_random_point(plan: Plan, number: int) -> dict[str, Any]:
 
 
 def _num_startup(plan: Plan) -> int:
-    """Configurations that must have ended before TPE learns from them."""
+    """Number of configurations that must have ended before TPE learns from them."""
     return min(max(4, plan.spec.trials // 4), 10)
 
 
 def _value_at(domain: Range | Choices, share: float) -> Any:
-    """The value below which a share in [0, 1) of the domain lies."""
+    """Quantile of a domain at a share in [0, 1)."""
     if isinstance(domain, Choices):
         return domain.choices[int(share * len(domain.choices))]
     is_integer = isinstance(domain.low, int)
@@ -143,7 +143,7 @@ def _value_at(domain: Range | Choices, share: float) -> Any:
 
 
 def suggest(trial: optuna.Trial, plan: Plan) -> dict[str, Any]:
-    """A value for each knob of the space."""
+    """Suggest a value for each knob of the space."""
     return {name: _suggest(trial, name, domain) for name, domain in plan.spec.space.items()}
 
 

@@ -1,4 +1,4 @@
-"""Work that is done once for each scene, on whatever machine has room for it."""
+"""Ray tasks that run once for each scene, on any machine with free resources."""
 
 import re
 from collections import Counter
@@ -17,11 +17,11 @@ from cbnerf.search.worker import MAX_FAILURES
 def for_each_scene(
     plan: Plan, function: Callable[..., Any], *arguments: Any, trains: bool
 ) -> Iterator[tuple[str, Any]]:
-    """Call `function(plan, *arguments, scene)` as a Ray task for each scene; gives the scene and
-    its answer, in the order in which they come.
+    """Call `function(plan, *arguments, scene)` as a Ray task for each scene; yields pairs of scene
+    and result in the order of completion.
 
-    A process that dies, of memory or with its machine, is tried again `MAX_FAILURES` times. A scene
-    that fails for good ends nothing but itself: its error is raised when the others have ended.
+    A task whose process dies, for memory or with its machine, is retried `MAX_FAILURES` times. The
+    error of a scene that fails for good is raised after the other scenes have ended.
     """
     task = _remote(plan, function, trains=trains)
     pending: dict[Any, str] = {}
@@ -37,7 +37,7 @@ def for_each_scene(
         scene = pending.pop(done)
         try:
             answer = ray.get(done)
-        except RayTaskError as error:  # the function's own, which it would raise again
+        except RayTaskError as error:  # raised by the function; a retry would repeat it
             errors.append(error)
         except RayError as error:
             losses[scene] += 1
@@ -45,7 +45,7 @@ def for_each_scene(
             if losses[scene] > MAX_FAILURES:
                 errors.append(ValueError(f"{scene}: {reason(str(error))} ({losses[scene]} times)"))
             elif isinstance(error, OutOfMemoryError):
-                waiting.append(scene)  # until another one has given its memory back
+                waiting.append(scene)  # until another task has released its memory
                 if pending:
                     continue
             else:
@@ -59,7 +59,7 @@ def for_each_scene(
 
 
 def call(plan: Plan, function: Callable[..., Any], *arguments: Any) -> Any:
-    """What `function(plan, *arguments)` gives as a Ray task with the resources of one process."""
+    """Result of `function(plan, *arguments)` as a Ray task with the resources of one process."""
     return ray.get(_remote(plan, function, trains=False).remote(plan, *arguments))
 
 
@@ -67,12 +67,12 @@ _MEMORY = re.compile(r"low on memory\. .*?IP: ([^,]+).*? was (.*? limit)")
 
 
 def is_of_memory(trouble: str) -> bool:
-    """Whether Ray has ended a process for memory, by the text of an error or traceback."""
+    """Whether Ray has killed a process for memory, from the text of an error or traceback."""
     return _MEMORY.search(trouble) is not None
 
 
 def reason(trouble: str) -> str:
-    """Why a process of Ray has failed, in one line, from the text of its error or traceback."""
+    """One line that says why a process of Ray has failed, from its error or traceback."""
     if found := _MEMORY.search(trouble):
         machine, memory = found.groups()
         return (
@@ -83,12 +83,12 @@ def reason(trouble: str) -> str:
 
 
 def _remote(plan: Plan, function: Callable[..., Any], *, trains: bool) -> Any:
-    """The function as a Ray task with the resources of one process; with none where it trains on
-    several, which have their own."""
+    """The function as a Ray task with the resources of one process; with none if it trains on
+    several, which reserve their own."""
     alone = plan.spec.resources.workers == 1 or not trains
     needed = worker_resources(plan) if alone else {}
     return ray.remote(function).options(
         num_cpus=needed.get("CPU", 0),
         num_gpus=needed.get("GPU", 0),
-        max_retries=0,  # Of memory Ray would try for ever.
+        max_retries=0,  # Ray would retry for ever after a kill for memory.
     )

@@ -24,7 +24,7 @@ from mlflow.entities import Metric
 from tqdm import tqdm
 
 from cbnerf.config import flatten_field
-from cbnerf.search.curves import Curves, read_curves
+from cbnerf.search.curves import Point, read_curves
 from cbnerf.search.mlflow_store import first_line, legal_key, open_client, open_experiment
 from cbnerf.search.plan import Unit
 from cbnerf.search.racing import Metrics
@@ -43,7 +43,7 @@ class Tracker:
     """Keeps the MLflow experiment of a study up to date."""
 
     def __init__(self, state: StudyState):
-        """Raises ValueError where MLflow does not answer."""
+        """Raises ValueError if MLflow does not answer."""
         self._state, self._plan = state, state.plan
         self._client = open_client(self._plan.storage)
         self.experiment_id = open_experiment(
@@ -61,9 +61,10 @@ class Tracker:
         self._num_failures = 0
 
     def sync(self) -> None:
-        """Write what MLflow does not hold yet; after an error the next call goes on from there.
+        """Write what MLflow does not hold yet. After an error the next call completes the work.
 
-        May run in another thread than the search. Takes calls in proportion to what is new.
+        May run in another thread than the search. The number of calls of MLflow grows with the
+        changes since the last sync, not with the size of the study.
         """
         try:
             self._load()
@@ -76,13 +77,13 @@ class Tracker:
         """Write the closing report of the study."""
         self._load()
         run = self._run("report", "report", {"cbnerf.kind": "report"}, {})
-        run.write(_summary(metrics))
+        run.write(_metrics(metrics, 0))
         for file in files:
             self._client.log_artifact(run.id, str(file))
         run.set_status("FINISHED")
 
     def interrupt(self) -> None:
-        """Mark open runs as killed; `sync` opens them again when the study goes on."""
+        """Mark open runs as killed; `sync` reopens them when the study resumes."""
         for run in find_runs(self._client, self.experiment_id, self._state.id):
             if run.status == "RUNNING":
                 run.set_status("KILLED")
@@ -97,9 +98,8 @@ class Tracker:
         for scene, entry in self._state.fields.items():
             self._write_field(scene, entry)
         for unit in self._state.in_flight():
-            curves = self._curves(unit)
-            if curves.node:
-                _write_curves(self._open_unit(unit), curves)
+            if points := self._curves(unit):
+                _write_curves(self._open_unit(unit), points)
         for unit, metrics in self._state.recorded[self.num_written :]:
             is_new = self.num_written >= self._num_restored
             if is_new or not self._is_closed(unit.configuration):
@@ -123,7 +123,7 @@ class Tracker:
         knobs = flatten_field(self._plan.base)
         params = {"scene": scene, **knobs, "precision": knobs["field.precision"]}
         run = self._run(key, f"stage 1 {scene}", tags, params)
-        run.write(_points(metrics, self._plan.base.field.optim.steps))
+        run.write(_metrics(metrics, self._plan.base.field.optim.steps))
         self._log_stage(run, folder, "field")
         run.set_status("FINISHED")
 
@@ -163,7 +163,7 @@ class Tracker:
         if metrics is None:
             run.set_status("FAILED")
             return
-        run.write(_points(metrics, self._plan.steps(self._plan.config_of(unit), unit.rung)))
+        run.write(_metrics(metrics, self._plan.steps(self._plan.config_of(unit), unit.rung)))
         if unit.rung == self._plan.rungs - 1:
             self._write_results(run, unit, metrics)
             run.set_status("FINISHED")
@@ -178,7 +178,7 @@ class Tracker:
             for target in (run, parent):
                 self._client.log_image(target.id, strip, key=f"{scene}/strip", step=0)
         names = [name for name in ("psnr", "gain") if f"val/{name}" in metrics]
-        parent.write(_summary({f"{scene}/{name}": metrics[f"val/{name}"] for name in names}))
+        parent.write(_metrics({f"{scene}/{name}": metrics[f"val/{name}"] for name in names}, 0))
         self._log_stage(run, folder, self._plan.stage)
 
     def _close(self, number: int) -> None:
@@ -194,7 +194,7 @@ class Tracker:
         else:
             how, status = "finished", "FINISHED"
             means = {name: sum(m[name] for m in finished) / len(finished) for name in finished[0]}
-            parent.write(_summary(means))
+            parent.write(_metrics(means, 0))
         for scene in self._plan.trainings:
             child = self._runs.get(_unit_key(number, scene))
             if child is not None and child.status == "RUNNING":
@@ -207,7 +207,7 @@ class Tracker:
         run = self._runs.get(_configuration_key(number))
         return run is not None and _ENDED in run.tags
 
-    def _curves(self, unit: Unit) -> Curves:
+    def _curves(self, unit: Unit) -> list[Point]:
         return read_curves(self._plan.trial_folder(unit.configuration, unit.scene))
 
     def _run(self, key: str, name: str, tags: dict[str, str], params: dict[str, Any]) -> TrackedRun:
@@ -241,8 +241,8 @@ def repeated(
 ) -> Iterator[None]:
     """Call `sync` every few seconds in a thread, and once more at the end of the block.
 
-    An error of the last call is raised; earlier ones are printed. Where the block itself fails, the
-    last call may take `patience` seconds.
+    An error of the last call is raised; of earlier ones the first in a row is printed. If the block
+    fails, the last call gets `patience` seconds.
     """
     is_over = threading.Event()
     error: Exception | None = None
@@ -252,14 +252,13 @@ def repeated(
         is_last = False
         while not is_last:
             is_last = is_over.wait(seconds)
-            before = error
             try:
                 sync()
                 error = None
             except Exception as problem:
-                error = problem
-                if before is None and not is_last:
+                if error is None and not is_last:
                     tqdm.write(f"  MLflow: {first_line(problem)}; trying again")
+                error = problem
 
     thread = threading.Thread(target=run, name="MLflow", daemon=True)
     thread.start()
@@ -275,22 +274,18 @@ def repeated(
         raise error
 
 
-def _write_curves(run: TrackedRun, curves: Curves) -> None:
-    points = [
-        Metric(name, value, point.time, step)
-        for step, point in sorted(curves.points.items())
-        for name, value in point.metrics.items()
+def _write_curves(run: TrackedRun, points: list[Point]) -> None:
+    metrics = [
+        Metric(name, value, p.time, p.step) for p in points for name, value in p.metrics.items()
     ]
-    run.write(points, tags={"cbnerf.node": curves.node} if curves.node else {})
+    run.write(
+        metrics, tags={"cbnerf.node": max(points, key=lambda p: p.time).node} if points else {}
+    )
 
 
-def _points(metrics: Metrics, step: int) -> list[Metric]:
+def _metrics(metrics: Metrics, step: int) -> list[Metric]:
     now = int(time.time() * 1000)
     return [Metric(name, value, now, step) for name, value in metrics.items()]
-
-
-def _summary(metrics: Metrics) -> list[Metric]:
-    return _points(metrics, 0)
 
 
 def _configuration_key(number: int) -> str:

@@ -1,7 +1,7 @@
-"""The work of a study: train a field, train a refiner, score the best. Runs on any machine.
+"""The work of a study on any machine: train fields and units, score the best configuration.
 
 One worker trains in the calling process; several train through Ray Train's `TorchTrainer`. Results
-stand in folders of the shared storage, so a killed job goes on where its last checkpoint was.
+are folders on the shared storage, so that a killed job resumes from its last checkpoint.
 """
 
 import os
@@ -37,25 +37,27 @@ from cbnerf.training.stages import RENDERS_FILE, read_metrics, run_field, run_re
 from cbnerf.training.store import field_fingerprint, is_complete
 
 MAX_FAILURES = 2
-"""Of a training run, by accidents; then its configuration has failed."""
+"""A training run is retried this many times after accidents, then its configuration fails."""
 _SECONDS_TO_SEE = 120
-"""Twice what NFS keeps the listing of a folder for, by default."""
+"""Twice the default time that NFS caches the listing of a folder."""
 _LASTING = (FloatingPointError, KnobError)
-"""What divergence and knobs that do not fit each other raise; all else may be the machine's."""
+"""Raised by divergence and incompatible knobs; other errors may be the fault of a machine."""
 
 
 def run_units(about: Mapping[str, Any], plan: Plan) -> None:
-    """Tune's trainable: the units of one configuration, one after the other.
+    """Tune's trainable: train the units of one configuration, one after the other.
 
-    Reports the curve of each as `{unit, step, ...}` and its end as `{unit, ended, ...}`.
+    Reports the start of each as `{unit, begun}` (single processes only), its end as
+    `{unit, ended, ...}` with its metrics, and an error that a retry would repeat as `{failure}`.
+    Curves are appended to a file in the trial folder.
     """
     units = [Unit(**unit) for unit in about["units"]]
     try:
         if plan.spec.resources.workers == 1:
             for index, unit in enumerate(units):
-                tune.report({"unit": index, "begun": True})  # Tune adds by which process.
+                tune.report({"unit": index, "begun": True})  # Tune adds the process.
                 _run_unit(plan, index, unit, choose_device(), tune.report)
-                free_gpu_memory()  # The process stays, and others share its GPU.
+                free_gpu_memory()  # The process is reused, and others share its GPU.
         else:
             for unit in units if plan.stage == "refiner" else ():
                 for scene in plan.scenes_of(unit.scene):
@@ -63,7 +65,6 @@ def run_units(about: Mapping[str, Any], plan: Plan) -> None:
             callbacks = [TuneReportCallback()]
             _train_together(plan, "units", _walk_in_worker, {"units": about["units"]}, callbacks)
     except _LASTING as error:
-        # Trying again would fail again.
         tune.report({"failure": str(error)})
 
 
@@ -74,7 +75,7 @@ def run_base_field(plan: Plan, scene_name: str) -> tuple[Path, dict[str, float]]
 
 
 def find_precision_here(plan: Plan) -> Precision:
-    """What `field.precision` is on the machine that it runs on."""
+    """The precision that `field.precision` means on this machine."""
     return resolve_precision(plan.base.field, choose_device())
 
 
@@ -86,7 +87,7 @@ def score_best(
     trained = plan.trial_folder(configuration, plan.training_of(scene_name))
     if plan.stage == "field":
         renders, refiner = load_renders(trained / RENDERS_FILE), None
-    else:  # The cache may have been emptied since.
+    else:  # The entry may have been removed from the cache.
         renders = load_renders(_complete_field(plan, config, scene_name) / RENDERS_FILE)
         refiner = load_refiner(trained / REFINER_FILE, device)
     split = split_views(scene.num_views, config.data)
@@ -178,7 +179,7 @@ def _train_together(
     callbacks: list[Any],
 ) -> None:
     """Run a function on all workers of a group through Ray Train."""
-    # Reports wait for the controller's next look at its workers, every 2 s unless told.
+    # Reports wait for the controller's next poll of its workers, every 2 s by default.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     trainer = TorchTrainer(
         function,
@@ -202,7 +203,7 @@ def _train_together(
 
 
 def _walk_in_worker(about: dict[str, Any]) -> None:
-    """All units by one group of workers, which starts once."""
+    """Train all units with one group of workers, which starts once."""
     for index, unit in enumerate(about["units"]):
         _run_unit(about["plan"], index, Unit(**unit), device_of_worker(), train.report)
 

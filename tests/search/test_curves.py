@@ -6,7 +6,6 @@ import pytest
 
 from cbnerf.search.curves import (
     CURVES_FILE,
-    Curves,
     append_point,
     begin_curves,
     read_curves,
@@ -17,16 +16,16 @@ pytestmark = pytest.mark.search
 
 
 def values(folder: Path) -> dict[int, dict[str, float]]:
-    return {step: point.metrics for step, point in read_curves(folder).points.items()}
+    return {point.step: point.metrics for point in read_curves(folder) if point.metrics}
 
 
 def test_a_unit_that_has_not_begun_has_no_curves(tmp_path: Path):
-    assert read_curves(tmp_path / "0000" / "arcade") == Curves()
+    assert read_curves(tmp_path / "0000" / "arcade") == []
     reserve_curves(tmp_path / "0000" / "arcade")
-    assert read_curves(tmp_path / "0000" / "arcade") == Curves()
+    assert read_curves(tmp_path / "0000" / "arcade") == []
     begin_curves(tmp_path / "0000" / "arcade")
-    curves = read_curves(tmp_path / "0000" / "arcade")
-    assert curves.node and not curves.points
+    (point,) = read_curves(tmp_path / "0000" / "arcade")
+    assert point.node and not point.metrics
 
 
 def test_a_resumed_unit_drops_a_torn_line_and_the_last_of_repeated_steps_counts(tmp_path: Path):
@@ -49,7 +48,5 @@ def test_any_cut_of_the_file_can_be_read(tmp_path: Path):
     content = (tmp_path / CURVES_FILE).read_bytes()
     for cut in range(len(content)):
         (tmp_path / CURVES_FILE).write_bytes(content[:cut])
-        assert (
-            list(read_curves(tmp_path).points)
-            == [1, 2, 3][: max(content[:cut].count(b"\n") - 1, 0)]
-        )
+        num_lines = content[:cut].count(b"\n")
+        assert [point.step for point in read_curves(tmp_path)] == list(range(num_lines))
