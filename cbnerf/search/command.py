@@ -45,7 +45,6 @@ from cbnerf.search.report import scene_table, write_report
 from cbnerf.search.spec import parse_spec
 from cbnerf.search.state import StudyState
 from cbnerf.search.tracking import NOT_COMPARABLE
-from cbnerf.search.worker import load_scene
 from cbnerf.strict_yaml import load_yaml
 from cbnerf.training.distributed import choose_device
 from cbnerf.training.models import count_parameters
@@ -421,7 +420,7 @@ def _check_room(plan: Plan, address: str | None) -> None:
 
 def _price(plan: Plan) -> None:
     device = choose_device()
-    scene = load_scene(plan, plan.scenes[0], plan.base.data)
+    scene = plan.load_scene(plan.scenes[0], plan.base.data)
     num_together = len(plan.scenes) // len(plan.trainings)
     estimate = calibrate(plan.base, scene, device, num_together=num_together, num_rungs=plan.rungs)
     print(

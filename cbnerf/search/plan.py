@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cbnerf.config import FIELD_KNOBS, Config
-from cbnerf.data.library import choose_scenes, locate_data, scene_folder
+from cbnerf.data.library import choose_scenes, locate_data
+from cbnerf.experiment import ALL_SCENES, Experiment
 from cbnerf.overrides import with_overrides
 from cbnerf.presets import preset
 from cbnerf.search.space import check_space
 from cbnerf.search.spec import SearchSpec
 from cbnerf.training.checkpoint import Stage
-from cbnerf.training.store import Store
 
-ALL_SCENES = "all"
-"""In place of a scene: the training that all scenes share."""
 FULL = 2_000_000
 """A disk with fewer bytes left counts as full."""
 
@@ -31,9 +29,9 @@ class Unit(NamedTuple):
     overrides: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A study by name: its scenes, its base configuration, where it keeps its files."""
+@dataclass(frozen=True, kw_only=True)
+class Plan(Experiment):
+    """A study: its name, what it searches, and the experiment that it is."""
 
     name: str
     spec: SearchSpec
@@ -41,23 +39,11 @@ class Plan:
     """The preset with the fixed knobs."""
     method: str
     resolution: str
-    scenes: tuple[str, ...]
-    data: Path | None
-    """Folder of LLFF scene folders; None means the built-in scenes."""
-    storage: Path
-    """Holds studies, cache and MLflow's files; shared by all machines of a cluster."""
     gpus_per_worker: int | float
-    cache_store: str | None = None
-    """URI of a store of trained stages that other clusters share, such as s3://bucket/cache."""
 
     def with_precision(self, precision: str) -> "Plan":
         """The same study with what `field.precision: auto` is in it."""
         return replace(self, base=with_overrides(self.base, {"field.precision": precision}))
-
-    @property
-    def cache(self) -> Store:
-        """Trained stages of this and of other studies."""
-        return Store(self.storage / "cache", self.cache_store)
 
     @property
     def folder(self) -> Path:
@@ -79,14 +65,6 @@ class Plan:
         """What a configuration trains at each rung: a scene each, or all scenes together."""
         return (ALL_SCENES,) if self.base.codebook.shared else self.scenes
 
-    def training_of(self, scene: str) -> str:
-        """The training that serves a scene."""
-        return ALL_SCENES if self.base.codebook.shared else scene
-
-    def scenes_of(self, training: str) -> tuple[str, ...]:
-        """The scenes that a training learns on."""
-        return self.scenes if training == ALL_SCENES else (training,)
-
     @property
     def rungs(self) -> int:
         """Rungs of a training; one where nothing is judged between them."""
@@ -107,11 +85,6 @@ class Plan:
     def _whole_steps(self, config: Config) -> int:
         return (config.field if self.stage == "field" else config.refiner).optim.steps
 
-    @property
-    def source(self) -> str:
-        """Where the photographs come from, in words."""
-        return f"photographs in {self.data}" if self.data else "built-in scenes"
-
     def check_disk(self, needed: int = FULL) -> None:
         """Refuse to go on with a disk that cannot hold `needed` bytes."""
         self.storage.mkdir(parents=True, exist_ok=True)
@@ -125,10 +98,6 @@ class Plan:
     def trial_folder(self, number: int, scene: str) -> Path:
         """Where a configuration leaves what it learned on a scene."""
         return self.folder / "trials" / f"{number:04d}" / scene
-
-    def scene_folder(self, scene: str, width: int) -> Path:
-        """The LLFF folder of a scene; a built-in scene has one for each image width."""
-        return scene_folder(scene, self.data, self.storage, width)
 
 
 def make_plan(
