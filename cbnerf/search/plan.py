@@ -1,4 +1,4 @@
-"""A plan: everything that is decided before a study starts, small enough to send to any worker."""
+"""A plan: all decisions about a study before it starts, small enough to send to any worker."""
 
 import shutil
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from cbnerf.search.spec import SearchSpec
 from cbnerf.training.checkpoint import Stage
 
 FULL = 2_000_000
-"""A disk with fewer bytes left counts as full."""
+"""A disk with fewer free bytes counts as full."""
 
 
 class Unit(NamedTuple):
@@ -31,7 +31,7 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Experiment):
-    """A study: its name, what it searches, and the experiment that it is."""
+    """An experiment that searches the knobs of one method."""
 
     name: str
     spec: SearchSpec
@@ -42,7 +42,7 @@ class Plan(Experiment):
     gpus_per_worker: int | float
 
     def with_precision(self, precision: str) -> "Plan":
-        """The same study with what `field.precision: auto` is in it."""
+        """The same study with `field.precision: auto` settled."""
         return replace(self, base=with_overrides(self.base, {"field.precision": precision}))
 
     @property
@@ -62,12 +62,12 @@ class Plan(Experiment):
 
     @property
     def trainings(self) -> tuple[str, ...]:
-        """What a configuration trains at each rung: a scene each, or all scenes together."""
+        """The trainings of a configuration at each rung: one per scene, or one of all scenes."""
         return (ALL_SCENES,) if self.base.codebook.shared else self.scenes
 
     @property
     def rungs(self) -> int:
-        """Rungs of a training; one where nothing is judged between them."""
+        """Number of rungs; 1 if nothing is pruned between rungs."""
         stopping = self.spec.stopping
         is_fitted = self.base.refiner.kind == "linear"  # in one step
         if is_fitted or stopping.rule in ("none", "wilcoxon"):
@@ -78,7 +78,7 @@ class Plan(Experiment):
         return rungs
 
     def steps(self, config: Config, rung: int) -> int:
-        """Training steps up to a rung, counted from 0."""
+        """Training steps from the start to the end of a rung; rungs are counted from 0."""
         whole = self._whole_steps(config)
         return max(whole // self.spec.stopping.eta ** (self.rungs - 1 - rung), 1)
 
@@ -86,7 +86,7 @@ class Plan(Experiment):
         return (config.field if self.stage == "field" else config.refiner).optim.steps
 
     def check_disk(self, needed: int = FULL) -> None:
-        """Refuse to go on with a disk that cannot hold `needed` bytes."""
+        """ValueError for a disk that cannot hold `needed` bytes."""
         self.storage.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.storage).free
         if free < needed:
@@ -96,7 +96,7 @@ class Plan(Experiment):
             )
 
     def trial_folder(self, number: int, scene: str) -> Path:
-        """Where a configuration leaves what it learned on a scene."""
+        """The folder of a configuration trained on a scene, or on `ALL_SCENES`."""
         return self.folder / "trials" / f"{number:04d}" / scene
 
 
@@ -110,10 +110,10 @@ def make_plan(
     has_gpu: bool,
     cache_store: str | None = None,
 ) -> Plan:
-    """Settle what `auto` means, find the scenes, and check all of it.
+    """The checked plan of a study, with `auto` settled and scenes found.
 
-    `scenes` as `--scenes` has them; or a tuple of names that were found when the study was started,
-    which are not looked for: what is only read needs no photographs.
+    `scenes` is the text of `--scenes`, or a tuple of the names that were found when the study was
+    started: reading a study needs no photographs.
     """
     gpus = spec.resources.gpus_per_worker
     if gpus == "auto":
@@ -145,7 +145,7 @@ def make_plan(
 
 
 def _check_batches(base: Config, workers: int) -> None:
-    """Whole shares of a batch for each worker, even ones where its rows alternate."""
+    """ValueError unless workers get equal shares of a batch, even ones if its rows alternate."""
     of_refiner = 2 * workers if base.refiner.alternates else workers
     shares = {"field": (base.field.optim, workers), "refiner": (base.refiner.optim, of_refiner)}
     for stage, (optim, multiple) in shares.items():

@@ -67,7 +67,7 @@ def run_units(about: Mapping[str, Any], plan: Plan) -> None:
 
 
 def run_base_field(plan: Plan, scene_name: str) -> tuple[Path, dict[str, float]]:
-    """The stage-1 entry that all configurations share, and its metrics."""
+    """The entry of the field that all configurations share, and its metrics."""
     entry = _complete_field(plan, plan.base, scene_name)
     return entry, read_metrics(entry) or {}
 
@@ -126,7 +126,7 @@ def _run_unit(
 
 
 def _load_pair(plan: Plan, config: Config, scene_name: str) -> tuple[Scene, Renders]:
-    """A scene and what its field renders."""
+    """A scene and the renders of its field."""
     entry = _complete_field(plan, config, scene_name)
     return plan.load_scene(scene_name, config.data), _load_renders(entry / RENDERS_FILE)
 
