@@ -25,7 +25,6 @@ from torch import Tensor
 
 from cbnerf.config import Config
 from cbnerf.data.llff import read_capture
-from cbnerf.data.pixels import scale_below
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene, make_scene
 from cbnerf.data.splits import split_views
@@ -111,7 +110,7 @@ def _stage1(
     scene = make_scene(read_capture(options.data / name, config.data.width), config.data)
     folder = options.cache / f"{options.resolution}-{options.field_steps}" / name
     if below:
-        scene = scale_below(scene, config.data.low_res_kernel)
+        scene = scene.scale_below(config.data.low_res_kernel)
         folder = folder.with_name(f"{name}@low-res")
     run_field(config, scene, folder, device=choose_device())
     return scene, load_renders(folder / RENDERS_FILE)

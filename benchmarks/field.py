@@ -32,7 +32,7 @@ from cbnerf.presets import preset
 from cbnerf.training.checkpoint import Checkpoint
 from cbnerf.training.distributed import choose_device
 from cbnerf.training.evaluation import mean_scores, render_views
-from cbnerf.training.field import scene_cameras, train_field
+from cbnerf.training.field import train_field
 
 
 @dataclass(kw_only=True)
@@ -77,7 +77,7 @@ def train(config: Config, scene: Scene, budget: float = float("inf")) -> Run:
     split = split_views(scene.num_views, config.data)
     test, training = split.test, split.train[:: len(split.train) // len(split.test)]
     targets = scene.images[test]
-    cameras = scene_cameras(scene, device)
+    cameras = scene.cameras(device)
     curve: list[tuple[float, float]] = []
     spent, since = 0.0, clock(device)
     last: dict[str, float] = {}

@@ -31,7 +31,6 @@ from cbnerf.search.plan import Plan, make_plan
 from cbnerf.search.spec import parse_spec
 from cbnerf.search.state import StudyState, Unit
 from cbnerf.search.tracking import Tracker
-from cbnerf.search.worker import load_scene
 from cbnerf.training.stages import RENDERS_FILE, run_refiner
 
 FEW, MANY = 1, 11
@@ -102,7 +101,7 @@ def study(options: Options, storage: Path, evaluations: int) -> Plan:
 def alone(plan: Plan, config: Config, folder: Path) -> float:
     """Median seconds of a unit without the platform."""
     seconds = []
-    scene = load_scene(plan, plan.scenes[0], config.data)
+    scene = plan.load_scene(plan.scenes[0], config.data)
     (entry,) = plan.cache.folder.glob(f"field-{scene.name}-*")
     renders = load_renders(entry / RENDERS_FILE)
     for repetition in range(10):

@@ -31,7 +31,7 @@ from cbnerf.data.scene import Scene, make_scene
 from cbnerf.nerf.model import render_image
 from cbnerf.overrides import with_overrides
 from cbnerf.presets import preset
-from cbnerf.training.field import scene_cameras, train_field
+from cbnerf.training.field import train_field
 
 CPU = torch.device("cpu")
 
@@ -128,7 +128,7 @@ def _train_and_render(
     model = train()
     step = (time.process_time() - since) / options.steps
     since = time.process_time()
-    render_image(model, scene_cameras(scene, CPU), 0, scene.scale)
+    render_image(model, scene.cameras(CPU), 0, scene.scale)
     frame = time.process_time() - since
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -155,7 +155,7 @@ def _train_together(
     seconds = time.perf_counter() - since
     dist.barrier()
     dist.destroy_process_group()
-    rgb, _ = render_image(model, scene_cameras(scene, CPU), 0, scene.scale)
+    rgb, _ = render_image(model, scene.cameras(CPU), 0, scene.scale)
     return seconds / options.steps, rgb.numpy()
 
 

@@ -21,7 +21,7 @@ import tyro
 from provenance import provenance
 
 from cbnerf.config import Config
-from cbnerf.data.library import read_scene
+from cbnerf.data.library import load_scene
 from cbnerf.data.renders import load_renders
 from cbnerf.overrides import with_overrides
 from cbnerf.presets import preset
@@ -98,7 +98,7 @@ def _draw(spec: SearchSpec, count: int) -> Iterator[dict[str, Any]]:
 
 
 def _field(base: Config, name: str, storage: Path) -> dict[str, float]:
-    scene = read_scene(name, None, storage, base.data)
+    scene = load_scene(name, None, storage, base.data)
     return run_field(base, scene, storage / "fields" / name, device=CPU)
 
 
@@ -106,7 +106,7 @@ def _climb(
     config: Config, name: str, storage: Path, parts: tuple[int, ...]
 ) -> list[dict[str, float]]:
     """Metrics at each rung, a part of the steps, with the CPU seconds from the rung below."""
-    scene = read_scene(name, None, storage, config.data)
+    scene = load_scene(name, None, storage, config.data)
     renders = load_renders(storage / "fields" / name / RENDERS_FILE)
     folder = storage / "refiner"
     rungs = []

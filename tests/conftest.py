@@ -12,7 +12,6 @@ from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Capture, Scene, make_scene
 from cbnerf.nerf.rays import Cameras
 from cbnerf.presets import preset
-from cbnerf.training.field import scene_cameras
 
 torch.set_num_threads(1)
 
@@ -63,7 +62,7 @@ def tiny_scene(tiny_capture: Capture, tiny_config: Config) -> Scene:
 
 @pytest.fixture(scope="session")
 def tiny_cameras(tiny_scene: Scene) -> Cameras:
-    return scene_cameras(tiny_scene, torch.device("cpu"))
+    return tiny_scene.cameras(torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ LEFT_TO_RIGHT = [
     {"files", "strict_yaml"}, {"config", "console"}, {"overrides"}, {"presets"},
     {"rng", "metrics", "downsampling"},
     {"nerf", "codebook", "scenes", "report"}, {"baselines"}, {"data"},
-    {"training"}, {"compare"}, {"search"}, {"commands"}, {"cli"}, {"__main__"},
+    {"training"}, {"experiment"}, {"compare"}, {"search"}, {"commands"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 PLACE = {part: place for place, parts in enumerate(LEFT_TO_RIGHT) for part in parts}
 OF_SEARCH_ONLY = {"ray", "optuna", "mlflow", "tqdm", "plotly"}

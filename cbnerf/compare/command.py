@@ -1,4 +1,4 @@
-"""What `cbnerf compare` is asked for, checked before anything is trained."""
+"""The request of `cbnerf compare`, checked before anything is trained."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +18,13 @@ from cbnerf.training.distributed import choose_device
 
 @dataclass(kw_only=True)
 class Request:
-    """Train what is missing of several methods, and score all of them by one protocol."""
+    """Train the missing stages of several methods, and score all methods by one protocol."""
 
     scenes: str = "all"
     """`all`, or names of scenes separated by commas; one that holds a comma in double quotes."""
     methods: str = "all"
-    """`all`, or names separated by commas; a YAML file is a method, too, such as a study's
-    best.yaml."""
+    """`all`, or names separated by commas; a YAML file, such as a study's best.yaml, is a method
+    too."""
     protocol: Protocol = "holdout"
     """`holdout`; `unseen-scene` trains stage 2 on the other scenes only; `low-res-only` on the
     low-res photographs of the scene; `table1` is the released scoring, for the published comparison
@@ -43,7 +43,7 @@ class Request:
 
 
 def settle(request: Request) -> Comparison:
-    """Find methods and scenes, and check that they can be compared."""
+    """The comparison of a request; ValueError if its methods or scenes cannot be compared."""
     resolution = request.resolution or ("x2-504" if torch.cuda.is_available() else "x2-128")
     names = list(METHODS) if request.methods == "all" else request.methods.split(",")
     changes = _read_knobs(request.knobs)
@@ -89,7 +89,7 @@ def settle(request: Request) -> Comparison:
 
 
 def report_folder(request: Request, comparison: Comparison) -> Path:
-    """Where the report goes."""
+    """The folder for the report."""
     name = f"{comparison.resolution}-{comparison.protocol}"
     folder = request.output or comparison.storage / "compare" / name
     if folder.exists() and not folder.is_dir():
@@ -98,7 +98,7 @@ def report_folder(request: Request, comparison: Comparison) -> Path:
 
 
 def _load_method(name: str, resolution: str) -> Config:
-    """A preset, or what a file changes in the default method; a study's best.yaml has all knobs."""
+    """A preset, or the default method with the knobs of a file."""
     if name in METHODS or not name.endswith((".yaml", ".yml")):
         return preset(name, resolution)
     usual = preset(DEFAULT_METHOD, resolution)
@@ -112,7 +112,7 @@ def _load_method(name: str, resolution: str) -> Config:
 
 
 def _label(name: str) -> str:
-    """The name of a preset; of a file its own and that of its folder."""
+    """The name of a preset, or of a file and its folder."""
     if name in METHODS:
         return name
     path = Path(name).resolve()

@@ -1,4 +1,4 @@
-"""The scores of a refiner while it trains, of which the released scoring takes the best."""
+"""Scores of a refiner during training; the released scoring takes the best of them."""
 
 import json
 from pathlib import Path
@@ -16,15 +16,13 @@ from cbnerf.training.evaluation import refine_views
 from cbnerf.training.models import build_refiner
 
 RELEASED_PSNR = "psnr_table1"
-"""Name of the metric of protocol `table1`."""
+"""The metric of protocol `table1`."""
 _HISTORY_FILE = "table1.json"
 
 
 class History:
-    """A report that scores each evaluation of a refiner as the released code does.
-
-    The best view of each step stands in a file beside the checkpoint.
-    """
+    """A report that scores a refiner at each evaluation as the released code does, and writes the
+    PSNR of the best view to a file beside the checkpoint."""
 
     def __init__(
         self, config: Config, scene: Scene, renders: Renders, folder: Path, device: torch.device
@@ -43,7 +41,7 @@ class History:
         atomic_write_text(self._folder / _HISTORY_FILE, json.dumps(history, indent=1))
 
     def catch_up(self) -> None:
-        """Score the last checkpoint if a run was killed between writing and scoring it."""
+        """Score the last checkpoint, if a crash came between writing and scoring it."""
         path = self._folder / REFINER_FILE
         if path.exists():
             last = load_checkpoint(path, "refiner", self._device)

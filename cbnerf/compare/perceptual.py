@@ -1,4 +1,4 @@
-"""LPIPS, where the weights of its VGG network are at hand; nothing is ever downloaded."""
+"""LPIPS, if the weights of its VGG network are on this machine; nothing is downloaded."""
 
 import importlib.util
 import os
@@ -15,7 +15,7 @@ WEIGHTS_FILE = "vgg16-397923af.pth"
 
 
 def load_lpips(device: torch.device) -> tuple[Distance | None, str]:
-    """LPIPS (VGG) of two images if it can be computed, and what was found or is missing."""
+    """LPIPS (VGG) as a function of two images, or None; and a sentence that says which or why."""
     for package in ("torchvision", "torchmetrics"):
         if importlib.util.find_spec(package) is None:
             return None, f"LPIPS is not reported: {package} is not installed (the extra `lpips`)"
@@ -28,7 +28,7 @@ def load_lpips(device: torch.device) -> tuple[Distance | None, str]:
         )
 
         network = LearnedPerceptualImagePatchSimilarity("vgg", normalize=True).to(device).eval()
-    except (ImportError, RuntimeError) as error:  # a torchvision that is not for this torch
+    except (ImportError, RuntimeError) as error:  # torchvision was built for another torch
         return None, f"LPIPS is not reported: torchvision does not work here ({error})"
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
-"""Protocols: what trains, what is scored, and how the scores of views become one number.
+"""Protocols: which views train, which are scored, and how their scores are summarised.
 
-A number belongs to one protocol; a report holds one protocol. Images are 8 bit, as saved.
+Numbers of different protocols are not comparable, so a report has one protocol. Images are 8 bit.
 """
 
 import math
@@ -18,7 +18,7 @@ from cbnerf.overrides import with_overrides
 Protocol = Literal["holdout", "unseen-scene", "low-res-only", "table1"]
 
 WITHOUT_PHOTOGRAPH: tuple[Protocol, ...] = ("unseen-scene", "low-res-only")
-"""Protocols in which a scene gives no high-res photograph."""
+"""Protocols that train on no high-res photograph of the scene that is scored."""
 
 DESCRIPTIONS: dict[Protocol, str] = {
     "holdout": (
@@ -27,23 +27,23 @@ DESCRIPTIONS: dict[Protocol, str] = {
         "clamped, 8 bit, in [0, 1]."
     ),
     "unseen-scene": (
-        "As holdout, but stage 2 is trained on the photographs of the other scenes only: the scene "
-        "that is scored has given no high-res image at all. Its low-res photographs, which stage 1 "
-        "has seen, have a say (refiner.consistency)."
+        "As holdout, but stage 2 is trained on the photographs of the other scenes only: no "
+        "high-res image of the scored scene is used. Its low-res photographs, which train stage 1, "
+        "constrain the refined images (refiner.consistency)."
     ),
     "low-res-only": (
-        "As holdout, but no high-res image is seen at all: stage 2 is trained a scale below, on "
-        "the low-res photographs of the scene and the renders of another stage 1, which has seen "
-        "them at lower resolution still; they have a say at their own scale, too "
+        "As holdout, but no high-res image is used at all: stage 2 is trained one scale below, on "
+        "the low-res photographs of the scene and the renders of another stage 1, which is trained "
+        "on these photographs at an even lower resolution. They also constrain the refined images "
         "(refiner.consistency)."
     ),
     "table1": (
         "The released scoring of Codebook-NeRF, for the published comparison only: all views train "
         "and the same views are scored; PSNR of images in [-1, 1] with peak 1, which is 6.02 dB "
         "lower than the usual one; the maximum over views and over the evaluations of stage 2, "
-        "not a mean. It says nothing about views that were not trained on, and its numbers must "
-        "not be set beside those of another protocol. For nerf-sr the best view may be the very "
-        "photograph that it is given. Differs from the released scoring: values are clamped and "
+        "not a mean. It says nothing about views that were not trained on, and its numbers are not "
+        "comparable with those of another protocol. For nerf-sr the best view may be the "
+        "reference photograph itself. Differs from the released scoring: values are clamped and "
         "8 bit, and stage 2 is trained on all views."
     ),
 }
@@ -59,14 +59,14 @@ PUBLISHED: dict[str, dict[str, float]] = {
 
 
 def adapt(config: Config, protocol: Protocol) -> Config:
-    """A configuration with the split of a protocol."""
+    """The configuration with the split of a protocol."""
     if protocol != "table1":
         return config
     return with_overrides(config, {"data.test_every": 0, "data.validation": False})
 
 
 def scored_views(num_views: int, data: DataConfig, protocol: Protocol) -> list[int]:
-    """Test views; under `table1` all, which are the training views."""
+    """Indices of the test views; with `table1` of all views, which are the training views."""
     split = split_views(num_views, data)
     return split.train if protocol == "table1" else split.test
 
@@ -74,14 +74,14 @@ def scored_views(num_views: int, data: DataConfig, protocol: Protocol) -> list[i
 def released_psnr(
     image: UInt8[Tensor, "height width 3"], target: UInt8[Tensor, "height width 3"]
 ) -> float:
-    """PSNR in dB as the released code has it: values in [-1, 1], but a peak of 1."""
+    """PSNR in dB as in the released code: values in [-1, 1] with a peak of 1."""
     signed = [pixels.double() / 127.5 - 1 for pixels in (image, target)]
     error = (signed[0] - signed[1]).square().mean().item()
     return -10 * math.log10(error) if error else math.inf
 
 
 def summarise(views: Sequence[dict[str, float]], protocol: Protocol) -> dict[str, float]:
-    """One number for each metric: the mean over views, under `table1` the maximum."""
+    """Each metric as its mean over views, with `table1` as its maximum."""
     values = {metric: [view[metric] for view in views] for metric in views[0]}
     if protocol == "table1":
         return {metric: max(numbers) for metric, numbers in values.items()}

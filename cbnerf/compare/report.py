@@ -1,4 +1,4 @@
-"""The report of a comparison: a page with figures, its numbers as JSON, its tables as LaTeX."""
+"""The report of a comparison: a page with figures, `report.json`, and tables in LaTeX."""
 
 import json
 from pathlib import Path
@@ -58,12 +58,12 @@ def write_report(
 
 
 def to_plain(comparison: Comparison, results: Results, device: torch.device) -> dict[str, Any]:
-    """Everything as plain values, for programs."""
+    """The whole comparison as plain values: the content of `report.json`."""
     return {
         "protocol": comparison.protocol,
         "protocol_description": DESCRIPTIONS[comparison.protocol],
         "resolution": comparison.resolution,
-        "data": str(comparison.data) if comparison.data else "built-in scenes",
+        "data": str(comparison.data or comparison.source),
         "scenes": list(comparison.scenes),
         "methods": {name: flatten(config) for name, config in comparison.methods.items()},
         "rows": {
@@ -87,14 +87,14 @@ def to_plain(comparison: Comparison, results: Results, device: torch.device) -> 
 
 
 def draw_figures(comparison: Comparison, results: Results) -> tuple[Image.Image, Image.Image]:
-    """Crops and error maps, a row for each scene, a column for each system."""
+    """Crops and error maps; a row for each scene and a column for each system."""
     systems = [row.name for row in comparison.rows if row.part in _IN_FIGURES]
     metric = list_metrics(results)[0]
     crops: list[tuple[str, list[Panel]]] = []
     errors: list[tuple[str, list[Panel]]] = []
     for scene, (view, photograph, images) in results.shown.items():
         side = figures.crop_side(photograph.shape[1])
-        place = figures.choose_crop(photograph, comparison.scene(scene).scale, side)
+        place = figures.choose_crop(photograph, comparison.split.scale, side)
         values = {name: results.scores[name][scene].views[view][metric] for name in systems}
         label = f"{scene} {view}"
         crops.append((label, [
@@ -123,9 +123,7 @@ def _title(comparison: Comparison) -> str:
 
 
 def _notes(comparison: Comparison, results: Results, device: torch.device) -> list[str]:
-    source = f"photographs in {comparison.data}" if comparison.data else (
-        "built-in scenes, not comparable with the paper"
-    )  # fmt: skip
+    source = comparison.source + ("" if comparison.data else ", not comparable with the paper")
     notes = [
         f"Protocol {comparison.protocol}: {DESCRIPTIONS[comparison.protocol]}",
         f"Data: {source}. Computed by cbnerf {cbnerf.__version__} on {_device_name(device)}. "
@@ -134,8 +132,8 @@ def _notes(comparison: Comparison, results: Results, device: torch.device) -> li
     if comparison.protocol == "table1":
         return notes
     notes.append(
-        f"{results.about_lpips}. Bold: the best system; a vq-vae row is no system, for it sees the "
-        "photograph that it is scored on."
+        f"{results.about_lpips}. Bold: the best system. A vq-vae row is not a system: its input is "
+        "the photograph that it is scored on."
     )
     if comparison.protocol in WITHOUT_PHOTOGRAPH:
         without = [m for m, c in comparison.methods.items() if c.refiner.kind == "reference"]
@@ -147,7 +145,7 @@ def _notes(comparison: Comparison, results: Results, device: torch.device) -> li
 
 
 def _precision(comparison: Comparison) -> str:
-    """How the networks of stage 1 multiply: in one precision, or each method in its own."""
+    """The precision of stage 1, with the names of methods if they differ."""
     found = {name: config.field.precision for name, config in comparison.methods.items()}
     if len(set(found.values())) == 1:
         return next(iter(found.values()))

@@ -1,4 +1,4 @@
-"""Rows of a comparison: the systems, what each is made of, and the images it makes."""
+"""Rows of a comparison: systems, and the images that each of them makes."""
 
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -30,8 +30,8 @@ _ABOUT: dict[Part, str] = {
     "bicubic": "its low-res render, enlarged by a bicubic filter",
     "lanczos": "its low-res render, enlarged by a Lanczos filter",
     "refined": "its refined render",
-    "vq-vae": "not a result but the ceiling of the codebook: the photograph itself, as its codes "
-    "tell it",
+    "vq-vae": "not a result but the upper bound of the codebook: the photograph, decoded from its "
+    "own codes",
 }
 
 
@@ -42,12 +42,12 @@ class Row(NamedTuple):
 
     @property
     def about(self) -> str:
-        """What the images of this row are, in words."""
+        """The images of this row, in words."""
         return f"{self.method}: {_ABOUT[self.part]}"
 
 
 def make_rows(methods: dict[str, Config], protocol: Protocol) -> list[Row]:
-    """The rows of some methods; a stage 1 that several methods share has one row."""
+    """The rows of some methods; methods with the same stage 1 share its row."""
     rows: list[Row] = []
     fields: list[FieldConfig] = []
     for method, config in methods.items():
@@ -76,7 +76,7 @@ def make_images(
     refiner: Path,
     device: torch.device,
 ) -> UInt8[Tensor, "views height width 3"]:
-    """The images of a row; `field` and `refiner` are the folders of its two stages."""
+    """Images of some views for a row; `field` and `refiner` are the folders of its stages."""
     if part in _RESAMPLING:
         return _enlarge_low_res(part, scene, views, field, device)
     renders = load_renders(field / RENDERS_FILE)
@@ -87,8 +87,8 @@ def make_images(
         references = find_references(config, scene, renders, views)
         return refine_views(model, renders.rgb[views], device, references)
     assert isinstance(model, Refiner)
-    told = [model.reconstruct(to_unit(photograph, device)) for photograph in scene.images[views]]
-    return to_8bit(torch.cat(told)).movedim(1, -1).cpu()
+    decoded = [model.reconstruct(to_unit(photograph, device)) for photograph in scene.images[views]]
+    return to_8bit(torch.cat(decoded)).movedim(1, -1).cpu()
 
 
 def _enlarge_low_res(
@@ -102,7 +102,7 @@ def _enlarge_low_res(
 def enlarge(
     image: UInt8[Tensor, "height width 3"], scale: int, kernel: str
 ) -> UInt8[Tensor, "large_height large_width 3"]:
-    """An image resized by Pillow with a `bicubic` or `lanczos` filter."""
+    """An image enlarged by Pillow with a `bicubic` or `lanczos` filter."""
     size = (image.shape[1] * scale, image.shape[0] * scale)
     resized = Image.fromarray(image.numpy()).resize(size, _RESAMPLING[kernel])
     return torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).view(

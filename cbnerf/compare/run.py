@@ -1,13 +1,11 @@
-"""Train what a comparison lacks, then score every row on every scene.
+"""Train the stages that a comparison lacks, then score every row on every scene.
 
-Both stages stand in the cache under what determines them, so nothing is trained twice, a killed
-comparison goes on where it was, and comparisons share their stages with each other (and fields with
-the search).
+Trained stages are kept in the store by fingerprint: comparisons share both stages with each other
+and fields with studies, and the same command resumes after a crash.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,34 +24,22 @@ from cbnerf.compare.protocols import (
 )
 from cbnerf.compare.rows import Row, make_images, make_rows
 from cbnerf.config import Config, DataConfig
-from cbnerf.data.library import read_scene
-from cbnerf.data.pixels import scale_below
 from cbnerf.data.references import reference_view
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene
+from cbnerf.experiment import LOW_RES, Experiment
 from cbnerf.training.evaluation import score_views
 from cbnerf.training.stages import RENDERS_FILE, ignore, read_metrics, run_field, run_refiner
-from cbnerf.training.store import Store, field_fingerprint, refiner_fingerprint
-
-_BELOW = "@low-res"
-"""Ends the name of a scene that stands for another one a scale below."""
+from cbnerf.training.store import refiner_fingerprint
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Experiment):
     """What is compared, by which protocol; all methods have the same images."""
 
     methods: dict[str, Config]
     protocol: Protocol
     resolution: str
-    scenes: tuple[str, ...]
-    data: Path | None
-    """Folder of LLFF scene folders; None means the built-in scenes."""
-    storage: Path
-
-    @property
-    def cache(self) -> Store:
-        return Store(self.storage / "cache")
 
     @property
     def rows(self) -> list[Row]:
@@ -64,69 +50,51 @@ class Comparison:
         """Resolution and split of all methods."""
         return next(iter(self.methods.values())).data
 
-    def scene(self, name: str) -> Scene:
-        """A scene of the comparison, or one of `sources`."""
-        at_full_size = name.removesuffix(_BELOW)
-        scene = read_scene(at_full_size, self.data, self.storage, self.split)
-        return scene if name == at_full_size else scale_below(scene, self.split.low_res_kernel)
-
     def sources(self, name: str) -> list[str]:
-        """What a refiner of this scene is trained on, if not on the scene itself."""
+        """The source scenes of a refiner that is not trained on its own scene."""
         if self.protocol == "low-res-only":
-            return [name + _BELOW]
+            return [name + LOW_RES]
         if self.protocol == "unseen-scene":
             return [other for other in self.scenes if other != name]
         return []
 
-    @cached_property
-    def _field_keys(self) -> dict[tuple[str, str], str]:
-        """By method and scene; photographs are hashed, which takes a while."""
-        sources = {other for name in self.scenes for other in self.sources(name)}
-        return {
-            (method, name): field_fingerprint(config, self.scene(name))
-            for method, config in self.methods.items()
-            for name in {*self.scenes, *sources}
-        }
+    def training_of(self, scene: str, config: Config) -> str:
+        """As in any experiment, but scenes without a high-res photograph share no refiner."""
+        alone = self.protocol in WITHOUT_PHOTOGRAPH
+        return scene if alone else super().training_of(scene, config)
 
-    def served(self, method: str, name: str) -> list[str]:
-        """The scenes that the refiner of this one serves: all where they share a codebook and may
-        give photographs."""
-        gives = self.protocol not in WITHOUT_PHOTOGRAPH
-        shared = self.methods[method].codebook.shared and gives
-        return sorted(self.scenes) if shared else [name]
-
-    def field_folder(self, method: str, name: str) -> Path:
-        """Where the field of a method stands for a scene or one of `sources`."""
-        return self.cache.path("field", name, self._field_keys[method, name])
+    def joint_scenes(self, method: str, name: str) -> list[str]:
+        """The scenes that share the refiner of a scene, sorted; itself among them."""
+        return sorted(self.scenes_of(self.training_of(name, self.methods[method])))
 
     def refiner_folder(self, method: str, name: str) -> Path:
-        """Where the refiner of a method stands for a scene."""
-        served = self.served(method, name)
-        fields = [self._field_keys[method, one] for one in (*served, *self.sources(name))]
-        whose = "all" if len(served) > 1 else name
-        return self.cache.path("refiner", whose, refiner_fingerprint(self.methods[method], fields))
+        """The folder of the refiner of a scene in the store, there or not."""
+        config, scenes = self.methods[method], self.joint_scenes(method, name) + self.sources(name)
+        fields = [self.field_fingerprint(config, scene) for scene in scenes]
+        fingerprint = refiner_fingerprint(config, fields)
+        return self.cache.path("refiner", self.training_of(name, config), fingerprint)
 
 
 class Cost(NamedTuple):
-    """What a stage takes."""
+    """Of one stage."""
 
     parameters: int
     seconds: float
-    """Of training, evaluations among it."""
+    """Of training, including its evaluations."""
 
 
 class Scored(NamedTuple):
     """A row on one scene."""
 
     summary: dict[str, float]
-    """One number for each metric, as the protocol says."""
+    """Each metric over all views: `protocols.summarise`."""
     views: dict[int, dict[str, float]]
     costs: list[Cost]
-    """Of stage 1 and, where there is one, stage 2."""
+    """Of stage 1 and, if the row has one, stage 2."""
 
 
 class Shown(NamedTuple):
-    """The view of a scene that the figures show: the first scored one that is no reference."""
+    """The view of a scene in the figures: the first scored one that is not the reference."""
 
     view: int
     photograph: UInt8[Tensor, "height width 3"]
@@ -145,7 +113,7 @@ class Results(NamedTuple):
 def run_comparison(
     comparison: Comparison, device: torch.device, say: Callable[[str], None]
 ) -> Results:
-    """Train, score; `say` gets a line for each thing done."""
+    """Train and score; calls `say` with a line for each stage trained and scene scored."""
     lpips, about_lpips = load_lpips(device)
     for method in comparison.methods:
         for name in comparison.scenes:
@@ -156,14 +124,14 @@ def run_comparison(
                 _train_refiner(comparison, row.method, name, device, say)
     results = Results({row.name: {} for row in comparison.rows}, {}, about_lpips)
     for name in comparison.scenes:
-        scene = comparison.scene(name)
+        scene = comparison.load_scene(name, comparison.split)
         views = scored_views(scene.num_views, comparison.split, comparison.protocol)
         view = next(v for v in views if v != reference_view(scene, comparison.split))
         results.shown[name] = Shown(view, scene.images[view], {})
         for row in comparison.rows:
-            field = comparison.field_folder(row.method, name)
-            refiner = comparison.refiner_folder(row.method, name)
             config = comparison.methods[row.method]
+            field = comparison.field_folder(config, name)
+            refiner = comparison.refiner_folder(row.method, name)
             images = make_images(row.part, config, scene, views, field, refiner, device)
             values = _score_images(images, scene.images[views], comparison.protocol, lpips)
             folders = (field, refiner) if row.part in ("refined", "vq-vae") else (field,)
@@ -179,26 +147,26 @@ def run_comparison(
 
 def _train_field(
     comparison: Comparison, method: str, name: str, device: torch.device, say: Callable[[str], None]
-) -> Path:
-    """The folder of a field, trained now if nobody has."""
-    config, scene = comparison.methods[method], comparison.scene(name)
+) -> tuple[Scene, Path]:
+    """A scene and the folder of its field, trained now if it is not there."""
+    config = comparison.methods[method]
+    scene = comparison.load_scene(name, config.data)
 
     def train(folder: Path) -> None:
         metrics = run_field(config, scene, folder, device=device)
         say(f"{name}: stage 1 of {method} trained in {metrics['seconds']:.0f} s")
 
-    folder = comparison.field_folder(method, name)
-    return comparison.cache.complete(folder, train)
+    return scene, comparison.cache.complete(comparison.field_folder(config, name), train)
 
 
 def _train_refiner(
     comparison: Comparison, method: str, name: str, device: torch.device, say: Callable[[str], None]
 ) -> None:
-    config, served = comparison.methods[method], comparison.served(method, name)
+    config, served = comparison.methods[method], comparison.joint_scenes(method, name)
 
     def load(one: str) -> tuple[Scene, Renders]:
-        folder = _train_field(comparison, method, one, device, say)
-        return comparison.scene(one), load_renders(folder / RENDERS_FILE)
+        scene, field = _train_field(comparison, method, one, device, say)
+        return scene, load_renders(field / RENDERS_FILE)
 
     def train(folder: Path) -> None:
         report, ((scene, renders), *joint) = ignore, map(load, served)
@@ -211,8 +179,7 @@ def _train_refiner(
         )  # fmt: skip
         say(f"{', '.join(served)}: stage 2 of {method} trained in {metrics['seconds']:.0f} s")
 
-    folder = comparison.refiner_folder(method, name)
-    comparison.cache.complete(folder, train)
+    comparison.cache.complete(comparison.refiner_folder(method, name), train)
 
 
 def _score_images(

@@ -1,4 +1,4 @@
-"""The tables of a report: scores beside published ones, costs, and the values of single views."""
+"""The tables of a report: scores, published scores, costs and scores by view."""
 
 from collections.abc import Sequence
 
@@ -48,13 +48,13 @@ def _published_row(system: str, numbers: dict[str, float], scenes: Sequence[str]
 
 
 def row_table(comparison: Comparison) -> Table:
-    """What the images of each row are."""
+    """The images of each row, in words."""
     rows = [[Cell(row.name), Cell(row.about)] for row in comparison.rows]
     return Table("What is scored in each row", ["system", "images"], rows)
 
 
 def cost_table(comparison: Comparison, results: Results) -> Table:
-    """Size and training time of both stages of each row."""
+    """Parameters and training time of both stages of each row."""
     rows = []
     for row in comparison.rows:
         cells = [Cell(row.name)]
@@ -68,7 +68,7 @@ def cost_table(comparison: Comparison, results: Results) -> Table:
 
 
 def view_tables(comparison: Comparison, results: Results) -> list[Table]:
-    """Each view of each scene, by the first metric; all others stand in `report.json`."""
+    """The first metric of each view, a table for each scene; `report.json` has all metrics."""
     metric = list_metrics(results)[0]
     tables = []
     for scene in comparison.scenes:
@@ -97,13 +97,13 @@ def list_metrics(results: Results) -> list[str]:
 
 
 def scene_means(scenes: dict[str, Scored]) -> dict[str, float]:
-    """Each metric as the mean over scenes."""
+    """Mean of each metric over scenes."""
     entries = [scored.summary for scored in scenes.values()]
     return {name: sum(e[name] for e in entries) / len(entries) for name in entries[0]}
 
 
 def published_numbers(comparison: Comparison) -> dict[str, dict[str, float]]:
-    """Table 1 of the paper for these scenes, where the protocol and the photographs are its own."""
+    """Table 1 of the paper for these scenes, in dB by system; empty where it is not comparable."""
     if comparison.protocol != "table1" or comparison.data is None:
         return {}
     return {

@@ -1,4 +1,4 @@
-"""What cameras must be for a scene to be learned from them, whatever file they come from."""
+"""Checks of cameras, for readers of all formats."""
 
 import math
 from pathlib import Path
@@ -9,17 +9,17 @@ from jaxtyping import Float
 
 from cbnerf.data.scene import recenter
 
-# Rotations that went through float32 or text with six digits stay below.
+# Larger than the error of rotations in float32 or in text with six digits.
 _ROTATION_TOLERANCE = 1e-3
 
 MAX_ANGLE = 75.0
-"""Degrees between the average camera's axis and anything that a photograph may show. NDC holds
-what lies below 90; at 75 a pixel covers 15 times the area that it covers in the middle
-(1 / cos^2), and planes grow as much."""
+"""Largest angle in degrees between the axis of the average camera and a ray. NDC can represent
+angles below 90; at 75 a pixel covers 15 times the area that it covers in the middle (1 / cos^2),
+and feature planes grow as much."""
 
 
 def check_rotations(rotations: Float[np.ndarray, "views 3 3"], file: Path) -> None:
-    """Refuse what is mirrored, scaled, sheared or zero; rows of the file are counted from 0."""
+    """ValueError for a matrix that is mirrored, scaled, sheared or zero."""
     off = np.abs(rotations.transpose(0, 2, 1) @ rotations - np.eye(3)).max(axis=(1, 2))
     signs = np.linalg.det(rotations)
     for row in np.flatnonzero(~(off <= _ROTATION_TOLERANCE) | (signs < 0)):
@@ -41,13 +41,13 @@ def check_forward_facing(
     size: tuple[float, float],
     file: Path,
 ) -> None:
-    """Refuse cameras that see what lies more than `MAX_ANGLE` beside the average camera's axis.
+    """ValueError for cameras with rays beyond `MAX_ANGLE` from the axis of the average camera.
 
-    `size` is height and width in pixels, `focal` in pixels, too.
+    `focal` and `size`, height and width, are in pixels.
     """
     height, width = size
     x, y = width / 2 / focal, height / 2 / focal
-    # The rays within an angle of an axis are convex, so the corners of the images tell.
+    # Rays within an angle of an axis form a convex cone, so the corners of the image suffice.
     rays = np.array([[0, 0, -1], [-x, -y, -1], [x, -y, -1], [-x, y, -1], [x, y, -1]])
     rays /= np.linalg.norm(rays, axis=1, keepdims=True)
     backward = recenter(torch.from_numpy(camera_to_world))[:, 2, :3].double().numpy()

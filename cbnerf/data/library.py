@@ -1,6 +1,6 @@
-"""Scenes by name: LLFF folders where there are any, else the built-in scenes.
+"""Scenes by name: LLFF folders if there are any, else the built-in scenes.
 
-A built-in scene is drawn once and kept as an LLFF folder in the storage, one for each image width.
+A built-in scene is rendered once for each image width and kept as an LLFF folder in the storage.
 """
 
 import csv
@@ -38,12 +38,13 @@ PAPER_SCENES = ("fern", "flower", "fortress", "horns", "leaves", "orchids", "roo
 
 
 def default_storage() -> Path:
-    """Where studies, trained stages and built-in scenes are kept if no folder is given."""
+    """The default folder for studies, trained stages and built-in scenes."""
     return expand_home(Path(os.environ.get(STORAGE_VARIABLE) or "runs"))
 
 
 def locate_data(data: Path | None) -> tuple[Path | None, list[str]]:
-    """The folder of scenes and their names: `--data`, else the variable, else the usual places."""
+    """The folder of scenes and their names: of `--data`, else of the environment variable, else of
+    the default folders; None and the built-in scenes if there is none."""
     asked = data or (Path(os.environ[DATA_VARIABLE]) if os.environ.get(DATA_VARIABLE) else None)
     asked = expand_home(asked) if asked else None
     for place in [asked] if asked else [DEFAULT_DATA, default_storage() / "data"]:
@@ -64,8 +65,7 @@ def locate_data(data: Path | None) -> tuple[Path | None, list[str]]:
 
 
 def _folder_of_scenes(place: Path) -> Path:
-    """`place`, or the one folder in it that has the scenes: archives unpack into one of their own
-    name."""
+    """`place`, or the only folder in it that holds scenes: archives unpack into such a folder."""
     if not place.is_dir() or find_scenes(place):
         return place
     visible = (one for one in place.iterdir() if not one.name.startswith("."))
@@ -79,8 +79,8 @@ def _folder_of_scenes(place: Path) -> Path:
 
 
 def choose_scenes(wanted: str, available: list[str], folder: Path | None) -> tuple[str, ...]:
-    """`all`, those of the paper first and in its order, or names separated by commas; one that
-    holds a comma stands in double quotes."""
+    """The scenes of `--scenes`: `all` (those of the paper first, in its order), or names separated
+    by commas; a name with a comma is put in double quotes."""
     where = str(folder) if folder else "the built-in scenes"
     if wanted == "all":
         of_paper = [scene for scene in PAPER_SCENES if scene in available]
@@ -102,7 +102,7 @@ def choose_scenes(wanted: str, available: list[str], folder: Path | None) -> tup
 
 
 def _split_names(wanted: str, available: list[str]) -> list[str]:
-    if wanted in available:  # perhaps with a comma
+    if wanted in available:  # a name with a comma
         return [wanted]
     try:
         (names,) = csv.reader([wanted], skipinitialspace=True)
@@ -112,7 +112,7 @@ def _split_names(wanted: str, available: list[str]) -> list[str]:
 
 
 def _quoted(name: str) -> str:
-    """A name as `--scenes` takes it among others."""
+    """A name as it is written in a list for `--scenes`."""
     return '"' + name.replace('"', '""') + '"' if {",", '"'} & set(name) else name
 
 
@@ -121,7 +121,7 @@ def check_scenes(
 ) -> dict[str, int]:
     """Number of views of each scene, after all checks that need no pixels.
 
-    `spell` tells a knob and its value as the command at hand takes it.
+    `spell` formats a knob and its value as the command takes it, for error messages.
     """
     views: dict[str, int] = {}
     for name in names:
@@ -132,21 +132,21 @@ def check_scenes(
 
 
 def describe_photographs(names: Iterable[str], data: Path | None, width: int) -> str:
-    """Which image folder of each scene is read, in words."""
+    """The image folder that is read for each scene, in words."""
     if data is None:
         return "drawn: built-in scenes"
     return ", ".join(str(find_photographs(data / name, width)) for name in names)
 
 
 def scene_folder(name: str, data: Path | None, storage: Path, width: int) -> Path:
-    """The LLFF folder of a scene; without `data` that of a built-in one."""
+    """The LLFF folder of a scene of `data`; without `data`, of a built-in scene."""
     return data / name if data else storage / f"scenes/{width}/{name}"
 
 
-# Trials and comparisons meet the same few scenes again and again, and do not change them.
+# Units and comparisons load the same few scenes repeatedly and do not change them.
 @lru_cache(maxsize=16)
-def read_scene(name: str, data: Path | None, storage: Path, knobs: DataConfig) -> Scene:
-    """A scene of the folder `data`; without one a built-in scene, drawn when first used."""
+def load_scene(name: str, data: Path | None, storage: Path, knobs: DataConfig) -> Scene:
+    """A scene of the folder `data`; without one a built-in scene, rendered once into `storage`."""
     folder = scene_folder(name, data, storage, knobs.width)
     if data is None and not (folder / POSES_FILE).exists():
         _draw_once(name, folder, knobs.width)
@@ -154,7 +154,7 @@ def read_scene(name: str, data: Path | None, storage: Path, knobs: DataConfig) -
 
 
 def _draw_once(name: str, folder: Path, width: int) -> None:
-    """Of several processes that need a built-in scene one draws it and the others wait."""
+    """Render a built-in scene into its folder; concurrent requests block on a lock."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{name}.lock")):
         if (folder / POSES_FILE).exists():

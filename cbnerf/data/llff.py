@@ -30,7 +30,7 @@ from cbnerf.data.scene import Capture
 
 POSES_FILE = "poses_bounds.npy"
 _IMAGE_FOLDER = re.compile(r"images(_\d+(x\d+)?)?")
-# Of height, width and focal between rows: less than a tenth of a pixel in a corner of 1008x756.
+# Relative, for height, width and focal: less than 0.1 pixels in a corner of 1008x756.
 _INTRINSICS_TOLERANCE = 1e-4
 _ASPECT_TOLERANCE = 0.02
 
@@ -44,17 +44,17 @@ def find_scenes(root: Path) -> list[str]:
 
 
 def is_scene_folder(folder: Path) -> bool:
-    """Whether a folder is meant as a scene, be it a broken one."""
+    """Whether a folder is meant to be a scene, even if it is broken."""
     return (folder / POSES_FILE).exists() or bool(_image_folders(folder))
 
 
 def read_capture(folder: Path, width: int) -> Capture:
-    """Read a scene at the image width asked for, resized from the next larger image folder."""
+    """A scene at an image width, resized from the narrowest image folder that is wide enough."""
     cameras, photographs = _read_folder(folder, width)
     size = width, round(width * cameras.height / cameras.width)
     images = np.stack([_read_image(file, size) for file in photographs.files])
     return Capture(
-        name=Path(os.path.abspath(folder)).name,  # of `.`, too; a link keeps its own
+        name=Path(os.path.abspath(folder)).name,  # also for `.`; a link keeps its name
         images=torch.from_numpy(images),
         camera_to_world=torch.from_numpy(cameras.poses).float(),
         focal=cameras.focal * width / cameras.width,
@@ -63,12 +63,12 @@ def read_capture(folder: Path, width: int) -> Capture:
 
 
 def find_photographs(folder: Path, width: int) -> Photographs:
-    """The photographs that `read_capture` reads, after all checks that need no pixels."""
+    """The photographs that `read_capture` would read, after all checks that need no pixels."""
     return _read_folder(folder, width)[1]
 
 
 def fingerprint(folder: Path, width: int) -> str:
-    """Hash of the files that `read_capture` reads, wherever the folder lies."""
+    """Hash of the files that `read_capture` reads, independent of the path."""
     digest = hashlib.sha256()
     for file in (folder / POSES_FILE, *find_photographs(folder, width).files):
         with file.open("rb") as stream:
@@ -91,7 +91,7 @@ def write_capture(folder: Path, capture: Capture) -> None:
 
 
 class _Cameras(NamedTuple):
-    """What `poses_bounds.npy` holds, in the axes of `Capture`."""
+    """The content of `poses_bounds.npy`, in the axes of `Capture`."""
 
     poses: Float[np.ndarray, "views 3 4"]
     height: float
@@ -137,7 +137,7 @@ def _read_rows(file: Path) -> Float[np.ndarray, "views 17"]:
     try:
         with file.open("rb") as stream:
             rows = np.lib.format.read_array(stream, allow_pickle=False)
-    except Exception as error:  # A damaged header raises whatever its parser stumbles on.
+    except Exception as error:  # a damaged header can raise anything
         what = " ".join(str(error).split())
         raise ValueError(f"{file}: not a NumPy array file ({what})") from None
     if rows.ndim != 2 or rows.shape[1] != 17 or rows.dtype.kind != "f" or rows.dtype.itemsize < 4:
@@ -188,7 +188,7 @@ def _choose_photographs(folder: Path, cameras: _Cameras, width: int) -> Photogra
 
 
 def _check_photographs(files: list[Path], cameras: _Cameras) -> Photographs:
-    """As many as cameras, all of one size, in the aspect of the cameras."""
+    """ValueError unless there is one photograph per camera, all of one size and its aspect."""
     folder = files[0].parent
     if len(files) != len(cameras.poses):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Pairs of stage-1 render and photograph, cut at the same random place."""
+"""Patches of stage-1 renders and photographs at the same random places."""
 
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ class PatchBatch(NamedTuple):
 
 
 class PatchSampler:
-    """Draws patches from all views, flipped and turned at random; images stay on the device."""
+    """Draws patches from all views, flipped and turned at random; all images are on one device."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class PatchSampler:
         self._size = patch_size
 
     def draw(self, batch_size: int, rng: Rng) -> PatchBatch:
-        """Uniform over views and places."""
+        """A batch, uniform over views and places."""
         views, _, _, height, width = self._pairs.shape
         device, size = self._pairs.device, self._size
         view = rng.integers(views, batch_size)
@@ -57,7 +57,7 @@ class PatchSampler:
 
 
 def check_patch_size(patch_size: int, images: UInt8[Tensor, "*views height width 3"]) -> None:
-    """A patch must fit into an image."""
+    """KnobError if a patch does not fit into an image."""
     height, width = images.shape[-3:-1]
     if patch_size > min(height, width):
         raise KnobError(

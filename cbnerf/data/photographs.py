@@ -1,8 +1,7 @@
 """Files of photographs: 8-bit RGB as stored, or one line that says what is wrong with the file.
 
-Pixels are taken as they stand in the file, as COLMAP takes them: EXIF orientation and colour
-profiles change nothing. What has no single right reading (transparency, 32-bit values, printing
-inks, several frames) is refused.
+Pixels are read as in COLMAP: EXIF orientation and colour profiles are ignored. Images that are
+ambiguous as RGB (transparency, 32-bit values, printing inks, several frames) are refused.
 """
 
 import warnings
@@ -14,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-# Pillow's own limit, against small files that unpack to huge images, lies below what cameras with
-# 200 megapixels save. Beyond this one it warns, and beyond twice as much it refuses.
+# Pillow's default, a guard against small files that unpack to huge images, is below the size of
+# photographs with 200 megapixels. Beyond the limit it warns, and beyond twice the limit it refuses.
 MAX_PIXELS = 500_000_000
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
@@ -23,7 +22,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"}
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
 _EIGHT_BIT = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "YCbCr"}
 _SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N"}
-_WHITE_IS_ZERO, _PHOTOMETRIC = 0, 262  # of TIFF, which Pillow heeds in 8 bits only
+_WHITE_IS_ZERO, _PHOTOMETRIC = 0, 262  # of TIFF; Pillow honours it in 8 bits only
 
 
 class Photographs(NamedTuple):
@@ -39,7 +38,7 @@ class Photographs(NamedTuple):
 
 
 def list_photographs(folder: Path) -> list[Path]:
-    """Files with the suffix of a photograph, sorted by name; hidden ones are passed over."""
+    """Files with the suffix of a photograph, sorted by name, without hidden ones."""
     files = _visible(folder)
     found = sorted(file for file in files if file.suffix.lower() in SUFFIXES)
     if files and not found:
@@ -51,7 +50,7 @@ def list_photographs(folder: Path) -> list[Path]:
 
 
 def describe_unread(folder: Path) -> str:
-    """In words, the files of a folder that are no photographs to `list_photographs`, if any."""
+    """The files of a folder that `list_photographs` leaves out, in words; empty if none."""
     unread = [file for file in _visible(folder) if file.suffix.lower() not in SUFFIXES]
     return f" (not read: {_count_suffixes(unread)})" if unread else ""
 
@@ -62,10 +61,10 @@ def read_header(file: Path) -> tuple[int, int]:
 
 
 def is_turned(file: Path) -> bool:
-    """Whether viewers show the photograph turned by a quarter, by its EXIF orientation."""
+    """Whether the EXIF orientation turns the photograph by a quarter."""
     try:
         return _open(file).getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    except Exception:  # EXIF data that cannot be read turn nothing.
+    except Exception:  # unreadable EXIF data
         return False
 
 
@@ -90,9 +89,9 @@ def _open(file: Path, *, decode: bool = False) -> Image.Image:
         raise ValueError(f"{file}: not a file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Of metadata, mostly; `MAX_PIXELS` is checked below.
+            warnings.simplefilter("ignore")  # mostly of metadata; `MAX_PIXELS` is checked below
             with Image.open(file, formats=_FORMATS) as image:
-                # MPO: a JPEG with further pictures behind the photograph, as phones save it.
+                # MPO, of phones: a JPEG with more pictures after the photograph.
                 frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
                 _check_kind(file, image, frames)
                 if decode:
@@ -102,17 +101,17 @@ def _open(file: Path, *, decode: bool = False) -> Image.Image:
         raise
     except UnidentifiedImageError:
         raise ValueError(f"{file}: not an image of a format that is read") from None
-    except Exception as error:  # Decoders raise whatever their parsers stumble on.
+    except Exception as error:  # decoders can raise anything
         what = " ".join(str(error).split())
         raise ValueError(f"{file}: broken image ({what})") from None
 
 
 class _Refused(ValueError):
-    """An image that could be decoded, but not to the colours of one photograph."""
+    """An image that could be decoded, but not to one RGB photograph."""
 
 
 def _check_kind(file: Path, image: Image.Image, frames: int) -> None:
-    # Until version 11 Pillow opened 16-bit PNG files in the mode of 32 bits.
+    # Before version 11 Pillow opened 16-bit PNG files in the 32-bit mode.
     sixteen_bit = image.mode in _SIXTEEN_BIT or (image.mode == "I" and image.format == "PNG")
     if image.width * image.height > MAX_PIXELS:
         problem = f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}; shrink it"

@@ -1,8 +1,8 @@
-"""References for NeRF-SR's refiner: patches of one high-res photograph that show the same content.
+"""References for NeRF-SR's refiner: patches of one high-res photograph with the same content.
 
-The photograph of the first training view is the reference of the whole scene. For other views its
-patches are found by depth: a tile of the view is looked up where the content of some of its pixels,
-the anchors, stands in the photograph. The patches are moved, never resampled.
+The photograph of the first training view is the reference of the whole scene. For a tile of another
+view, some of its pixels, the anchors, are projected into the photograph by their depth, and patches
+are copied from there without resampling.
 """
 
 from typing import NamedTuple
@@ -34,9 +34,9 @@ class ReferenceBatch(NamedTuple):
 
 
 class ReferencePatchSampler:
-    """Training pairs of the reference view alone, warped, with un-warped patches from around them.
+    """Training pairs of the reference view, warped, with references nearby that are not warped.
 
-    A target never is its own reference, for the warp and the displacement differ.
+    A target is never its own reference: it is warped, and its references are displaced.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ReferencePatchSampler:
         self._pair = pair.to(device).float() / 255
 
     def draw(self, batch_size: int, rng: Rng) -> ReferenceBatch:
-        """Uniform over places."""
+        """A batch at uniformly random places."""
         _, height, width = self._pair.shape
         corner = torch.stack(
             [rng.integers(height - self._size + 1, batch_size),
@@ -66,7 +66,7 @@ class ReferencePatchSampler:
     def _cut_warped(
         self, corner: Tensor, numbers: Float[Tensor, "patches 6"]
     ) -> Float[Tensor, "patches 6 size size"]:
-        """Render and photograph through one random perspective each; no black outside."""
+        """Render and photograph through one random perspective each; edges are repeated."""
         size, (_, height, width) = self._size, self._pair.shape
         turn, tilt = (_WARP * (numbers * 2 - 1)).split([4, 2], dim=1)
         axis = (torch.arange(size, device=corner.device) + 0.5) * 2 / size - 1
@@ -81,7 +81,7 @@ class ReferencePatchSampler:
         return cut[0].movedim(0, 1).unflatten(-1, (size, size))
 
     def _cut(self, corners: Tensor) -> Float[Tensor, "patches references 3 size size"]:
-        """Patches of the photograph at these (row, column), moved inside where they are not."""
+        """Patches of the photograph with these corners (row, column), moved inside the image."""
         _, height, width = self._pair.shape
         steps = torch.arange(self._size, device=corners.device)
         top = corners[..., 0].clamp(0, height - self._size)
@@ -100,16 +100,15 @@ def reference_view(scene: Scene, data: DataConfig) -> int:
 def find_references(
     config: Config, scene: Scene, renders: Renders, views: list[int]
 ) -> UInt8[Tensor, "views references height width 3"] | None:
-    """References of some views for a refiner that wants them, else None."""
+    """References of some views; None if the refiner of `config` does not use references."""
     if config.refiner.kind != "reference" or not views:
         return None
-    cameras = Cameras(scene.camera_to_world, scene.focal, scene.center, (scene.height, scene.width))
     source = reference_view(scene, config.data)
     tile, count = config.refiner.patch_size, config.refiner.references
     found = [
         move_tiles(
             scene.images[source],
-            find_content(cameras, view, renders.depth[view], source),
+            find_content(scene.cameras(), view, renders.depth[view], source),
             tile, count,
         )
         for view in views
@@ -120,8 +119,8 @@ def find_references(
 def find_content(
     cameras: Cameras, view: int, depth: Float16[Tensor, "height width"], source: int
 ) -> Float[Tensor, "height width 2"]:
-    """Where (u, v) the content of each pixel of a view stands in the view `source`."""
-    # Differs from reference: t is depth along the average camera's axis, not along the view's.
+    """Position (u, v) in the view `source` of the content of each pixel of a view."""
+    # Differs from reference: t is depth along the axis of the average camera, not of the view.
     t = depth.float().clamp(max=0.999)
     return project(find_points(cameras, t, view), cameras, source)
 
@@ -134,17 +133,17 @@ def move_tiles(
 ) -> UInt8[Tensor, "references height width 3"]:
     """`count` images in the frame of a view, each a mosaic of patches of the photograph.
 
-    In the k-th, the content at the k-th anchor of each tile stands where the view shows it.
+    In the k-th image, the content at the k-th anchor of each tile is where the view has it.
     """
     height, width, _ = photograph.shape
     rows, columns = torch.arange(height), torch.arange(width)
-    # Anchors of a tile spread evenly: the R2 sequence, which starts in the middle.
+    # Anchors of a tile are spread by the quasi-random R2 sequence, which starts in the middle.
     steps = torch.arange(count)[:, None] * torch.tensor([0.7548777, 0.5698403])
     anchors = ((0.5 + steps) % 1 * tile).long()
     tops = (rows // tile * tile + anchors[:, :1]).clamp(max=height - 1)
     lefts = (columns // tile * tile + anchors[:, 1:]).clamp(max=width - 1)
     place = (places[tops[:, :, None], lefts[:, None, :]] - 0.5).round().long()
-    # What stands outside the photograph is replaced by its edge.
+    # Content outside the photograph is replaced by its edge.
     moved_rows = (rows[:, None] + place[..., 1] - tops[:, :, None]).clamp(0, height - 1)
     moved_columns = (columns + place[..., 0] - lefts[:, None, :]).clamp(0, width - 1)
     return photograph[moved_rows, moved_columns]

@@ -1,4 +1,4 @@
-"""Stage-1 renders of a scene on disk: what stage 2 starts from."""
+"""Stage-1 renders of a scene on disk, the input of stage 2."""
 
 import zipfile
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Renders(NamedTuple):
-    """High-res renders of some views, in their order."""
+    """High-res renders of some views, in order."""
 
     rgb: UInt8[Tensor, "views height width 3"]
     depth: Float16[Tensor, "views height width"]

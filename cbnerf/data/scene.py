@@ -1,26 +1,32 @@
 """A scene: photographs of one place with their cameras, ready for training.
 
 Camera axes are OpenGL's: x right, y up, z backwards. Pixel (column u, row v) has its centre at
-(u + 0.5, v + 0.5). Lengths of a `Capture` are those of its files; lengths of a `Scene` are
-normalised so that the nearest content lies at depth 4/3 and the average camera at the origin.
+(u + 0.5, v + 0.5). A `Capture` has the units of its files; a `Scene` is normalised so that the
+nearest content is at depth 4/3 and the average camera at the origin.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from PIL import Image
 from torch import Tensor
 
+from cbnerf import downsampling
 from cbnerf.config import DataConfig
+from cbnerf.downsampling import Kernel
+from cbnerf.nerf.rays import Cameras
 
-# Nearest content at depth 1 / 0.75, as LLFF and NeRF have it, so that NDC's near plane at depth 1
-# cuts nothing off.
+# Nearest content at depth 1 / 0.75, as in LLFF and NeRF, so that the near plane of NDC, at depth 1,
+# clips nothing.
 _NEAR_FACTOR = 0.75
 
 
 class Capture(NamedTuple):
-    """What a scene folder holds: photographs and raw cameras, sorted by file name."""
+    """The content of a scene folder: photographs and raw cameras, sorted by file name."""
 
     name: str
     images: UInt8[Tensor, "views height width 3"]
@@ -45,6 +51,28 @@ class Scene:
     """Principal point (u, v) in high-res pixels."""
     scale: int
     """High-res over low-res pixels per side."""
+
+    def cameras(self, device: torch.device | str = "cpu") -> Cameras:
+        """The cameras of all views."""
+        poses = self.camera_to_world.to(device)
+        return Cameras(poses, self.focal, self.center, (self.height, self.width))
+
+    def low_res(
+        self, kernel: Kernel, views: Sequence[int] | slice = slice(None)
+    ) -> UInt8[Tensor, "views low_height low_width 3"]:
+        """Low-res photographs of some views, or of all."""
+        return downsample(self.images[views], self.scale, kernel)
+
+    def scale_below(self, kernel: Kernel) -> "Scene":
+        """The scene with its low-res photographs in place of the high-res ones."""
+        low_res = self.low_res(kernel)
+        height, width = (side - side % self.scale for side in low_res.shape[1:3])
+        return replace(
+            self,
+            images=low_res[:, :height, :width].contiguous(),
+            focal=self.focal / self.scale,
+            center=(self.center[0] / self.scale, self.center[1] / self.scale),
+        )
 
     @property
     def num_views(self) -> int:
@@ -77,12 +105,32 @@ def make_scene(capture: Capture, data: DataConfig) -> Scene:
     )
 
 
+def downsample(
+    images: UInt8[Tensor, "views height width 3"], scale: int, kernel: Kernel
+) -> UInt8[Tensor, "views low_height low_width 3"]:
+    """Low-res photographs, rounded to 8 bit.
+
+    `box` takes the mean of scale x scale pixels, `lanczos` is Pillow's filter.
+    """
+    if scale == 1:
+        return images
+    if kernel == "lanczos":  # as in NeRF-SR's code; Pillow also rounds between rows and columns
+        height, width = images.shape[1] // scale, images.shape[2] // scale
+        resized = [
+            np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
+            for image in images.numpy()
+        ]
+        return torch.from_numpy(np.stack(resized))
+    averaged = downsampling.downsample(images.movedim(-1, 1).float(), scale, kernel)
+    return averaged.round().to(torch.uint8).movedim(1, -1).contiguous()
+
+
 def recenter(camera_to_world: Float[Tensor, "views 3 4"]) -> Float[Tensor, "views 3 4"]:
-    """Express all poses in the frame of their average camera (LLFF)."""
+    """Poses in the frame of their average camera, as in LLFF."""
     poses = camera_to_world.double()
     backward = torch.nn.functional.normalize(poses[:, :, 2].mean(0), dim=0)
     right = torch.linalg.cross(poses[:, :, 1].mean(0), backward)
-    if right.norm() < 1e-6:  # Cameras turned about their axes by all angles: any "up" will do.
+    if right.norm() < 1e-6:  # the average "up" vanishes or points backwards: take that of view 0
         right = torch.linalg.cross(poses[0, :, 1], backward)
     right = torch.nn.functional.normalize(right, dim=0)
     up = torch.linalg.cross(backward, right)

@@ -1,4 +1,4 @@
-"""Which views train, which select, which score."""
+"""Splits of views into training, validation and test."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,11 +8,11 @@ from typing import NamedTuple
 from cbnerf.config import DataConfig
 
 MIN_TRAINING_VIEWS = 2
-"""One view shows no depth."""
+"""Depth cannot be learned from one view."""
 
 
 class Split(NamedTuple):
-    """Indices of views; no view stands in two lists."""
+    """Indices of views; the lists are disjoint."""
 
     train: list[int]
     val: list[int]
@@ -20,9 +20,9 @@ class Split(NamedTuple):
 
 
 def split_views(num_views: int, data: DataConfig) -> Split:
-    """Protocol `holdout`: every n-th view from index 0 is test, those half-way between are val.
+    """Protocol `holdout`: every n-th view from index 0 is test, and those half-way between are val.
 
-    With `data.test_every` = 0 all views train and none is left to score (protocol `table1`).
+    With `data.test_every` = 0 all views train (protocol `table1`). ValueError for too few views.
     """
     check_views(num_views, data)
     return _split(num_views, data)
@@ -34,15 +34,15 @@ def check_views(
     where: str = "",
     spell: Callable[[str, int], str] = "{} = {}".format,
 ) -> None:
-    """Refuse fewer views than can train, and select where `data.validation` is wanted.
+    """ValueError for too few views to train on, or with `data.validation` to select on.
 
-    `where` names the scene; `spell` tells a knob and its value as the command at hand takes it.
+    `where` names the scene, and `spell` formats a knob and its value as the command takes it.
     """
     if _is_enough(num_views, data):
         return
     every = data.test_every
     mends = [f"give at least {next(n for n in count() if _is_enough(n, data))}"]
-    # From twice the views on none is half-way between test views.
+    # From twice the number of views on, no view is half-way between test views.
     others = [replace(data, test_every=other) for other in range(3, 2 * num_views)]
     fitting = [other.test_every for other in others if _is_enough(num_views, other)]
     if fitting:

@@ -1,7 +1,7 @@
-"""Figures of a comparison: the same crop of every system, and maps of their errors.
+"""Figures of a comparison: the same crop of every system, and error maps.
 
-The crop is chosen by a rule that knows the photograph only: the window that loses most when the
-photograph is shrunk to low resolution and enlarged again, so where there is most to restore.
+The crop depends on the photograph only: the window with the largest error after downsampling to low
+resolution and enlarging again, which is where there is most to restore.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 _GAP, _MARGIN, _LABEL = 6, 12, 20
 _CROP_WIDTH, _MAP_WIDTH = 192, 240
 LARGEST_ERROR = 0.25
-"""White in an error map: mean absolute error of the three colours."""
+"""The mean absolute error of the three colours that is white in an error map."""
 RULE = (
     "View: the first that is scored and not nerf-sr's reference. Crop: the window, an eighth of "
     "the width and 16 pixels at least, that loses most when the photograph is shrunk to low "
@@ -34,7 +34,7 @@ class Panel(NamedTuple):
 def choose_crop(
     photograph: UInt8[Tensor, "height width 3"], scale: int, side: int
 ) -> tuple[int, int]:
-    """Top and left of the square window of `side` pixels with most detail above low resolution."""
+    """Top and left of the square window of `side` pixels with most detail beyond low resolution."""
     image = photograph.movedim(-1, 0)[None].float()
     smooth = F.interpolate(
         F.avg_pool2d(image, scale), size=image.shape[-2:], mode="bicubic", align_corners=False
@@ -46,7 +46,7 @@ def choose_crop(
 
 
 def crop_side(width: int) -> int:
-    """Side of the crops of images of a width."""
+    """Side in pixels of the crops of an image."""
     return max(width // 8, 16)
 
 
@@ -62,7 +62,7 @@ def cut_crop(
 def mark_crop(
     photograph: UInt8[Tensor, "height width 3"], place: tuple[int, int], side: int
 ) -> Image.Image:
-    """The whole photograph as high as a crop, with a frame around the place of the crop."""
+    """The whole photograph at the height of a crop, with a frame around the crop."""
     height, width, _ = photograph.shape
     factor = _CROP_WIDTH / height
     picture = Image.fromarray(photograph.numpy())
@@ -76,7 +76,7 @@ def mark_crop(
 def error_map(
     image: UInt8[Tensor, "height width 3"], target: UInt8[Tensor, "height width 3"]
 ) -> Image.Image:
-    """Mean absolute error of the colours of each pixel: black, red, yellow, white."""
+    """Mean absolute error of the colours of each pixel, from black over red and yellow to white."""
     error = (image.float() - target.float()).abs().mean(-1) / 255
     picture = Image.fromarray(_heat(error / LARGEST_ERROR).numpy())
     size = (_MAP_WIDTH, round(_MAP_WIDTH * image.shape[0] / image.shape[1]))
@@ -99,7 +99,7 @@ def _heat(values: Float[Tensor, "height width"]) -> UInt8[Tensor, "height width 
 def draw_grid(
     header: Sequence[str], rows: Sequence[tuple[str, Sequence[Panel]]], footer: Panel | None = None
 ) -> Image.Image:
-    """Panels in columns under a header; each row has its name at the left."""
+    """Panels in columns below a header, with the name of each row on the left."""
     font = ImageFont.load_default(13)
     columns = [
         max(max(panels[column].image.width for _, panels in rows), round(font.getlength(title)))

@@ -1,7 +1,7 @@
-"""The one writer of reports: a page as Markdown, as one HTML file, and its pictures as PNG.
+"""The writer of all reports: a page as Markdown, as one HTML file, and its pictures as PNG.
 
-The HTML file embeds everything that it shows, so it can be mailed and read offline. The Markdown
-file links the pictures and leaves interactive charts out.
+The HTML file embeds its pictures and charts, so it can be mailed and read offline. The Markdown
+file links the pictures and has no interactive charts.
 """
 
 import base64

@@ -11,7 +11,7 @@ th:first-child, td:first-child { text-align: left; }
 td.best { font-weight: bold; }
 tr.apart td { border-top: 2px solid #888; }
 """
-"""Of what `to_html` writes, in CSS."""
+"""CSS for the tables of `to_html`."""
 
 _LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$"}
 
@@ -23,18 +23,18 @@ class Cell(NamedTuple):
 
 class Table(NamedTuple):
     title: str
-    """Its heading; with an empty one it has none."""
+    """Its heading; none if empty."""
     header: list[str]
     rows: list[list[Cell]]
     """The first cell of a row is its name."""
     apart: int = 0
-    """How many rows at the end stand below a line: they are not ours."""
+    """How many rows at the end are below a line: results of others."""
 
 
 def mark_best(
     values: Sequence[Sequence[float | None]], eligible: Sequence[bool], *, higher: bool
 ) -> list[list[bool]]:
-    """Which values are the best of their column, among eligible rows."""
+    """Which values are the best of their column among eligible rows, if there are two or more."""
     choose: Callable = max if higher else min
     marks = [[False] * len(row) for row in values]
     for column in range(len(values[0])):
@@ -48,7 +48,7 @@ def mark_best(
 
 
 def to_markdown(table: Table) -> str:
-    """Columns as wide as their widest cell, so that it reads as plain text, too."""
+    """A table that is aligned as plain text."""
     rows = [[f"**{c.text}**" if c.bold else c.text for c in row] for row in table.rows]
     widths = [max(map(len, column)) for column in zip(table.header, *rows, strict=True)]
 

@@ -15,11 +15,10 @@ from cbnerf.overrides import with_overrides
 from cbnerf.search.machines import num_slots
 from cbnerf.search.plan import Plan
 from cbnerf.search.spec import Choices, Range
-from cbnerf.search.worker import load_scene
 from cbnerf.training.checkpoint import Stage
 from cbnerf.training.distributed import choose_device
 from cbnerf.training.evaluation import render_views
-from cbnerf.training.field import scene_cameras, train_field
+from cbnerf.training.field import train_field
 from cbnerf.training.memory import gpu_share
 from cbnerf.training.models import count_parameters
 from cbnerf.training.refiner import train_refiner
@@ -60,7 +59,7 @@ class Estimate(NamedTuple):
 def describe_price(plan: Plan) -> list[str]:
     """Lines on what a study will cost, calibrated on its first scene."""
     device = choose_device()
-    scene = load_scene(plan, plan.scenes[0], plan.base.data)
+    scene = plan.load_scene(plan.scenes[0], plan.base.data)
     num_together = len(plan.scenes) // len(plan.trainings)
     estimate = calibrate(plan.base, scene, device, num_together=num_together, num_rungs=plan.rungs)
     lines = [
@@ -118,7 +117,7 @@ def calibrate(
         _shortened(config, "field", 1), {"data.validation": False, "field.optim.batch_size": 64}
     )
     model = train_field(one_step, scene, device=device, report=ignore)
-    cameras = scene_cameras(scene, device)
+    cameras = scene.cameras(device)
     render = _seconds(lambda: render_views(model, cameras, [0], scene.scale))
     num_val = len(split_views(scene.num_views, config.data).val)
     num_renders = scene.num_views + config.field.optim.evaluations * num_val
@@ -142,7 +141,7 @@ def measure_share(plan: Plan, stages: Sequence[Stage]) -> float | None:
     if plan.data:
         folders = {name: plan.scene_folder(name, width) for name in scenes}
         scenes = sorted(scenes, key=lambda s: len(find_photographs(folders[s], width).files))
-    scene = load_scene(plan, scenes[-1], plan.base.data)
+    scene = plan.load_scene(scenes[-1], plan.base.data)
     config = largest(plan)
     if "field" in stages:
         _try_field(config, scene, device, _SHORT)

@@ -1,4 +1,4 @@
-"""A plan: everything that is decided before a study starts, small enough to send to any worker."""
+"""A plan: all decisions about a study before it starts, small enough to send to any worker."""
 
 import shutil
 from dataclasses import dataclass, replace
@@ -6,18 +6,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cbnerf.config import FIELD_KNOBS, Config
-from cbnerf.data.library import choose_scenes, locate_data, scene_folder
+from cbnerf.data.library import choose_scenes, locate_data
+from cbnerf.experiment import ALL_SCENES, Experiment
 from cbnerf.overrides import with_overrides
 from cbnerf.presets import preset
 from cbnerf.search.space import check_space
 from cbnerf.search.spec import SearchSpec
 from cbnerf.training.checkpoint import Stage
-from cbnerf.training.store import Store
 
-ALL_SCENES = "all"
-"""In place of a scene: the training that all scenes share."""
 FULL = 2_000_000
-"""A disk with fewer bytes left counts as full."""
+"""A disk with fewer free bytes counts as full."""
 
 
 class Unit(NamedTuple):
@@ -36,9 +34,9 @@ class Unit(NamedTuple):
         return f"{self.configuration}/{self.scene}/{self.rung}"
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A study by name: its scenes, its base configuration, where it keeps its files."""
+@dataclass(frozen=True, kw_only=True)
+class Plan(Experiment):
+    """An experiment that searches the knobs of one method."""
 
     name: str
     spec: SearchSpec
@@ -46,23 +44,11 @@ class Plan:
     """The preset with the fixed knobs."""
     method: str
     resolution: str
-    scenes: tuple[str, ...]
-    data: Path | None
-    """Folder of LLFF scene folders; None means the built-in scenes."""
-    storage: Path
-    """Holds studies, cache and MLflow's files; shared by all machines of a cluster."""
     gpus_per_worker: int | float
-    cache_store: str | None = None
-    """URI of a store of trained stages that other clusters share, such as s3://bucket/cache."""
 
     def with_precision(self, precision: str) -> "Plan":
-        """The same study with what `field.precision: auto` is in it."""
+        """The same study with `field.precision: auto` settled."""
         return replace(self, base=with_overrides(self.base, {"field.precision": precision}))
-
-    @property
-    def cache(self) -> Store:
-        """Trained stages of this and of other studies."""
-        return Store(self.storage / "cache", self.cache_store)
 
     @property
     def folder(self) -> Path:
@@ -81,20 +67,12 @@ class Plan:
 
     @property
     def trainings(self) -> tuple[str, ...]:
-        """What a configuration trains at each rung: a scene each, or all scenes together."""
+        """The trainings of a configuration at each rung: one per scene, or one of all scenes."""
         return (ALL_SCENES,) if self.base.codebook.shared else self.scenes
-
-    def training_of(self, scene: str) -> str:
-        """The training that serves a scene."""
-        return ALL_SCENES if self.base.codebook.shared else scene
-
-    def scenes_of(self, training: str) -> tuple[str, ...]:
-        """The scenes that a training learns on."""
-        return self.scenes if training == ALL_SCENES else (training,)
 
     @property
     def rungs(self) -> int:
-        """Rungs of a training; one where nothing is judged between them."""
+        """Number of rungs; 1 if nothing is pruned between rungs."""
         stopping = self.spec.stopping
         is_fitted = self.base.refiner.kind == "linear"  # in one step
         if is_fitted or stopping.rule in ("none", "wilcoxon"):
@@ -109,20 +87,15 @@ class Plan:
         return with_overrides(self.base, unit.overrides)
 
     def steps(self, config: Config, rung: int) -> int:
-        """Training steps up to a rung, counted from 0."""
+        """Training steps from the start to the end of a rung; rungs are counted from 0."""
         whole = self._whole_steps(config)
         return max(whole // self.spec.stopping.eta ** (self.rungs - 1 - rung), 1)
 
     def _whole_steps(self, config: Config) -> int:
         return (config.field if self.stage == "field" else config.refiner).optim.steps
 
-    @property
-    def source(self) -> str:
-        """Where the photographs come from, in words."""
-        return f"photographs in {self.data}" if self.data else "built-in scenes"
-
     def check_disk(self, needed: int = FULL) -> None:
-        """Refuse to go on with a disk that cannot hold `needed` bytes."""
+        """ValueError for a disk that cannot hold `needed` bytes."""
         self.storage.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.storage).free
         if free < needed:
@@ -132,12 +105,8 @@ class Plan:
             )
 
     def trial_folder(self, number: int, scene: str) -> Path:
-        """Where a configuration leaves what it learned on a scene."""
+        """The folder of a configuration trained on a scene, or on `ALL_SCENES`."""
         return self.folder / "trials" / f"{number:04d}" / scene
-
-    def scene_folder(self, scene: str, width: int) -> Path:
-        """The LLFF folder of a scene; a built-in scene has one for each image width."""
-        return scene_folder(scene, self.data, self.storage, width)
 
 
 def make_plan(
@@ -150,10 +119,10 @@ def make_plan(
     has_gpu: bool,
     cache_store: str | None = None,
 ) -> Plan:
-    """Settle what `auto` means, find the scenes, and check all of it.
+    """The checked plan of a study, with `auto` settled and scenes found.
 
-    `scenes` as `--scenes` has them; or a tuple of names that were found when the study was started,
-    which are not looked for: what is only read needs no photographs.
+    `scenes` is the text of `--scenes`, or a tuple of the names that were found when the study was
+    started: reading a study needs no photographs.
     """
     gpus = spec.resources.gpus_per_worker
     if gpus == "auto":
@@ -185,7 +154,7 @@ def make_plan(
 
 
 def _check_batches(base: Config, workers: int) -> None:
-    """Whole shares of a batch for each worker, even ones where its rows alternate."""
+    """ValueError unless workers get equal shares of a batch, even ones if its rows alternate."""
     of_refiner = 2 * workers if base.refiner.alternates else workers
     shares = {"field": (base.field.optim, workers), "refiner": (base.refiner.optim, of_refiner)}
     for stage, (optim, multiple) in shares.items():

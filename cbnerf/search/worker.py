@@ -18,8 +18,7 @@ from ray.train import FailureConfig, RunConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from cbnerf.config import Config, DataConfig, KnobError
-from cbnerf.data.library import read_scene
+from cbnerf.config import Config, KnobError
 from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene
@@ -28,13 +27,13 @@ from cbnerf.nerf.model import Precision, resolve_precision, settle_precision
 from cbnerf.search.curves import append_point, begin_curves
 from cbnerf.search.machines import TorchGroup, device_of_worker, worker_group
 from cbnerf.search.plan import Plan, Unit
-from cbnerf.training.checkpoint import REFINER_FILE, Checkpoint, knobs_of_stage
+from cbnerf.training.checkpoint import REFINER_FILE, Checkpoint
 from cbnerf.training.distributed import choose_device, from_rank_0, process_rank
 from cbnerf.training.evaluation import mean_scores, refine_views
 from cbnerf.training.memory import free_gpu_memory
 from cbnerf.training.models import load_refiner
 from cbnerf.training.stages import RENDERS_FILE, read_metrics, run_field, run_refiner
-from cbnerf.training.store import field_fingerprint, is_complete
+from cbnerf.training.store import is_complete
 
 MAX_FAILURES = 2
 """A training run is retried this many times after accidents, then its configuration fails."""
@@ -69,7 +68,7 @@ def run_units(about: Mapping[str, Any], plan: Plan) -> None:
 
 
 def run_base_field(plan: Plan, scene_name: str) -> tuple[Path, dict[str, float]]:
-    """The stage-1 entry that all configurations share, and its metrics."""
+    """The entry of the field that all configurations share, and its metrics."""
     entry = _complete_field(plan, plan.base, scene_name)
     return entry, read_metrics(entry) or {}
 
@@ -83,8 +82,8 @@ def score_best(
     plan: Plan, config: Config, configuration: int, scene_name: str
 ) -> dict[str, dict[str, float]]:
     """Validation and test metrics of stage 1 and of a trained configuration on one scene."""
-    scene, device = load_scene(plan, scene_name, config.data), choose_device()
-    trained = plan.trial_folder(configuration, plan.training_of(scene_name))
+    scene, device = plan.load_scene(scene_name, config.data), choose_device()
+    trained = plan.trial_folder(configuration, plan.training_of(scene_name, config))
     if plan.stage == "field":
         renders, refiner = load_renders(trained / RENDERS_FILE), None
     else:  # The entry may have been removed from the cache.
@@ -104,11 +103,6 @@ def score_best(
     return scores
 
 
-def load_scene(plan: Plan, name: str, data: DataConfig) -> Scene:
-    """A scene of the plan; a built-in one is drawn and written as a folder when first used."""
-    return read_scene(name, plan.data, plan.storage, data)
-
-
 def _run_unit(
     plan: Plan, index: int, unit: Unit, device: torch.device, tell: Callable[[dict], None]
 ) -> None:
@@ -122,7 +116,7 @@ def _run_unit(
     if process_rank() == 0:
         begin_curves(folder)
     if plan.stage == "field":
-        scene = from_rank_0(lambda: load_scene(plan, unit.scene, config.data))
+        scene = from_rank_0(lambda: plan.load_scene(unit.scene, config.data))
         metrics = run_field(config, scene, folder, device=device, report=report, until=until)
     else:
         (scene, renders), *joint = from_rank_0(
@@ -136,29 +130,25 @@ def _run_unit(
 
 
 def _load_pair(plan: Plan, config: Config, scene_name: str) -> tuple[Scene, Renders]:
-    """A scene and what its field renders."""
+    """A scene and the renders of its field."""
     entry = _complete_field(plan, config, scene_name)
-    return load_scene(plan, scene_name, config.data), _read_renders(entry / RENDERS_FILE)
+    return plan.load_scene(scene_name, config.data), _load_renders(entry / RENDERS_FILE)
 
 
 def _complete_field(plan: Plan, config: Config, scene_name: str) -> Path:
-    """The cache entry of a trained field; trained now if nobody has trained it."""
+    """The cache entry of a field, trained now if it is not there."""
     config = settle_precision(config, choose_device())
-    stage_1 = knobs_of_stage(config, "field")
 
     def train(folder: Path) -> None:
         if plan.spec.resources.workers == 1:
-            scene = load_scene(plan, scene_name, config.data)
+            scene = plan.load_scene(scene_name, config.data)
             run_field(config, scene, folder, device=choose_device())
         else:
             about = {"config": config, "scene": scene_name, "folder": folder}
             _train_together(plan, "field", _field_in_worker, about, [])
             _wait_to_see(folder)
 
-    entry = plan.cache.path(
-        "field", scene_name, _field_key(plan.data, plan.storage, stage_1, scene_name)
-    )
-    return plan.cache.complete(entry, train)
+    return plan.cache.complete(plan.field_folder(config, scene_name), train)
 
 
 def _wait_to_see(folder: Path) -> None:
@@ -210,7 +200,7 @@ def _walk_in_worker(about: dict[str, Any]) -> None:
 
 def _field_in_worker(about: dict[str, Any]) -> None:
     plan, config = about["plan"], about["config"]
-    scene = from_rank_0(lambda: load_scene(plan, about["scene"], config.data))
+    scene = from_rank_0(lambda: plan.load_scene(about["scene"], config.data))
     run_field(config, scene, about["folder"], device=device_of_worker(), report=_train_report)
 
 
@@ -218,12 +208,5 @@ def _train_report(step: int, metrics: dict[str, float], checkpoint: Checkpoint, 
     train.report({**metrics, "step": step})
 
 
-# A process meets the same few scenes again and again; what it has read stays with it.
-@lru_cache(maxsize=16)
-def _read_renders(path: Path) -> Renders:
-    return load_renders(path)
-
-
-@lru_cache(maxsize=64)
-def _field_key(data: Path | None, storage: Path, stage_1: Config, scene_name: str) -> str:
-    return field_fingerprint(stage_1, read_scene(scene_name, data, storage, stage_1.data))
+_load_renders = lru_cache(maxsize=16)(load_renders)
+"""Kept in memory, because a process trains on the same few scenes again and again."""

@@ -40,7 +40,7 @@ def train_field(
     Reports `train/loss`, `train/psnr` (of low-res pixels, dB), `val/psnr` (dB) and `val/ssim`.
     """
     split = split_views(scene.num_views, config.data)
-    cameras = scene_cameras(scene, device)
+    cameras = scene.cameras(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = build_field(config, cameras).to(device)
@@ -99,16 +99,6 @@ def train_field(
     )
     fit(task, device=device, report=report, resume_from=resume_from, until=until)
     return model
-
-
-def scene_cameras(scene: Scene, device: torch.device) -> Cameras:
-    """The cameras of all views of a scene."""
-    return Cameras(
-        camera_to_world=scene.camera_to_world.to(device),
-        focal=scene.focal,
-        center=scene.center,
-        size=(scene.height, scene.width),
-    )
 
 
 def low_res_cameras(cameras: Cameras, scale: int) -> Cameras:

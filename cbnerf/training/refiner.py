@@ -15,7 +15,6 @@ from cbnerf.codebook.refiner import Refiner, ResidualRefiner, refiner_losses
 from cbnerf.codebook.views import MadeOnDemand
 from cbnerf.config import Config, KnobError
 from cbnerf.data.patches import PatchSampler
-from cbnerf.data.pixels import downsample
 from cbnerf.data.references import ReferencePatchSampler, find_references, reference_view
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
@@ -188,7 +187,7 @@ def _agree_with_low_res(
         return
     views = split_views(scene.num_views, config.data).train
     kernel = config.data.low_res_kernel
-    low_res = downsample(scene.images[views], scene.scale, kernel)
+    low_res = scene.low_res(kernel, views)
     refined = refine_views(refiner, renders.rgb[views], device)
     seen, tried, known = (unit_views(x, device) for x in (renders.rgb[views], refined, low_res))
     triples = MadeOnDemand(

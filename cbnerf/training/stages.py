@@ -32,7 +32,7 @@ from cbnerf.training.checkpoint import (
 )
 from cbnerf.training.distributed import from_rank_0, process_rank
 from cbnerf.training.evaluation import image_strip, refine_views, render_views
-from cbnerf.training.field import scene_cameras, train_field
+from cbnerf.training.field import train_field
 from cbnerf.training.loop import Report
 from cbnerf.training.models import AnyRefiner
 from cbnerf.training.refiner import Pairs, train_refiner, trained_on
@@ -68,7 +68,7 @@ def run_field(
         )
 
     def write_results(model: FieldModel) -> None:
-        cameras, views = scene_cameras(scene, device), list(range(scene.num_views))
+        cameras, views = scene.cameras(device), list(range(scene.num_views))
         save_renders(render_views(model, cameras, views, scene.scale), folder / RENDERS_FILE)
 
     return _run(config, "field", scene.name, folder, report, until, train, write_results)

@@ -15,8 +15,8 @@ from cbnerf.data.library import (
     choose_scenes,
     default_storage,
     describe_photographs,
+    load_scene,
     locate_data,
-    read_scene,
     scene_folder,
 )
 from cbnerf.data.llff import write_capture
@@ -149,18 +149,18 @@ def test_an_unknown_scene_is_named_with_those_that_exist(wanted: str):
 
 
 def test_a_built_in_scene_is_drawn_once_and_then_read(tmp_path: Path):
-    first = read_scene("mosaic", None, tmp_path, KNOBS)
+    first = load_scene("mosaic", None, tmp_path, KNOBS)
     poses = scene_folder("mosaic", None, tmp_path, 64) / "poses_bounds.npy"
     written = poses.stat().st_mtime_ns
-    read_scene.cache_clear()
-    again = read_scene("mosaic", None, tmp_path, KNOBS)
+    load_scene.cache_clear()
+    again = load_scene("mosaic", None, tmp_path, KNOBS)
     assert poses.stat().st_mtime_ns == written
     assert first.images.shape == (13, 48, 64, 3) and torch.equal(first.images, again.images)
 
 
 def test_a_scene_of_a_folder_is_read_from_there(tiny_capture: Capture, tmp_path: Path):
     write_capture(tmp_path / "photos" / "fern", tiny_capture)
-    scene = read_scene("fern", tmp_path / "photos", tmp_path / "runs", KNOBS)
+    scene = load_scene("fern", tmp_path / "photos", tmp_path / "runs", KNOBS)
     assert scene.name == "fern" and torch.equal(scene.images, tiny_capture.images)
     assert not (tmp_path / "runs").exists()
 
@@ -168,8 +168,8 @@ def test_a_scene_of_a_folder_is_read_from_there(tiny_capture: Capture, tmp_path:
 def test_of_many_processes_one_draws_a_built_in_scene(tmp_path: Path):
     scene = (
         "import sys, pathlib; from cbnerf.config import DataConfig; "
-        "from cbnerf.data.library import read_scene; folder = pathlib.Path(sys.argv[1]); "
-        "print(read_scene('mosaic', None, folder, DataConfig(width=64)).num_views)"
+        "from cbnerf.data.library import load_scene; folder = pathlib.Path(sys.argv[1]); "
+        "print(load_scene('mosaic', None, folder, DataConfig(width=64)).num_views)"
     )
     command = [sys.executable, "-c", scene, str(tmp_path)]
     half = tmp_path / "scenes" / "64" / "mosaic" / "images"  # of a process that was killed once

@@ -14,7 +14,7 @@ from cbnerf.overrides import with_overrides
 from cbnerf.search.plan import Plan, make_plan
 from cbnerf.search.spec import parse_spec
 from cbnerf.search.state import StudyState
-from cbnerf.search.worker import load_scene, run_base_field
+from cbnerf.search.worker import run_base_field
 from cbnerf.strict_yaml import load_yaml
 from cbnerf.training.stages import RENDERS_FILE, run_refiner
 
@@ -72,7 +72,7 @@ def search_without_ray(plan: Plan) -> StudyState:
     while (unit := state.next_unit()) is not None:
         config = with_overrides(plan.base, unit.overrides)
         metrics = run_refiner(
-            config, load_scene(plan, unit.scene, config.data),
+            config, plan.load_scene(unit.scene, config.data),
             load_renders(fields[unit.scene] / RENDERS_FILE),
             plan.trial_folder(unit.configuration, unit.scene),
             device=torch.device("cpu"), until=plan.steps(config, unit.rung),

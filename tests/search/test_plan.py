@@ -121,7 +121,7 @@ def test_a_method_without_stage_2_searches_stage_1(tiny_plan: Callable[..., Plan
 def test_a_shared_codebook_is_one_training_of_all_scenes(tiny_plan: Callable[..., Plan]):
     plan = tiny_plan("arcade,blinds", fixed={"codebook.shared": True})
     assert plan.trainings == ("all",) and plan.scenes_of("all") == ("arcade", "blinds")
-    assert plan.training_of("blinds") == "all"
+    assert plan.training_of("blinds", plan.base) == "all"
     alone = tiny_plan("arcade,blinds")
     assert alone.trainings == alone.scenes and alone.scenes_of("blinds") == ("blinds",)
     with pytest.raises(ValueError, match=r"codebook\.shared decides what is trained"):

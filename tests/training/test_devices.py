@@ -16,7 +16,7 @@ from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
 from cbnerf.overrides import with_overrides
 from cbnerf.training.evaluation import refine_views
-from cbnerf.training.field import scene_cameras, train_field
+from cbnerf.training.field import train_field
 from cbnerf.training.inspection import inspect_codebook
 from cbnerf.training.refiner import train_refiner
 from cbnerf.training.stages import ignore
@@ -106,7 +106,7 @@ def test_pictures_and_videos(tiny_scene: Scene, tiny_renders: Renders, tmp_path:
             assert isinstance(refiner, Refiner)
             images = tiny_renders.rgb[:2], tiny_scene.images[:2]
             health = inspect_codebook(refiner, *images, folder, device)
-            cameras = scene_cameras(tiny_scene, device)
+            cameras = tiny_scene.cameras(device)
             path = cameras._replace(camera_to_world=cameras.camera_to_world[:2])
             videos = write_videos(field, path, tiny_scene.scale, refiner, folder, fps=2)
             tiles = refine_views(refiner, tiny_renders.rgb[:1], device, tile=16)

@@ -41,7 +41,7 @@ def states(cache: Store, *, thorough: bool = False) -> dict[str, str]:
     return {entry.folder.name: entry.state for entry in cache.entries(thorough=thorough)}
 
 
-def test_an_entry_is_made_once(cache: Store):
+def test_an_entry_is_trained_once(cache: Store):
     log: list[Path] = []
     entry = cache.path("field", "fern", "0123")
     for _ in range(3):
@@ -50,7 +50,7 @@ def test_an_entry_is_made_once(cache: Store):
     assert states(cache) == {"field-fern-0123": "whole"}
 
 
-def test_an_unfinished_entry_is_gone_on_with(cache: Store):
+def test_an_unfinished_entry_is_resumed(cache: Store):
     entry = cache.path("field", "fern", "0123")
     entry.mkdir(parents=True)
     (entry / "progress").write_text("half", encoding="utf-8")
@@ -59,7 +59,7 @@ def test_an_unfinished_entry_is_gone_on_with(cache: Store):
     assert (entry / "progress").read_text(encoding="utf-8") == "half"
 
 
-def test_a_checkpoint_that_cannot_be_read_is_not_gone_on_with(cache: Store):
+def test_a_checkpoint_that_cannot_be_read_is_not_resumed(cache: Store):
     entry = cache.path("field", "fern", "0123")
     entry.mkdir(parents=True)
     (entry / "field.pt").write_bytes(b"half a checkpoint")
@@ -67,7 +67,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_gone_on_with(cache: Store):
     assert not (entry / "field.pt").exists()
 
 
-def test_what_a_killed_save_has_left_is_no_part_of_an_entry(cache: Store):
+def test_the_rest_of_a_killed_write_is_not_part_of_an_entry(cache: Store):
     entry = cache.path("field", "fern", "0123")
     entry.mkdir(parents=True)
     (entry / ".field.pt.0123").write_bytes(b"half a checkpoint")
@@ -86,7 +86,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_broken_entry_is_made_again(cache: Store, how: str):
+def test_a_broken_entry_is_retrained(cache: Store, how: str):
     entry = cache.complete(cache.path("field", "fern", "0123"), writer())
     DAMAGES[how](entry)
     assert states(cache) == {"field-fern-0123": "broken"}
@@ -107,7 +107,7 @@ def test_a_flipped_bit_is_found_by_the_next_process(cache: Store):
 
 
 def slow(folder: Path) -> None:
-    """Takes a second and a half, and says who is at it."""
+    """Stands in for a training of 1.5 s; records its process."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder.parent / "log").open("a", encoding="utf-8") as log:
         log.write(f"{os.getpid()}\n")
@@ -125,9 +125,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("die", [False, True])
-def test_one_process_makes_what_several_want_and_another_goes_on_if_it_dies(
-    cache: Store, die: bool
-):
+def test_concurrent_requests_train_once_and_survive_a_kill(cache: Store, die: bool):
     entry = cache.path("field", "fern", "0123")
     processes = [FORK.Process(target=cache.complete, args=(entry, slow)) for _ in range(3)]
     for process in processes:
@@ -145,7 +143,7 @@ def test_one_process_makes_what_several_want_and_another_goes_on_if_it_dies(
     assert states(cache) == {"field-fern-0123": "whole"}
 
 
-def test_a_store_brings_an_entry_to_another_cluster(tmp_path: Path):
+def test_a_remote_store_brings_an_entry_to_another_cluster(tmp_path: Path):
     pytest.importorskip("pyarrow")
     store = (tmp_path / "store").as_uri()
     here, there = (Store(tmp_path / name / "cache", store) for name in ("here", "there"))
@@ -157,7 +155,7 @@ def test_a_store_brings_an_entry_to_another_cluster(tmp_path: Path):
 
 
 @pytest.mark.parametrize("damage", ["renders.npz", "manifest.json"])
-def test_a_damaged_store_is_not_believed(tmp_path: Path, damage: str):
+def test_a_damaged_remote_entry_is_not_used(tmp_path: Path, damage: str):
     pytest.importorskip("pyarrow")
     store = (tmp_path / "store").as_uri()
     here, there = (Store(tmp_path / name / "cache", store) for name in ("here", "there"))
@@ -208,7 +206,7 @@ def test_the_command_lists_verifies_and_prunes(tmp_path: Path, capsys: pytest.Ca
     assert "no such cache" in capsys.readouterr().err
 
 
-def test_the_manifest_notes_the_precision_of_stage_1(cache: Store):
+def test_the_manifest_records_the_precision(cache: Store):
     precisions: tuple[Precision, ...] = ("bfloat16", "float32")
     for precision in precisions:
         train = writer(precision=precision)

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from cbnerf.codebook.refiner import ResidualRefiner
 from cbnerf.config import Config
-from cbnerf.data.pixels import downsample
 from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders
-from cbnerf.data.scene import Scene
+from cbnerf.data.scene import Scene, downsample
 from cbnerf.downsampling import Kernel
 from cbnerf.overrides import with_overrides
 from cbnerf.presets import METHODS, preset
