@@ -1,8 +1,8 @@
-"""Every knob of cbnerf, as frozen dataclasses with their checks.
+"""Every knob of cbnerf, as frozen dataclasses with checks.
 
 A knob has one name everywhere: `codebook.size` is the field `Config.codebook.size`, the flag
 `--codebook.size`, the key in a search space, the Optuna parameter and the MLflow parameter.
-Imports no torch, so that `--help` and the check of a YAML file are instant.
+Imports no torch, so that checking a YAML file is instant.
 """
 
 import math
@@ -45,9 +45,8 @@ class OptimConfig:
             _check(value >= 1, f"{stage}.optim.{name}", value, "at least 1")
         _check(self.lr > 0, f"{stage}.optim.lr", self.lr, "positive")
         _check(0 <= self.lr_end <= 1, f"{stage}.optim.lr_end", self.lr_end, "in [0, 1]")
-        _check(
-            self.warmup_steps >= 0, f"{stage}.optim.warmup_steps", self.warmup_steps, "at least 0"
-        )
+        steps = self.warmup_steps
+        _check(steps >= 0, f"{stage}.optim.warmup_steps", steps, "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +68,7 @@ class DataConfig:
     def __post_init__(self):
         _check(self.scale >= 1, "data.scale", self.scale, "at least 1")
         _check(self.width >= 8 * self.scale, "data.width", self.width, "at least 8 * data.scale")
-        smallest = 3 if self.validation else 2  # else none is left to train on
+        smallest = 3 if self.validation else 2  # with fewer, no view is left to train on
         allowed = self.test_every >= smallest or (self.test_every == 0 and not self.validation)
         rule = f"at least {smallest}, or 0 with data.validation = false"
         _check(allowed, "data.test_every", self.test_every, rule)
@@ -97,20 +96,15 @@ class PlanesConfig:
     """Learning rate of the MLPs behind them as a multiple of `field.optim.lr`."""
     tv_weight: float = 1e-2
     """Weight of the total variation of the planes."""
-    proposal_weight: float = 1.0
-    """Weight of the proposal loss (mip-NeRF 360)."""
 
     def __post_init__(self):
         for name in ("channels", "depth_cells", "levels", "hidden"):
             _check(getattr(self, name) >= 1, f"field.planes.{name}", getattr(self, name), ">= 1")
-        for name in ("tv_weight", "proposal_weight"):
-            _check(getattr(self, name) >= 0, f"field.planes.{name}", getattr(self, name), ">= 0")
+        _check(self.tv_weight >= 0, "field.planes.tv_weight", self.tv_weight, ">= 0")
         for name in ("cells_per_pixel", "grid_lr", "network_lr"):
             _check(getattr(self, name) > 0, f"field.planes.{name}", getattr(self, name), "> 0")
-        _check(
-            len(self.scales) > 0 and min(self.scales) >= 1,
-            "field.planes.scales", self.scales, "a list of integers >= 1",
-        )  # fmt: skip
+        is_right = len(self.scales) > 0 and min(self.scales) >= 1
+        _check(is_right, "field.planes.scales", self.scales, "a list of integers >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,16 +140,16 @@ class FieldConfig:
     sub_rays: int = 2
     """Sub-pixel rays drawn per pixel and step; 0 means all scale x scale."""
     opposite_sub_rays: bool = True
-    """Draw an even number of sub-pixel rays in pairs symmetric about the pixel centre: a linear
-    colour gradient cancels, so few rays estimate the mean well."""
+    """Draw sub-pixel rays in pairs symmetric about the pixel centre, which cancels a linear colour
+    gradient."""
     num_coarse_samples: int = 64
     """Samples per ray of the first pass: coarse network or proposal."""
     num_fine_samples: int = 32
     """Samples per ray of the second pass; the fine network also gets the coarse ones."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of the matrix products in the networks; positions, densities and sums stay float32. `auto` is
-    bfloat16 where the device has instructions for it, else float32; $CBNERF_AUTO_PRECISION, either
-    of them, decides otherwise."""
+    """Precision of the networks' matrix products; positions, densities and sums stay float32.
+    `auto` is bfloat16 on devices with instructions for it, else float32; $CBNERF_AUTO_PRECISION
+    overrides it."""
     planes: PlanesConfig = PlanesConfig()
     mlp: MLPConfig = MLPConfig()
     optim: OptimConfig = OptimConfig(steps=10_000, batch_size=4096, lr=4e-2)
@@ -206,7 +200,7 @@ class CodebookConfig:
     ema: bool = False
     """Update codes by exponential moving averages (EMA) instead of gradients."""
     ema_decay: float = 0.99
-    """Decay of these averages."""
+    """Decay of the averages."""
     kmeans_init: bool = False
     """Initialise by k-means over latents of the training photographs, not by normal noise."""
     revive_below: float = 0.0
@@ -233,7 +227,7 @@ class CodebookConfig:
 
     @property
     def latent_dim(self) -> int:
-        """Dimension of the latents that the encoder makes."""
+        """Dimension of the encoder's latents."""
         return len(self.levels) if self.kind == "fsq" else self.dim
 
 
@@ -308,7 +302,7 @@ class LossConfig:
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """All knobs as `{"codebook.size": 1024, ...}`, in the order of this page."""
+    """All knobs as `{"codebook.size": 1024, ...}`, in the order of this file."""
     flat: dict[str, Any] = {}
     for knob in fields(config):
         value = getattr(config, knob.name)
@@ -335,10 +329,10 @@ class Config:
     def __post_init__(self):
         for name, value in flatten(self).items():
             if isinstance(value, int | float):
-                # A huge int is compared first: isfinite cannot convert it.
+                # Compare first: isfinite cannot convert a huge int.
                 is_small = abs(value) < MOST and math.isfinite(value)
                 _check(is_small, name, value, "finite, < 2^63")
-        # Random numbers are those of a product of seed and step.
+        # Random generators are seeded by the product of seed and step.
         _check(0 <= self.seed < 2**32, "seed", self.seed, "at least 0 and less than 2^32")
         kind = self.refiner.kind
         _check(

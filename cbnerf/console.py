@@ -1,5 +1,4 @@
-"""The ends of a command line: folders as people type them, output in any locale, and one line for
-an error that nobody foresaw."""
+"""Input and output of a command line: `~` in paths, output in any locale, one-line errors."""
 
 import io
 import shlex
@@ -14,18 +13,18 @@ from typing import Any, NoReturn
 from cbnerf.files import expand_home
 
 _LONGEST = 600
-"""Characters of an error that are told."""
+"""Maximum number of characters of an error message."""
 
 
 def prepare_output() -> None:
-    """Print as an escape what the locale cannot encode; a name must not end a run."""
+    """Escape characters that the locale cannot encode, instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def expand_homes(options: Any) -> None:
-    """Replace `~` in the paths of a dataclass: a shell leaves `--storage=~/runs` as it is."""
+    """Expand `~` in the paths of a dataclass: a shell does not expand `--storage=~/runs`."""
     for entry in fields(options):
         value = getattr(options, entry.name)
         if isinstance(value, Path):
@@ -36,19 +35,19 @@ def expand_homes(options: Any) -> None:
 
 
 def fail(program: str, message: object, status: int) -> NoReturn:
-    """End with one line, whatever breaks it, and an exit status."""
+    """Print one line, without line breaks, and exit with a status."""
     print(f"{program}: {' '.join(str(message).splitlines())}", file=sys.stderr)
     sys.exit(status)
 
 
 def one_line(message: object) -> str:
-    """The end of a message, which holds the cause, without line breaks."""
+    """The end of a message, which usually holds the cause, without line breaks."""
     return " ".join(str(message).split())[-_LONGEST:]
 
 
 def explain_unforeseen(error: BaseException, storage: Path, say: str | None = None) -> str:
-    """One line on an error, `say` or else its own words, that names the file of its traceback: in
-    the storage if there is one, else in the temporary folder."""
+    """Write the traceback of an error to a file, in the storage if it exists, else in the temporary
+    folder. Returns one line: `say` or the error's own message, and the name of that file."""
     say = say or f"{type(error).__name__}: {one_line(error)}".removesuffix(": ")
     text = "".join(traceback.format_exception(error))
     for folder in (storage, None):
@@ -58,6 +57,6 @@ def explain_unforeseen(error: BaseException, storage: Path, say: str | None = No
             with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as stream:
                 stream.write(text)
             return f"{say}; traceback in {shlex.quote(file)}"
-        except OSError:  # There is no such folder, it is full, or somebody else's.
+        except OSError:  # The folder is missing, full or not writable.
             continue
     return f"{say}; its traceback could not be kept"

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, whoever is killed when; paths of users."""
+"""Atomic writes of files and folders; checks of disks and paths."""
 
 import errno
 import os
@@ -13,11 +13,11 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _WORDS_OF_NO_SPACE = re.compile(
     r"no space left on device|disk is full|disk quota exceeded|OutOfDiskError", re.IGNORECASE
 )
-"""Of the operating system, of SQLite and of Ray, in whatever error they come."""
+"""Messages of the operating system, SQLite and Ray, which several types of errors carry."""
 
 
 def is_about_space(error: BaseException | None) -> bool:
-    """Whether a disk without room has led to an error, by its number or words or its causes."""
+    """Whether a full disk has caused an error, by its number, its message or its causes."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _NO_SPACE:
             return True
@@ -30,7 +30,7 @@ def is_about_space(error: BaseException | None) -> bool:
 
 
 def check_may_write(folder: Path) -> None:
-    """Refuse a folder that is none, or that may be neither written nor made."""
+    """Raise ValueError if a folder is a file, or cannot be written or created."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ValueError(f"{existing}: a file, and not a folder to write to")
@@ -40,8 +40,8 @@ def check_may_write(folder: Path) -> None:
 
 @contextmanager
 def atomic_write(target: Path) -> Iterator[Path]:
-    """A path beside `target` for a new file or folder, which takes its place at the end; where
-    that fails nothing of it is left. A folder can only take the place of an empty one."""
+    """Yield a temporary path in the folder of `target`; at the end, what was written there replaces
+    `target`. After an error nothing is left. A folder can replace only an empty one."""
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
@@ -54,7 +54,7 @@ def atomic_write(target: Path) -> Iterator[Path]:
 
 
 def expand_home(path: Path) -> Path:
-    """The path with `~` as the home folder: a shell leaves it as it is in `--data=~/photos`."""
+    """The path with `~` expanded: a shell does not expand it in `--data=~/photos`."""
     try:
         return path.expanduser()
     except RuntimeError:

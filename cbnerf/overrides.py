@@ -56,7 +56,7 @@ def _cast(kind: Any, value: Any) -> Any:
         if kind is not bool or not isinstance(value, bool):
             raise TypeError
         return value
-    if not isinstance(value, int | float | str):  # such as bytes, which Python reads numbers of
+    if not isinstance(value, int | float | str):  # such as bytes, which int() would parse
         raise TypeError
     if kind is int:
         if isinstance(value, float) and value != int(value):
@@ -81,7 +81,7 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
 
 
 def _replace_knobs(node: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
-    """Replace all at once, because the checks of a group may relate its knobs to each other."""
+    """Replace all at once, because the checks of a group may involve several of its knobs."""
     changed = {}
     for knob in fields(node):
         name, value = prefix + knob.name, getattr(node, knob.name)
@@ -99,8 +99,8 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def load_config(path: Path, base: Config | None = None) -> Config:
-    """Read a file of `save_config`; knobs that it does not name keep their values in `base`
-    (default: `Config()`)."""
+    """Read a file of `save_config`; missing knobs keep their values in `base` (default:
+    `Config()`)."""
     try:
         return with_overrides(base or Config(), load_yaml(path))
     except ValueError as error:

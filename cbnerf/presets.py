@@ -64,7 +64,7 @@ RESOLUTIONS: dict[str, dict[str, Any]] = {
         "data.width": 128, "field.num_fine_samples": 16, "field.optim.steps": 330,
         # Few steps need a high learning rate.
         "field.planes.grid_lr": 3.0,
-        # The filters, which gain most, are solved at each evaluation, not trained.
+        # The filters, which contribute most, are solved at each evaluation, not trained.
         "refiner.optim.steps": 60, "refiner.optim.evaluations": 1,
     },
     "tiny": _CPU_SIZE | {
@@ -79,11 +79,11 @@ RESOLUTIONS: dict[str, dict[str, Any]] = {
 
 _PUBLISHED_CPU_SIZE = {
     "field.optim.batch_size": 128,
-    # A render by the MLP takes as long as twenty of its steps.
+    # A render with the MLP takes as long as twenty training steps.
     "field.optim.evaluations": 2,
 }
 _PUBLISHED: dict[str, dict[str, Any]] = {
-    # NeRF-SR: 2048 rays of a step at either scale.
+    # NeRF-SR: 2048 rays per step at both scales.
     "x4-1008": {"field.optim.batch_size": 128},
     "x2-252": _PUBLISHED_CPU_SIZE | {
         "field.optim.steps": 6000, "refiner.optim.steps": 10_000,
@@ -92,8 +92,8 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "field.optim.steps": 2000, "refiner.optim.steps": 1500, "refiner.optim.evaluations": 4,
     },
 }  # fmt: skip
-"""Further overrides of the methods with NeRF's MLP. At CPU sizes they take more and smaller
-updates: the steps of the planes and their refiner are far too few for them."""
+"""Further overrides of the methods with NeRF's MLP. At CPU sizes they train with more
+and smaller updates: the schedules of the other methods are far too short for them."""
 
 
 DEFAULT_METHOD = "cb-nerf"

@@ -1,6 +1,6 @@
-"""YAML read as it is written, what is wrong with it told in one line.
+"""Strict YAML: no surprising values, and errors of one line.
 
-YAML 1.1 keeps the last of two equal keys, and takes 010 for 8, 1:30 for 90 and 1e-3 for a word.
+YAML 1.1 keeps the last of two equal keys, and reads 010 as 8, 1:30 as 90 and 1e-3 as a string.
 """
 
 import re
@@ -11,11 +11,11 @@ from typing import Any
 import yaml
 
 MOST = 2**63
-"""What numbers must stay below."""
+"""Upper bound of the absolute value of numbers."""
 
 
 class _Short(reprlib.Repr):
-    """Some words of a value, as YAML's aliases let a short file hold a huge one."""
+    """Abbreviates values: with aliases, a short YAML file can hold a huge one."""
 
     def __init__(self):
         super().__init__()
@@ -26,13 +26,11 @@ class _Short(reprlib.Repr):
 
 
 shown = _Short().repr
-"""A value as a message shows it, in one short line."""
+"""A value in one short line, for messages."""
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML's own would keep the last, and numbers that
-    would not be read as they are written: 010, which YAML 1.1 takes for 8, and 1:30, for 90. Reads
-    1e-3 as a number, which PyYAML does not."""
+    """Refuses duplicate keys and numbers such as 010 and 1:30; reads 1e-3 as a number."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -63,12 +61,12 @@ _StrictLoader.add_implicit_resolver(
 
 
 _TROUBLE = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError)
-"""What PyYAML raises of content, such as the 13th month of a date or an empty `!!int`."""
+"""Errors that PyYAML raises for bad content, such as month 13 of a date or an empty `!!int`."""
 
 
 def parse_yaml(content: str | bytes) -> Any:
-    """Plain values; anything that is wrong is one line of a `ValueError`. Bytes are UTF-8, or
-    UTF-16 that begins with a byte order mark."""
+    """Parse YAML into plain values; a mistake is a `ValueError` of one line. Bytes are UTF-8, or
+    UTF-16 with a byte order mark."""
     try:
         return yaml.load(content, _StrictLoader)
     except RecursionError:
@@ -78,7 +76,7 @@ def parse_yaml(content: str | bytes) -> Any:
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; what is wrong with the file is told in one line."""
+    """Read a YAML mapping; a mistake is a `ValueError` of one line that names the file."""
     try:
         loaded = parse_yaml(path.read_bytes())
     except FileNotFoundError:

@@ -8,7 +8,13 @@ import torch
 from cbnerf.compare.protocols import Protocol, adapt
 from cbnerf.compare.run import Comparison
 from cbnerf.config import Config
-from cbnerf.data.library import check_scenes, choose_scenes, default_storage, locate_data
+from cbnerf.data.library import (
+    check_scenes,
+    choose_scenes,
+    default_storage,
+    locate_data,
+    split_list,
+)
 from cbnerf.nerf.model import settle_precision
 from cbnerf.overrides import cast, load_config, with_overrides
 from cbnerf.presets import DEFAULT_METHOD, METHODS, preset
@@ -21,23 +27,23 @@ class Request:
     """Train the missing stages of several methods, and score all methods by one protocol."""
 
     scenes: str = "all"
-    """`all`, or names of scenes separated by commas; one that holds a comma in double quotes."""
+    """`all`, or names of scenes separated by commas; put a name with a comma in double quotes."""
     methods: str = "all"
     """`all`, or names separated by commas; a YAML file, such as a study's best.yaml, is a method
-    too."""
+    as well. Put a name with a comma in double quotes."""
     protocol: Protocol = "holdout"
     """`holdout`; `unseen-scene` trains stage 2 on the other scenes only; `low-res-only` on the
     low-res photographs of the scene; `table1` is the released scoring, for the published comparison
     only."""
     resolution: str | None = None
-    """Image size and schedule; x2-504 with a GPU and x2-128 without if not given."""
+    """Image size and schedule; default: x2-504 with a GPU, else x2-128."""
     data: Path | None = None
-    """Folder of LLFF scene folders; else $CBNERF_DATA, else data/nerf_llff_data, else `data` in
-    the storage named by $CBNERF_STORAGE, else the built-in scenes."""
+    """Folder of LLFF scene folders; default: $CBNERF_DATA, else data/nerf_llff_data, else `data` in
+    $CBNERF_STORAGE, else the built-in scenes."""
     storage: Path = field(default_factory=default_storage)
-    """Folder for the cache of trained stages, $CBNERF_STORAGE or runs if not given."""
+    """Folder for the cache of trained stages; default: $CBNERF_STORAGE or `runs`."""
     output: Path | None = None
-    """Folder for the report; in the storage if not given."""
+    """Folder for the report; default: a folder in the storage."""
     knobs: tuple[str, ...] = ()
     """NAME=VALUE for all methods, such as field.optim.steps=100."""
 
@@ -45,7 +51,8 @@ class Request:
 def settle(request: Request) -> Comparison:
     """The comparison of a request; ValueError if its methods or scenes cannot be compared."""
     resolution = request.resolution or ("x2-504" if torch.cuda.is_available() else "x2-128")
-    names = list(METHODS) if request.methods == "all" else request.methods.split(",")
+    all_methods = request.methods == "all"
+    names = list(METHODS) if all_methods else split_list("--methods", request.methods)
     changes = _read_knobs(request.knobs)
     methods: dict[str, Config] = {}
     for name in map(str.strip, names):

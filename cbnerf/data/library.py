@@ -82,6 +82,8 @@ def choose_scenes(wanted: str, available: list[str], folder: Path | None) -> tup
     """The scenes of `--scenes`: `all` (those of the paper first, in its order), or names separated
     by commas; a name with a comma is put in double quotes."""
     where = str(folder) if folder else "the built-in scenes"
+    if "all" in available:
+        raise ValueError(f"{where}: a scene cannot be called `all`, which means all; rename it")
     if wanted == "all":
         of_paper = [scene for scene in PAPER_SCENES if scene in available]
         return tuple(of_paper + [scene for scene in available if scene not in of_paper])
@@ -104,11 +106,17 @@ def choose_scenes(wanted: str, available: list[str], folder: Path | None) -> tup
 def _split_names(wanted: str, available: list[str]) -> list[str]:
     if wanted in available:  # a name with a comma
         return [wanted]
+    return [name if name in available else name.strip()
+            for name in split_list("--scenes", wanted) if name.strip()]  # fmt: skip
+
+
+def split_list(flag: str, text: str) -> list[str]:
+    """The values of a flag, separated by commas; one that holds a comma is in double quotes."""
     try:
-        (names,) = csv.reader([wanted], skipinitialspace=True)
+        (values,) = csv.reader([text], skipinitialspace=True)
     except csv.Error as error:
-        raise ValueError(f"--scenes {wanted!r}: {error}") from None
-    return [name if name in available else name.strip() for name in names if name.strip()]
+        raise ValueError(f"{flag} {text!r}: {error}") from None
+    return values
 
 
 def _quoted(name: str) -> str:

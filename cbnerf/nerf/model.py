@@ -96,11 +96,9 @@ class PlanesModel(nn.Module):
         if not torch.is_grad_enabled():
             return FieldOutput([rendering], regularization=density.new_zeros(()))
         outside = proposal_loss(bins, proposed, edges, weights.detach())
-        knobs = config.planes
         return FieldOutput(
             passes=[rendering],
-            regularization=knobs.tv_weight * total_variation(planes)
-            + knobs.proposal_weight * outside,
+            regularization=config.planes.tv_weight * total_variation(planes) + outside,
         )
 
     def _points(self, rays: Rays, t: Float[Tensor, "rays samples"]) -> Tensor:

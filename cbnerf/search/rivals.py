@@ -30,12 +30,14 @@ def halving_keeps(values: Array, challenger: int, eta: int) -> bool:
 
 
 def signed_ranks_keep(values: Array, challenger: int, rival: int, threshold: float) -> bool:
-    """Wilcoxon's signed-rank test over the scenes of the last rung, as in Optuna's
-    `WilcoxonPruner`: it needs two scenes, zero differences are split between both signs, and a
-    configuration whose mean is no worse than the rival's mean over all scenes is always kept."""
+    """Wilcoxon's signed-rank test of the scenes of the last rung, by the rule of Optuna's
+    `WilcoxonPruner`: at least two scenes; scenes without a difference count half for either; a
+    configuration whose mean is no worse than the rival's mean over all scenes is kept, and so is
+    every configuration if a value of either is infinite."""
     reached, best = values[challenger, :, -1], values[rival, :, -1]
     seen = ~np.isnan(reached)
-    if seen.sum() < 2 or reached[seen].mean() >= best.mean():
+    is_finite = np.isfinite(reached[seen]).all() and np.isfinite(best).all()
+    if seen.sum() < 2 or not is_finite or reached[seen].mean() >= best.mean():
         return True
     differences = reached[seen] - best[seen]
     p_value = np.asarray(wilcoxon(differences, alternative="less", zero_method="zsplit"))[1]

@@ -9,7 +9,7 @@ import optuna
 from numpy.random import SeedSequence
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
 from optuna.trial import TrialState
-from scipy.stats import qmc
+from scipy.stats import loguniform, qmc
 
 from cbnerf.config import flatten
 from cbnerf.files import drop_torn_line
@@ -127,7 +127,7 @@ def _num_startup(plan: Plan) -> int:
 
 
 def _value_at(domain: Range | Choices, share: float) -> Any:
-    """Quantile of a domain at a share in [0, 1)."""
+    """The quantile of a domain at a share in [0, 1); uniform in the logarithm with `log`."""
     if isinstance(domain, Choices):
         return domain.choices[int(share * len(domain.choices))]
     is_integer = isinstance(domain.low, int)
@@ -136,10 +136,10 @@ def _value_at(domain: Range | Choices, share: float) -> Any:
         num_values = int((domain.high - domain.low) / step + 1e-9) + 1
         return min(domain.low + step * int(share * num_values), domain.high)
     if domain.log:
-        value = domain.low * (domain.high / domain.low) ** share
+        value = float(loguniform.ppf(share, domain.low, domain.high))
     else:
         value = domain.low + share * (domain.high - domain.low)
-    return round(value) if is_integer else min(value, domain.high)
+    return min(max(round(value) if is_integer else value, domain.low), domain.high)
 
 
 def suggest(trial: optuna.Trial, plan: Plan) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a method can search: knobs that it heeds, with values that it can take."""
+"""Which knobs, with which values, a method can search."""
 
 from collections.abc import Iterator, Mapping
 from itertools import product
@@ -10,11 +10,11 @@ from cbnerf.search.spec import Choices, Range, SearchSpec
 
 
 class _Idle(NamedTuple):
-    """Knobs that change nothing where others have these values."""
+    """Knobs without effect if other knobs have certain values."""
 
     where: Mapping[str, Any]
     knobs: tuple[str, ...]
-    """What their names begin with."""
+    """Prefixes of their names."""
 
 
 _OF_CODES = ("codebook.", "loss.", "refiner.codes", "refiner.skips", "refiner.neighbours")
@@ -24,7 +24,7 @@ _IDLE = (
     _Idle({"refiner.kind": "reference"}, (*_OF_CODES, "refiner.blocks")),
     _Idle({"refiner.kind": "paper"}, (*_OF_RESIDUAL, "refiner.references")),
     _Idle({"refiner.kind": "residual"}, ("refiner.skips", "refiner.references")),
-    # The network learns beside the codes, and Adam from a loss as from ten times that loss.
+    # The network does not depend on the codes, and Adam is invariant to the loss scale.
     _Idle({"refiner.codes": False}, _OF_CODES),
     _Idle(
         {"codebook.kind": "fsq"},
@@ -38,9 +38,9 @@ _IDLE = (
     _Idle({"field.kind": "mlp"}, ("field.planes.",)),
     _Idle({"field.super_sampling": False}, ("field.sub_rays", "field.opposite_sub_rays")),
     _Idle({"field.sub_rays": 0}, ("field.opposite_sub_rays",)),
-    # Of the other protocols of `cbnerf compare`, where a scene gives no photograph.
+    # Used only by protocols of `cbnerf compare` without high-res photographs of the scene.
     _Idle({}, ("refiner.consistency",)),
-    # How often is looked, and whether to the same bits.
+    # Number of evaluations, and bitwise reproducibility.
     _Idle({}, ("field.optim.evaluations", "refiner.optim.evaluations", "deterministic")),
 )  # fmt: skip
 
@@ -50,8 +50,8 @@ _CHECKED_TOGETHER = (
 
 
 def check_space(base: Config, spec: SearchSpec) -> None:
-    """Refuse a space that cannot change what is scored, or with a value that no configuration can
-    have; a `ValueError` names the knob."""
+    """Raise a `ValueError` that names the knob if a knob of the space cannot change the score, or
+    if one of its values is not allowed in any configuration."""
     space = spec.space
     _check_patches(base, spec)
     if base.refiner.kind == "none":
@@ -83,8 +83,8 @@ def check_space(base: Config, spec: SearchSpec) -> None:
 
 
 def _settings(base: Config, spec: SearchSpec) -> Iterator[dict[str, Any]]:
-    """All knobs, once for each combination of those of them that decide which others are heeded
-    and are searched among choices; None for what is searched in a range."""
+    """All knobs, for each combination of the searched choices that decide which other knobs have an
+    effect; None for a knob that is searched in a range."""
     deciding = {name for idle in _IDLE for name in idle.where} & set(spec.space)
     domains = {name: spec.space[name] for name in sorted(deciding)}
     choices = [getattr(domain, "choices", (None,)) for domain in domains.values()]
@@ -102,7 +102,7 @@ def _is_idle(name: str, values: Mapping[str, Any]) -> bool:
 
 
 def _examples(domain: Range | Choices) -> tuple[Any, ...]:
-    """Choices; of a range its ends and, of whole numbers, the second, too."""
+    """The choices; or the ends of a range and, for integers, its second value."""
     if isinstance(domain, Choices):
         return domain.choices
     second = domain.low + (domain.step or 1) if isinstance(domain.low, int) else domain.low
@@ -110,7 +110,7 @@ def _examples(domain: Range | Choices) -> tuple[Any, ...]:
 
 
 def _check_value(base: Config, spec: SearchSpec, name: str, value: Any) -> None:
-    """Some choice of the knobs that are checked together must allow it."""
+    """At least one combination of the knobs that are checked together must allow the value."""
     related = {
         knob: domain.choices
         for knob, domain in spec.space.items()

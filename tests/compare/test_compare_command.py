@@ -45,3 +45,12 @@ def test_a_wrong_knob_is_one_line(knobs: list[str], message: str):
     with pytest.raises(ValueError) as caught:
         config_with(*knobs)
     assert message in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_a_method_whose_name_holds_a_comma_is_quoted(tmp_path):
+    file = tmp_path / "k 64, beta 1.yaml"
+    file.write_text("codebook.size: 64\ncodebook.beta: 1.0\n", encoding="utf-8")
+    request = Request(methods=f'linear,"{file}"', resolution="tiny", scenes="arcade")
+    methods = settle(request).methods
+    assert [*methods] == ["linear", f"{tmp_path.name} k 64, beta 1"]
+    assert methods[f"{tmp_path.name} k 64, beta 1"].codebook.beta == 1.0

@@ -53,6 +53,11 @@ def test_all_of_other_data_means_every_scene():
     assert len(BUILT_IN_SCENES) == 8
 
 
+def test_a_scene_cannot_be_called_all():
+    with pytest.raises(ValueError, match=r"^data: a scene cannot be called `all`, .*rename it$"):
+        choose_scenes("all", ["all", "fern"], Path("data"))
+
+
 @pytest.mark.parametrize(
     "wanted, expected",
     [

@@ -180,6 +180,17 @@ def test_signed_ranks_are_those_of_optuna():
     assert 20 < pruned < 380
 
 
+@pytest.mark.filterwarnings("ignore:The intermediate values:UserWarning")  # Optuna's
+@pytest.mark.parametrize("scene, reached", [(0, 1.0), (5, np.nan), (0, np.inf)])
+def test_a_rival_that_is_perfect_on_a_scene_prunes_nothing(scene: int, reached: float):
+    """The PSNR of two equal images is infinite."""
+    values = np.stack([np.arange(3.0, 9.0), np.arange(1.0, 7.0)])[..., None]
+    assert not signed_ranks_keep(values, 1, 0, threshold=0.1)
+    values[0, scene], values[1, scene] = np.inf, reached
+    assert signed_ranks_keep(values, 1, 0, threshold=0.1)
+    assert not optuna_prunes(values[1, :, 0], values[0, :, 0], 0.1)
+
+
 @pytest.mark.parametrize("differences", [[0, 0, 0, 0], [0, 0, 0, -1], [-1, -1, -1, 0, 0, 9]])
 def test_equal_scenes_and_a_better_mean_speak_for_a_configuration(differences: list[float]):
     values = np.zeros((2, len(differences), 1))

@@ -46,6 +46,14 @@ def test_points_of_the_start_lie_evenly_on_every_axis(tiny_plan, seed: int):
     assert all(type(p["refiner.blocks"]) is int and 1 <= p["refiner.blocks"] <= 8 for p in points)
 
 
+def test_points_lie_evenly_between_bounds_whose_ratio_overflows(tiny_plan):
+    space = {"loss.lambda_vq": {"low": 1e-310, "high": 1e18, "log": True}}
+    plan = tiny_plan(space=space)
+    points = [quasi_random_point(plan, number)["loss.lambda_vq"] for number in range(4)]
+    assert sorted(np.floor(4 * (np.log10(points) + 310) / 328)) == [0, 1, 2, 3]
+    assert all(point in plan.spec.space["loss.lambda_vq"] for point in points)
+
+
 def test_points_of_the_start_depend_on_seed_and_number_alone(tiny_plan):
     plan = tiny_plan(space=SPACE, trials=4)
     more = tiny_plan(space=SPACE, trials=40)
