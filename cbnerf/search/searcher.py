@@ -126,6 +126,7 @@ class Recorder(tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._begun.difference_update(unit.key for unit in _units(trial))
+        self._state.plan.check_disk()  # On a full disk a retry would fail, too.
 
     # Tune calls the searcher first, so the units have been recorded.
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -108,8 +108,11 @@ class Tracker:
         for unit, reason in self._state.failures[self._num_failures :]:
             self._open_unit(unit).write(tags={_NOTE: reason})
             self._num_failures += 1
-        for number in sorted(self._open):
-            if self._state.has_ended(number):
+        ended = [number for number in sorted(self._open) if self._state.has_ended(number)]
+        # The search goes on meanwhile; a configuration with a new unit is closed next time.
+        pending = {unit.configuration for unit, _ in self._state.recorded[self.num_written :]}
+        for number in ended:
+            if number not in pending:
                 self._close(number)
 
     def _write_field(self, scene: str, entry: str) -> None:

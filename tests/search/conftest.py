@@ -3,7 +3,8 @@
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from cbnerf.search.spec import parse_spec
 from cbnerf.training.checkpoint import Checkpoint, save_checkpoint
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # Ray's workers inherit it.
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # of every Ray that tests start
 
 if importlib.util.find_spec("ray") is None:
     collect_ignore_glob = ["test_*.py"]  # needs cbnerf[search]
@@ -64,6 +66,17 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("empty") / "mlflow.db"
     MlflowClient(f"sqlite:///{file}").search_experiments()
     return file
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """The address of a Ray with two CPUs, which takes seconds to start, so tests share it."""
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 2, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    yield cluster.address
+    cluster.shutdown()
 
 
 @pytest.fixture

@@ -76,7 +76,10 @@ RESUME = ["--resume", "--name", "study"]
 
 
 def test_photographs_that_have_moved_are_said_and_found_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    ray_address: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ):
     plan = begin(photograph(tmp_path / "old"))
     (tmp_path / "old").rename(tmp_path / "new disk")
@@ -85,7 +88,8 @@ def test_photographs_that_have_moved_are_said_and_found_again(
     assert "old/fern: no such folder" in line and "--resume --name study --data FOLDER" in line
     moved = ["--data", "new disk"]
     for arguments in ([*RESUME, *moved], ["--config", str(SMOKE), "--name", "study", *moved]):
-        assert call(monkeypatch, *arguments, "--dry-run") == 0, capfd.readouterr().err
+        priced = call(monkeypatch, *arguments, "--dry-run", "--address", ray_address)
+        assert priced == 0, capfd.readouterr().err
         assert "data       photographs in " in capfd.readouterr().out
     request = load_yaml(plan.folder / "request.yaml")
     asked = Options(resume=True, name="study", data=tmp_path / "new disk")
@@ -278,7 +282,7 @@ def test_what_is_to_be_pasted_is_quoted(foreign):
 
 @pytest.mark.slow
 def test_a_finished_study_is_reported_and_extended_where_its_photographs_have_moved(
-    foreign, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    foreign, ray_address: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     folder, _ = foreign
     study = folder / "my runs" / "studies" / "study"
@@ -288,7 +292,15 @@ def test_a_finished_study_is_reported_and_extended_where_its_photographs_have_mo
         (study / name).read_bytes() for name in ("report.html", "report.md", "best.yaml")
     ]
     fields = sorted((folder / "my runs" / "cache").glob("field-*"))
-    there = ["--storage", str(folder / "my runs"), *RESUME, "--trials", "3"]
+    there = [
+        "--storage",
+        str(folder / "my runs"),
+        *RESUME,
+        "--trials",
+        "3",
+        "--address",
+        ray_address,
+    ]
     assert call(monkeypatch, *there, "--data", str(folder / "moved")) == 0, capfd.readouterr().err
     assert load_yaml(study / "request.yaml")["data"] == str(folder / "moved")
     assert sorted((folder / "my runs" / "cache").glob("field-*")) == fields

@@ -37,17 +37,14 @@ def states(state: StudyState) -> list[TrialState]:
 
 
 @pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
-        logging_level="ERROR",
-    )  # fmt: skip
+def connected(ray_address: str) -> Iterator[None]:
+    ray.init(address=ray_address, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 
 
 @pytest.mark.parametrize("walk", [False, True])
-def test_tune_runs_every_unit_and_books_its_last_report(tiny_plan, local_ray, walk: bool):
+def test_tune_runs_every_unit_and_books_its_last_report(tiny_plan, connected, walk: bool):
     plan = tiny_plan("arcade,blinds", trials=4, stopping=NO_STOPPING)
     state = StudyState(plan)
     ended: list[tuple[int, str]] = []
@@ -97,7 +94,7 @@ def test_no_more_trials_stand_than_the_limit_says_at_that_time(tiny_plan):
 
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's
 def test_a_failed_unit_tells_why_and_the_search_goes_on(
-    tiny_plan, leave_unit, empty_store: Path, local_ray, monkeypatch, capfd
+    tiny_plan, leave_unit, empty_store: Path, connected, monkeypatch, capfd
 ):
     plan = tiny_plan("arcade,blinds", trials=2, stopping=NO_STOPPING)
     plan.storage.mkdir()

@@ -323,10 +323,14 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("file", OTHERS, ids=lambda file: file.stem)
 def test_every_search_of_tune_configs_comes_to_its_report(
-    file: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    file: Path,
+    shelf: Path,
+    ray_address: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ):
     small = ["--scenes", "arcade", "--resolution", "tiny", "--trials", "3"]
-    where = ["--storage", str(shelf), "--name", file.stem]
+    where = ["--storage", str(shelf), "--name", file.stem, "--address", ray_address]
     arguments = ["--config", str(file), *small, *where]
     assert call(monkeypatch, *arguments) == 0, capfd.readouterr().err
     study = shelf / "studies" / file.stem
@@ -336,10 +340,14 @@ def test_every_search_of_tune_configs_comes_to_its_report(
 
 @pytest.mark.slow
 def test_one_at_a_time_a_race_is_the_same_bit_for_bit_with_and_without_ray(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    ray_address: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ):
     arguments = [*RACE, "--name", NAME, "--trials", "3", "--concurrency", "1"]
-    assert call(monkeypatch, *arguments, "--storage", "with") == 0, capfd.readouterr().err
+    where = ["--storage", "with", "--address", ray_address]
+    assert call(monkeypatch, *arguments, *where) == 0, capfd.readouterr().err
     plan = plan_of(tmp_path / "with", NAME)
     alone = search_without_ray(replace(plan, storage=tmp_path / "without"))
     assert trials_of(StudyState(plan, adopt=False)) == trials_of(alone)
@@ -460,7 +468,10 @@ def test_another_search_under_the_same_name_is_refused(
 
 
 def test_scenes_that_come_later_are_no_part_of_a_study(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    ray_address: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ):
     def add(scene: str) -> None:
         write_capture(tmp_path / "data" / scene, make_capture("mosaic", width=64, num_views=10))
@@ -475,7 +486,8 @@ def test_scenes_that_come_later_are_no_part_of_a_study(
     add("flower")
     assert call(monkeypatch, *line) == 2
     assert "study study was started with other scenes (" in capfd.readouterr().err
-    assert call(monkeypatch, "--resume", "--name", "study", "--dry-run") == 0
+    resume = ["--resume", "--name", "study", "--dry-run", "--address", ray_address]
+    assert call(monkeypatch, *resume) == 0
     out = capfd.readouterr().out
     assert "scenes     fern (10), room (10)\n" in out
     assert "read from  fern/images (64x48), room/images (64x48)\n" in out

@@ -379,6 +379,26 @@ def test_a_pruned_configuration_ends_as_killed_and_a_late_unit_opens_nothing(
     assert run.info.status == "KILLED" and run.data.metrics["val/psnr"] == 2.0
 
 
+def test_a_configuration_that_ends_during_a_sync_is_closed_with_all_its_units(
+    plan: Plan, leave_unit: Leave, monkeypatch: pytest.MonkeyPatch
+):
+    state = StudyState(plan)
+    train(state, leave_unit)
+    tracker = Tracker(state)
+    write_unit = tracker._write_unit
+
+    def write_while_the_search_goes_on(*about: Any) -> None:
+        write_unit(*about)
+        if len(state.recorded) == 1:
+            train(state, leave_unit)
+
+    monkeypatch.setattr(tracker, "_write_unit", write_while_the_search_goes_on)
+    tracker.sync()
+    assert statuses_of(plan) == {"configuration/0": "RUNNING", "unit/0/arcade": "FINISHED"}
+    tracker.sync()
+    assert set(statuses_of(plan).values()) == {"FINISHED"} and len(statuses_of(plan)) == 3
+
+
 @pytest.mark.parametrize("name", ["garden(1)", "küche", "street, north", "val"])
 def test_a_scene_of_any_name_has_metrics_and_images(plan: Plan, leave_unit: Leave, name: str):
     plan = replace(plan, scenes=(name,))
