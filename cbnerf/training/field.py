@@ -17,13 +17,13 @@ from cbnerf.nerf.sampling import choose_sub_pixels
 from cbnerf.rng import Rng
 from cbnerf.training.divergence import DivergenceCheck
 from cbnerf.training.evaluation import mean_scores, render_views
-from cbnerf.training.loop import Losses, Report, Task, fit, heeding_determinism
+from cbnerf.training.loop import Losses, Report, Task, deterministic_if_configured, fit
 
 _PROBES = 256
 """Pixels at least by which divergence is told."""
 
 
-@heeding_determinism
+@deterministic_if_configured
 def train_field(
     config: Config,
     scene: Scene,

@@ -113,7 +113,7 @@ def fit(
     task.model.eval()
 
 
-def heeding_determinism(
+def deterministic_if_configured(
     train: Callable[Concatenate[Config, Parameters], Trained],
 ) -> Callable[Concatenate[Config, Parameters], Trained]:
     """Let torch choose operations of a fixed order, or refuse, while a configuration that is

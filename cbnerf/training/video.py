@@ -7,13 +7,12 @@ import imageio.v3 as iio
 from jaxtyping import UInt8
 from torch import Tensor
 
-from cbnerf.codebook.refiner import DEFAULT_TILE
+from cbnerf.codebook.refiner import DEFAULT_TILE, Refiner
 from cbnerf.files import atomic_write_text
 from cbnerf.nerf.model import FieldModel
 from cbnerf.nerf.rays import Cameras
 from cbnerf.nerf.warp import warping_error
 from cbnerf.training.evaluation import refine_views, render_views
-from cbnerf.training.models import AnyRefiner
 
 VIDEO_FILE = "video.json"
 
@@ -22,7 +21,7 @@ def write_videos(
     model: FieldModel,
     path: Cameras,
     scale: int,
-    refiner: AnyRefiner | None,
+    refiner: Refiner | None,
     folder: Path,
     *,
     fps: int,
