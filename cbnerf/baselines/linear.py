@@ -3,11 +3,7 @@
 There is nothing to search and nothing random: the filter is the minimum of the squared error.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -62,22 +58,6 @@ class LinearRefiner(Refiner):
             )
         return {"train/loss": float(error) / count}
 
-    def losses(
-        self,
-        forward: Callable[..., Any],
-        sr: Float[Tensor, "batch 3 size size"],
-        high_res: Float[Tensor, "batch 3 size size"],
-        references: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """What `fit` minimises."""
-        return {"train/loss": F.mse_loss(forward(sr), high_res)}
-
-    def forward(
-        self, sr: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch 3 height width"]:
-        """Filtered images, not clamped."""
-        return self.filter(sr)
-
     @torch.no_grad()
     def refine(
         self,
@@ -87,7 +67,7 @@ class LinearRefiner(Refiner):
         tile: int = DEFAULT_TILE,
     ) -> Float[Tensor, "batch 3 height width"]:
         """Refine whole images of any size, in [0, 1]."""
-        return self(sr).clamp(0, 1)
+        return self.filter(sr).clamp(0, 1)
 
     @torch.no_grad()
     def add_filter(self, filter: Float[Tensor, "inputs 3"]) -> None:

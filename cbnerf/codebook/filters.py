@@ -30,6 +30,7 @@ from cbnerf.codebook.neighbourhoods import INPUTS, ROWS, Neighbourhoods
 from cbnerf.codebook.normal_equations import NormalEquations
 from cbnerf.codebook.quantizer import Neighbours
 
+Filters = Float[Tensor, "*codes inputs 3"]
 RIDGE_STRENGTHS = (100.0, 300.0, 1e3, 1e4, 3e4, 1e5)
 _VALIDATED = 4
 """Every 4th code takes part in the choice of the ridge strength, at most `_CODES_SOLVED`."""
@@ -129,15 +130,11 @@ class _Common:
     def whiten(self, rows: Float[Tensor, "pixels inputs"]) -> Float[Tensor, "pixels inputs"]:
         return rows @ self._inverse.T
 
-    def to_whitened(
-        self, filters: Float[Tensor, "*codes inputs 3"]
-    ) -> Float[Tensor, "*codes inputs 3"]:
+    def to_whitened(self, filters: Filters) -> Filters:
         """Filters of whitened rows from equal ones of rows."""
         return self._factor.T @ filters
 
-    def from_whitened(
-        self, filters: Float[Tensor, "*codes inputs 3"]
-    ) -> Float[Tensor, "*codes inputs 3"]:
+    def from_whitened(self, filters: Filters) -> Filters:
         """Filters of rows from equal ones of whitened rows."""
         return self._inverse.T @ filters
 
@@ -177,8 +174,7 @@ class _Fold:
         total: NormalEquations | None = None
         codes: list[Tensor] = []
         for pixels in self:
-            own = pixels.total()
-            total = own if total is None else total.plus(own)
+            total = total.plus(pixels.total()) if total else pixels.total()
             codes.append(pixels.codes)
         assert total is not None, "a fold without views"
         self.codes = torch.cat(codes).unique()

@@ -45,7 +45,6 @@ class Refiner(nn.Module, ABC):
         """
         return {}
 
-    @abstractmethod
     def losses(
         self,
         forward: Callable[..., Any],
@@ -59,6 +58,7 @@ class Refiner(nn.Module, ABC):
         `forward` is this module or its DistributedDataParallel wrapper, which synchronises
         gradients when it is called.
         """
+        raise NotImplementedError(f"{type(self).__name__} has nothing to descend")
 
     @abstractmethod
     def refine(

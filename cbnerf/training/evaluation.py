@@ -1,4 +1,4 @@
-"""Trained models on whole views: renders, refined images, scores, strips to look at."""
+"""Evaluation of trained models on whole views: renders, refined images, scores, image strips."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class Score(NamedTuple):
     """In dB."""
     ssim: float
     flip: float | None = None
-    """FLIP, lower is better; None where it is not asked for or not installed."""
+    """FLIP, lower is better; None if not requested or not installed."""
 
 
 def render_views(model: FieldModel, cameras: Cameras, views: list[int], scale: int) -> Renders:

@@ -1,4 +1,4 @@
-"""What the codebook of a trained refiner holds, and how whole views use it."""
+"""Inspection of a trained codebook: its codes, and their use in whole views."""
 
 from pathlib import Path
 
