@@ -1,4 +1,4 @@
-"""What a low-res photograph is of a high-res one: a linear map of its pixels, and its adjoint.
+"""Downsampling of a high-res photograph to a low-res one: a linear map of pixels, and its adjoint.
 
 Images are `[batch channels height width]`, of any values, with sides that the scale divides.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 Kernel = Literal["box", "lanczos"]
 
 REACH: dict[Kernel, int] = {"box": 0, "lanczos": 3}
-"""How many low-res pixels away a high-res pixel still counts."""
+"""Reach of a kernel beyond its block, in low-res pixels."""
 
 
 def downsample(
@@ -28,8 +28,8 @@ def downsample(
 def spread(
     images: Float[Tensor, "batch channels low_height low_width"], scale: int, kernel: Kernel
 ) -> Float[Tensor, "batch channels height width"]:
-    """The adjoint of `downsample`, times scale^2: what a low-res pixel is made of gets its value,
-    by the same weights. A flat image stays as bright as it is."""
+    """The adjoint of `downsample`, times scale^2: each low-res value is distributed over its
+    high-res pixels by the same weights. The brightness of a flat image is preserved."""
     if kernel == "box":
         return F.interpolate(images, scale_factor=scale)
     return _spread_rows(_spread_rows(images, scale).mT, scale).mT

@@ -3,63 +3,75 @@
 There is nothing to search and nothing random: the filter is the minimum of the squared error.
 """
 
-from collections.abc import Iterable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cbnerf.codebook.neighbourhoods import INPUTS, ROWS, SIDE, Neighbourhoods, solve
+from cbnerf.codebook.consistency import fit_consistent_filter
+from cbnerf.codebook.neighbourhoods import ROWS, SIDE, Neighbourhoods
+from cbnerf.codebook.normal_equations import NormalEquations
+from cbnerf.codebook.refiner import DEFAULT_TILE, Refiner
+from cbnerf.codebook.views import Views
+from cbnerf.config import Config
+from cbnerf.downsampling import Kernel
 
 
-class LinearRefiner(nn.Module):
+class LinearRefiner(Refiner):
     """Each refined colour is a linear function of the 7x7 pixels around it, and a constant."""
 
-    def __init__(self):
+    autoencoder = None
+
+    def __init__(self, config: Config):
         super().__init__()
+        self._consistency = config.refiner.consistency
+        self._low_res_kernel: Kernel = config.data.low_res_kernel
         self.filter = nn.Conv2d(3, 3, SIDE, padding=SIDE // 2, padding_mode="replicate")
         nn.init.dirac_(self.filter.weight)
         nn.init.zeros_(self.filter.bias)  # pyright: ignore[reportArgumentType]
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def fit(self, views: Views, low_res: Views | None = None) -> dict[str, float]:
+        """Set the filter to the least-squares solution; with `low_res`, add the filter that makes
+        refined views consistent with those.
+
+        Returns `train/loss`: its mean squared error, of values in [0, 1], before clamping and
+        without `low_res`.
+        """
+        device = self.filter.weight.device
+        equations = NormalEquations.zeros(device=device)
+        square, count = torch.zeros((), dtype=torch.float64, device=device), 0
+        for render, photograph in zip(views.renders, views.photographs, strict=True):
+            around, target = Neighbourhoods([render[0]]), photograph[0].flatten(1).T.double()
+            for pixels in torch.arange(len(target), device=device).split(ROWS):
+                equations.add(around.rows(pixels).double(), target[pixels])
+                square += target[pixels].square().sum()
+            count += target.numel()
+        solution = equations.solve()
+        for parameter in self.parameters():
+            parameter.zero_()
+        self.add_filter(solution)
+        error = square + equations.error(solution)
+        if low_res:
+            self.add_filter(
+                fit_consistent_filter(self.refine, low_res, self._consistency, self._low_res_kernel)
+            )
+        return {"train/loss": float(error) / count}
 
     @torch.no_grad()
     def refine(
-        self, sr: Float[Tensor, "batch 3 height width"]
+        self,
+        sr: Float[Tensor, "batch 3 height width"],
+        references: Tensor | None = None,
+        *,
+        tile: int = DEFAULT_TILE,
     ) -> Float[Tensor, "batch 3 height width"]:
         """Refine whole images of any size, in [0, 1]."""
         return self.filter(sr).clamp(0, 1)
 
     @torch.no_grad()
     def add_filter(self, filter: Float[Tensor, "inputs 3"]) -> None:
-        """Correct by this filter of the render, too."""
+        """Add a filter of the render to this one."""
         self.filter.weight += filter[:-1].T.reshape_as(self.filter.weight)
         assert self.filter.bias is not None
         self.filter.bias += filter[-1]
-
-
-@torch.no_grad()
-def fit_filter(
-    refiner: LinearRefiner,
-    pairs: Iterable[tuple[Float[Tensor, "3 _ _"], Float[Tensor, "3 _ _"]]],
-) -> float:
-    """Set the filter to the least-squares solution over pairs of render and photograph.
-
-    Returns its mean squared error, of values in [0, 1], before clamping.
-    """
-    device = refiner.filter.weight.device
-    gram = torch.zeros(INPUTS, INPUTS, dtype=torch.float64, device=device)
-    moments = torch.zeros(INPUTS, 3, dtype=torch.float64, device=device)
-    square, count = torch.zeros((), dtype=torch.float64, device=device), 0
-    for render, photograph in pairs:
-        around, wanted = Neighbourhoods([render]), photograph.flatten(1).T.double()
-        for places in torch.arange(len(wanted), device=device).split(ROWS):
-            rows, colors = around.rows(places).double(), wanted[places]
-            gram += rows.T @ rows
-            moments += rows.T @ colors
-            square += colors.square().sum()
-            count += colors.numel()
-    solution = solve(gram, moments)
-    for parameter in refiner.parameters():
-        parameter.zero_()
-    refiner.add_filter(solution)
-    error = square - 2 * (solution * moments).sum() + (solution * (gram @ solution)).sum()
-    return float(error) / count

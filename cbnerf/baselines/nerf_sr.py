@@ -7,11 +7,15 @@ the scene at test time.
 Batch normalisation, as published, makes training with N processes differ from one process.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cbnerf.codebook.refiner import DEFAULT_TILE, Refiner
 from cbnerf.config import Config
 
 STRIDE = 8
@@ -74,8 +78,11 @@ class _Decoder(nn.Module):
         return above[0]
 
 
-class ReferenceRefiner(nn.Module):
+class ReferenceRefiner(Refiner):
     """NeRF-SR, section 4.2: shared encoder, maximum over the references, one decoder."""
+
+    needs_references = True
+    autoencoder = None
 
     def __init__(self, config: Config):
         super().__init__()
@@ -94,17 +101,31 @@ class ReferenceRefiner(nn.Module):
             pooled = list(map(torch.maximum, pooled, features)) if pooled else features
         return (self.decoder(self.encoder(sr * 2 - 1), pooled) + 1) / 2
 
+    def losses(
+        self,
+        forward: Callable[..., Any],
+        sr: Float[Tensor, "batch 3 size size"],
+        high_res: Float[Tensor, "batch 3 size size"],
+        references: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """L1 in [-1, 1]."""
+        return {"train/loss": 2 * F.l1_loss(forward(sr, references), high_res)}
+
     @torch.no_grad()
     def refine(
         self,
         sr: Float[Tensor, "batch 3 height width"],
-        references: Float[Tensor, "batch references 3 height width"],
+        references: Tensor | None = None,
+        *,
+        tile: int = DEFAULT_TILE,
     ) -> Float[Tensor, "batch 3 height width"]:
-        """Refine whole images of any size with their references."""
+        """Refine whole images of any size with references `[batch references 3 height width]`."""
+        if references is None:
+            raise ValueError("this refiner (nerf-sr) needs references, see find_references")
         height, width = sr.shape[-2:]
         margin = (0, -width % STRIDE, 0, -height % STRIDE)
         padded = F.pad(sr, margin, mode="replicate")
-        # Replication wants images as a batch of their own.
-        beside = F.pad(references.flatten(0, 1), margin, mode="replicate")
-        refined = self(padded, beside.unflatten(0, references.shape[:2]))
+        # Replication pads at most 4 dimensions, so references become a batch of images.
+        filled = F.pad(references.flatten(0, 1), margin, mode="replicate")
+        refined = self(padded, filled.unflatten(0, references.shape[:2]))
         return refined[..., :height, :width].clamp(0, 1)

@@ -9,8 +9,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cbnerf.codebook.encoders import STRIDE, Decoded, Decoder, Encoder, VQAutoencoder
-from cbnerf.codebook.refiner import Refiner
+from cbnerf.codebook.refiner import CodebookRefiner
 from cbnerf.config import Config
+
+# The patches of a batch whose skips are those of SR codes in training.
+_SR_ROWS = {"hr": slice(0, 0), "sr": slice(None), "mixed": slice(1, None, 2)}
 
 
 class ResidualStack(nn.Module):
@@ -77,15 +80,40 @@ class PaperDecoder(Decoder):
         return Decoded(self.stage4(join(third, 2).relu()), (first, second, third))
 
 
-class PaperRefiner(Refiner):
-    """The published refiner: the whole image goes through a quarter of its resolution."""
+class PaperAutoencoder(VQAutoencoder):
+    """The published autoencoder; `refiner.skips` chooses the codes whose features train the
+    refiner."""
 
     def __init__(self, config: Config):
         dim = config.codebook.latent_dim
-        codes = VQAutoencoder(
-            PaperEncoder(dim), PaperDecoder(dim), config.codebook, config.refiner.skips
-        )
-        super().__init__(codes)
+        super().__init__(PaperEncoder(dim), PaperDecoder(dim), config.codebook)
+        self._sr_rows = _SR_ROWS[config.refiner.skips]
+
+    def _decode_pair(self, high_res: Tensor, sr: Tensor) -> Decoded:
+        batch, used = len(high_res), sr[self._sr_rows]
+        decoded = self.decode(torch.cat([high_res, used]) if len(used) else high_res)
+        skips = []
+        for features in decoded.skips:
+            skip = features[:batch].clone()
+            skip[self._sr_rows] = features[batch:]
+            skips.append(skip)
+        return Decoded(decoded.image[:batch], tuple(skips))
+
+    def look_up(
+        self, sr: Float[Tensor, "batch 3 height width"]
+    ) -> tuple[Float[Tensor, "batch _ _ _"], ...]:
+        """Skips of the nearest codes of SR images: the only input from codes at test time."""
+        return self.decode(self.quantizer(self.encode_sr(sr), learn=False).latents).skips
+
+
+class PaperRefiner(CodebookRefiner):
+    """The published refiner: the whole image goes through a quarter of its resolution."""
+
+    autoencoder: PaperAutoencoder
+
+    def __init__(self, config: Config):
+        dim = config.codebook.latent_dim
+        super().__init__(PaperAutoencoder(config), config.loss)
         self.encoder = PaperEncoder(dim)
         self.decoder = PaperDecoder(dim, with_skips=True)
         self._uses_codes = float(config.refiner.codes)
@@ -93,12 +121,12 @@ class PaperRefiner(Refiner):
         self.halo = STRIDE * 8
         self.apply(_init_kaiming)
 
-    def _select_coded(self, images: Tensor) -> Tensor:
-        return images
-
     def _sharpen(self, sr: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
         skips = tuple(skip * self._uses_codes for skip in skips)
         return self.decoder(self.encoder(sr), skips).image
+
+    def _refine(self, sr: Tensor) -> Tensor:
+        return self._sharpen(sr, self.autoencoder.look_up(sr))
 
 
 def _init_kaiming(layer: nn.Module) -> None:

@@ -1,60 +1,56 @@
-"""What the low-res photographs of a scene say of a refiner that has seen no high-res one of it.
+"""Consistency of a refiner with the low-res photographs of a scene that has no high-res ones.
 
-A refined view, shrunk, must give its photograph back, as in iterative back-projection (Irani and
-Peleg, 1991); what is found here is not the correction of a view but a filter that makes it, and
-so sharpens views that were never photographed, too.
+A refined view must give its photograph when it is downsampled, as in iterative back-projection
+(Irani and Peleg, 1991). The result is not a correction of these views but a filter, which applies
+to views that were never photographed, too.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cbnerf.codebook.neighbourhoods import INPUTS, ROWS, Neighbourhoods, solve
+from cbnerf.codebook.neighbourhoods import ROWS, Neighbourhoods
+from cbnerf.codebook.normal_equations import NormalEquations
+from cbnerf.codebook.views import Views
 from cbnerf.downsampling import REACH, Kernel, downsample
-
-
-class LowResView(NamedTuple):
-    """A view of which only a low-res photograph exists; colours in [0, 1]."""
-
-    render: Float[Tensor, "3 height width"]
-    refined: Float[Tensor, "3 height width"]
-    photograph: Float[Tensor, "3 low_height low_width"]
+from cbnerf.metrics import to_8bit
 
 
 @torch.no_grad()
 def fit_consistent_filter(
-    views: Sequence[LowResView], weight: float, kernel: Kernel
+    refine: Callable[[Tensor], Tensor], views: Views, weight: float, kernel: Kernel
 ) -> Float[Tensor, "inputs 3"]:
-    """The filter of renders that, added to refined views, minimises the squared error of what
-    they are when shrunk by the kernel of the photographs, `weight` times, and the squared change of
-    their pixels.
+    """The filter of renders that, added to refined views, minimises `weight` times the squared
+    error of the downsampled views plus the squared change of their pixels.
 
-    The change keeps what other scenes taught where low-res pixels say nothing.
+    The second term keeps what was learned from other scenes where low-res pixels say nothing.
+    `refine` maps a render to the refined view; colours are in [0, 1].
     """
-    device = views[0].render.device
-    gram = torch.zeros(INPUTS, INPUTS, dtype=torch.float64, device=device)
-    moments = torch.zeros(INPUTS, 3, dtype=torch.float64, device=device)
-    for render, refined, photograph in views:
+    equations = NormalEquations.zeros(device=views.renders[0].device)
+    for batch, photographs in zip(views.renders, views.photographs, strict=True):
+        render, photograph = batch[0], photographs[0]
+        refined = to_8bit(refine(batch)).float() / 255  # as it would be saved
         scale = render.shape[2] // photograph.shape[2]
-        missing = photograph - downsample(refined[None], scale, kernel)[0]
+        residual = photograph - downsample(refined, scale, kernel)[0]
         around = Neighbourhoods([render])
         strip = max(ROWS // (scale * render.shape[2]), 1)
-        for top in range(0, len(missing[0]), strip):
+        for top in range(0, len(residual[0]), strip):
             rows, low_res = _strip(around, render, range(top, top + strip), scale, kernel)
-            wanted = missing[:, top : top + strip].flatten(1).T.double()
-            gram += low_res.T @ low_res + rows.T @ rows / (weight * scale**2)
-            moments += low_res.T @ wanted
-    return solve(gram, moments)
+            target = residual[:, top : top + strip].flatten(1).T.double()
+            change = rows.T @ rows / (weight * scale**2)
+            equations = equations.plus(
+                NormalEquations(low_res.T @ low_res + change, low_res.T @ target)
+            )
+    return equations.solve()
 
 
 def _strip(
     around: Neighbourhoods, render: Tensor, low_rows: range, scale: int, kernel: Kernel
 ) -> tuple[Float[Tensor, "pixels inputs"], Float[Tensor, "low_pixels inputs"]]:
-    """What a filter sees at the pixels of these low-res rows, and the same shrunk, for what it
-    makes of an image is linear in that."""
+    """Inputs of the filter at the pixels of these low-res rows, and those inputs downsampled: the
+    downsampled output of a filter is the filter of the downsampled inputs."""
     height, width = render.shape[1] // scale, render.shape[2]
     first, last = max(low_rows.start - REACH[kernel], 0), min(low_rows.stop + REACH[kernel], height)
     begin, end = low_rows.start - first, min(low_rows.stop, height) - first

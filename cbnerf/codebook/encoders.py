@@ -1,13 +1,14 @@
 """VQ autoencoders, and the light encoder and decoder with one code per pixel.
 
 Latents are `[batch rows columns dim]`, with a row and column for each code. Images are
-`[batch 3 height width]` with sides divisible by 4, in [-1, 1]. *Skips* are features of the decoder
-that the refiner's decoder takes as input.
+`[batch 3 height width]` with sides divisible by 4, in [-1, 1]; photographs from outside are in
+[0, 1] and of any size, see `pad` and `to_unit`. *Skips* are features of the decoder that the
+published refiner's decoder takes as input.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from cbnerf.codebook.fsq import build_quantizer
 from cbnerf.codebook.imitation import imitation_loss
-from cbnerf.codebook.quantizer import Neighbours, find_neighbours, vq_loss
+from cbnerf.codebook.quantizer import Neighbours, VectorQuantizer, find_neighbours, vq_loss
+from cbnerf.codebook.views import Images
 from cbnerf.config import CodebookConfig
 
 STRIDE = 4
@@ -24,6 +26,31 @@ STRIDE = 4
 LIGHT_SIDE = 7
 """Receptive field of a code of the light autoencoder, in pixels per side."""
 _FLAT = 0.1
+"""Value of the constant feature."""
+_LATENTS_PER_CODE = 64
+"""Sample size of k-means."""
+
+
+def to_signed(images: Tensor) -> Tensor:
+    """Images in [0, 1] mapped to [-1, 1]."""
+    # Channels last makes all convolutions behind it faster, on a CPU by a fifth.
+    return (images * 2 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Images in [-1, 1] mapped to [0, 1]."""
+    return (images + 1) / 2
+
+
+def fill(images: Tensor) -> Tensor:
+    """Replicate the last row and column up to sides that are multiples of `STRIDE`."""
+    height, width = images.shape[-2:]
+    return F.pad(images, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
+
+
+def pad(images: Tensor) -> Tensor:
+    """Images of any size in [0, 1] as the networks take them: filled and in [-1, 1]."""
+    return to_signed(fill(images))
 
 
 class Decoded(NamedTuple):
@@ -37,8 +64,14 @@ class Encoder(nn.Module):
     stride: int
     """Pixels per latent and side."""
     imitated: int
-    """Stride of the latents of a render that are quantized in training, if their skips are not
-    used."""
+    """Stride of the latents of a render that are quantized in training."""
+
+    def select(self, images: Tensor) -> Tensor:
+        """The part of an image that the codes describe: all of it."""
+        return images
+
+    def start_from(self, images: Iterable[Tensor], *, constant: bool) -> None:
+        """Initialise with selected parts of images; by default nothing depends on them."""
 
 
 class Decoder(nn.Module, ABC):
@@ -76,6 +109,11 @@ class LightEncoder(Encoder):
     def __init__(self, dim: int):
         super().__init__()
         self.features = nn.Conv2d(3, dim, LIGHT_SIDE, padding=LIGHT_SIDE // 2)
+
+    def select(self, images: Tensor) -> Tensor:
+        """Detail only: the image without its smooth part, which the render has already."""
+        smooth = F.avg_pool2d(images, STRIDE)
+        return images - F.interpolate(smooth, scale_factor=STRIDE, mode="bilinear")
 
     def forward(
         self, images: Float[Tensor, "batch 3 height width"]
@@ -126,10 +164,6 @@ class Lookup(NamedTuple):
     """In training possibly of every `imitated`-th row and column only."""
 
 
-# The patches of a batch whose skips come from SR codes.
-_SR_ROWS = {"hr": slice(0, 0), "sr": slice(None), "mixed": slice(1, None, 2)}
-
-
 class VQAutoencoder(nn.Module):
     """A codebook that is trained on HR patches and queried with SR patches.
 
@@ -142,7 +176,6 @@ class VQAutoencoder(nn.Module):
         encoder: Encoder,
         decoder: Decoder,
         config: CodebookConfig,
-        skips: Literal["hr", "sr", "mixed"],
         sr_encoder: Encoder | None = None,
     ):
         super().__init__()
@@ -150,19 +183,42 @@ class VQAutoencoder(nn.Module):
         self.sr_encoder = sr_encoder
         self.quantizer = build_quantizer(config)
         self.decoder = decoder
-        self._sr_rows = _SR_ROWS[skips]
-        self._step = encoder.imitated if skips == "hr" else 1
+
+    @torch.no_grad()
+    def start_from(self, photographs: Images) -> None:
+        """Initialise encoders and, with `codebook.kmeans_init`, codes from photographs; all
+        processes must pass the same."""
+        quantizer = self.quantizer
+        # Finite scalars have few features, and one that is constant would halve them or worse.
+        learned = isinstance(quantizer, VectorQuantizer)
+        self.encoder.start_from((self._coded(image) for image in photographs), constant=learned)
+        if self.sr_encoder is not None:
+            self.sr_encoder.load_state_dict(self.encoder.state_dict())
+        if learned and quantizer.config.kmeans_init:
+            per_view = -(-_LATENTS_PER_CODE * quantizer.num_codes // len(photographs))
+            generator = torch.Generator().manual_seed(0)
+            sample: list[Tensor] = []
+            for image in photographs:
+                latents = self.encode(self._coded(image)).flatten(0, -2)
+                chosen = torch.randperm(len(latents), generator=generator)[:per_view]
+                sample.append(latents[chosen.to(latents.device)])
+            quantizer.start_from(torch.cat(sample))
+
+    def _coded(self, photograph: Tensor) -> Tensor:
+        return self.encoder.select(pad(photograph))
 
     def encode(
-        self, images: Float[Tensor, "batch 3 height width"]
+        self, coded: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch rows columns dim"]:
-        return self.encoder(images).movedim(1, -1)
+        """Latents of the selected part of HR images."""
+        return self.encoder(coded).movedim(1, -1)
 
     def encode_sr(
-        self, images: Float[Tensor, "batch 3 height width"]
+        self, sr: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch rows columns dim"]:
+        """Latents of whole SR images."""
         encoder = self.encoder if self.sr_encoder is None else self.sr_encoder
-        return encoder(images).movedim(1, -1)
+        return encoder(encoder.select(sr)).movedim(1, -1)
 
     def decode(self, latents: Float[Tensor, "batch rows columns dim"]) -> Decoded:
         return self.decoder(latents.movedim(-1, 1))
@@ -172,37 +228,41 @@ class VQAutoencoder(nn.Module):
         sr: Float[Tensor, "batch 3 height width"],
         high_res: Float[Tensor, "batch 3 height width"],
     ) -> Lookup:
-        batch = len(sr)
-        found = self.quantizer(self.encode(high_res))
-        step = self._step if self.training else 1
+        coded = self.encoder.select(high_res)
+        found = self.quantizer(self.encode(coded))
+        step = self.encoder.imitated if self.training else 1
         some = (slice(None), slice(None, None, step), slice(None, None, step))
         sr_latents = self.encode_sr(sr)[some]
         imitated = self.quantizer(sr_latents, learn=False)
-        wanted = found._replace(latents=found.latents[some], indices=found.indices[some])
-        # Decode only the SR patches whose skips are used.
-        lent = imitated.latents[self._sr_rows]
-        decoded = self.decode(torch.cat([found.latents, lent]) if len(lent) else found.latents)
+        target = found._replace(latents=found.latents[some], indices=found.indices[some])
+        decoded = self._decode_pair(found.latents, imitated.latents)
         return Lookup(
-            skips=tuple(self._choose(skip[:batch], skip[batch:]) for skip in decoded.skips),
-            reconstruction=decoded.image[:batch],
+            skips=decoded.skips,
+            reconstruction=high_res - coded + decoded.image,
             vq_loss=vq_loss(found, self.quantizer.config),
             imitation_loss=imitation_loss(
-                self.quantizer.config.imitation, sr_latents, imitated, wanted, self.quantizer
+                self.quantizer.config.imitation, sr_latents, imitated, target, self.quantizer
             ),
             high_res_indices=found.indices,
             sr_indices=imitated.indices,
         )
 
-    def _choose(self, high_res_skip: Tensor, sr_skip: Tensor) -> Tensor:
-        skip = high_res_skip.clone()
-        skip[self._sr_rows] = sr_skip
-        return skip
+    def _decode_pair(self, high_res: Tensor, sr: Tensor) -> Decoded:
+        """The decoded HR latents, with the skips that the refiner is trained on."""
+        return self.decode(high_res)
 
-    def look_up(
-        self, sr: Float[Tensor, "batch 3 height width"]
-    ) -> tuple[Float[Tensor, "batch _ _ _"], ...]:
-        """Skips of the nearest codes of SR images: the only input from codes at test time."""
-        return self.decode(self.quantizer(self.encode_sr(sr), learn=False).latents).skips
+    @torch.no_grad()
+    def reconstruct(
+        self, photographs: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Photographs decoded from their codes, both in [0, 1] and of any size: the upper bound of
+        what the codebook can represent."""
+        height, width = photographs.shape[-2:]
+        padded = pad(photographs)
+        coded = self.encoder.select(padded)
+        codes = self.quantizer(self.encode(coded), learn=False)
+        decoded = to_unit(padded - coded + self.decode(codes.latents).image)
+        return decoded[..., :height, :width].clamp(0, 1)
 
     def find_neighbours(self, sr: Float[Tensor, "batch 3 height width"], number: int) -> Neighbours:
         """The nearest codes of SR images, `[batch rows columns neighbours]`."""

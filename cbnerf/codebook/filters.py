@@ -1,10 +1,21 @@
 """Filters of codes: what a code knows of high-res detail, as an affine map of the render around it.
 
-The correction of a pixel is its 7x7 neighbourhood times the filters of its nearest codes, each as
-much as its share; RAISR (Romano et al., 2016) and A+ (Timofte et al., 2014) take one, with codes as
-their classes and anchors. Filters are solved, not descended: ridge regression, in which a pixel
-counts for its share, towards the one filter that serves all codes, so that a code met by few pixels
-corrects as the others do. Images are `[3 height width]` in [-1, 1].
+The correction of a pixel is its 7x7 neighbourhood times the filters of its nearest codes, weighted
+by their shares; RAISR (Romano et al., 2016) and A+ (Timofte et al., 2014) use one filter, with
+codes as their classes and anchors. Filters are solved, not descended: a ridge regression per code
+shrinks towards the common filter, so that a code with few pixels corrects as the others do.
+
+Names in this file; images are `[3 height width]` in [-1, 1]:
+
+    rows[p, i]         inputs of pixel p: its 7 x 7 x 3 neighbourhood of the render and a constant 1
+    targets[p, 3]      correction wanted at pixel p
+    shares[p, n]       weights of the n nearest codes of pixel p; they sum to 1
+    equations[c]       normal equations of code c, in which a pixel counts by its share of c
+    common filter      least-squares filter of all pixels, whatever their codes
+    ridge strength     pixels that the common filter counts for in the regression of each code
+    fold               views that are held out together when the ridge strength is chosen
+    whitened rows      rows @ W^T with the identity as their mean outer product over all pixels:
+                       there the distance of two filters is their mean difference on a pixel
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,30 +27,32 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cbnerf.codebook.neighbourhoods import INPUTS, ROWS, Neighbourhoods
+from cbnerf.codebook.normal_equations import NormalEquations
 from cbnerf.codebook.quantizer import Neighbours
 
-PRIORS = (100.0, 300.0, 1e3, 1e4, 3e4, 1e5)
-"""Pixels that the common filter counts for in the regression of each code."""
-_JURY = 4
-"""Every so many-th code takes part in the choice among them, at most those solved at once."""
-_RIDGE = 1e-5
-_CODES = 256
+Filters = Float[Tensor, "*codes inputs 3"]
+RIDGE_STRENGTHS = (100.0, 300.0, 1e3, 1e4, 3e4, 1e5)
+_VALIDATED = 4
+"""Every 4th code takes part in the choice of the ridge strength, at most `_CODES_SOLVED`."""
+_JITTER = 1e-5
+"""Added to the mean outer product of all rows, whose factor whitens them."""
+_CODES_SOLVED = 256
 """Regressions that are solved at once."""
-_SUMMED = 1024
-"""Codes whose sums are taken at once."""
+_CODES_SUMMED = 1024
+"""Codes whose normal equations are held at once."""
 _GROUP = 2**20
-"""Pixels, of one view at least, that are sorted by their codes at once."""
+"""Pixels, of at least one view, that are sorted by their codes at once."""
 _HELD = 2**22
-"""Pixels, of all parts together, that stay sorted; more are sorted again for each sum."""
+"""Pixels, of all folds together, that stay sorted; more are sorted again for each pass."""
 
 
 class Corrections(NamedTuple):
-    """A render, the nearest codes of each pixel, and the correction wanted."""
+    """A render, the nearest codes of each pixel, and the target of the correction."""
 
     sr: Float[Tensor, "3 height width"]
     codes: Neighbours
     """`[height width neighbours]`."""
-    wanted: Float[Tensor, "3 height width"]
+    target: Float[Tensor, "3 height width"]
 
 
 class CodeFilters(nn.Module):
@@ -55,102 +68,85 @@ class CodeFilters(nn.Module):
         """The correction of each pixel by the filters of its codes `[height width neighbours]`."""
         around = Neighbourhoods([sr])
         indices, shares = codes.indices.flatten(0, 1), codes.shares.flatten(0, 1)
-        parts = []
-        for some in torch.arange(len(indices), device=sr.device).split(ROWS):
-            rows = around.rows(some)
-            parts.append(
+        corrections = []
+        for pixels in torch.arange(len(indices), device=sr.device).split(ROWS):
+            rows = around.rows(pixels)
+            corrections.append(
                 sum(
                     share[:, None] * torch.einsum("ni,nic->nc", rows, self.table[index])
-                    for index, share in zip(indices[some].T, shares[some].T, strict=True)
+                    for index, share in zip(indices[pixels].T, shares[pixels].T, strict=True)
                 )
             )
-        return torch.cat(parts).T.view_as(sr)
+        return torch.cat(corrections).T.view_as(sr)
 
     @torch.no_grad()
-    def fit(self, parts: Sequence[Sequence[Corrections]], held_out: Sequence[int]) -> float:
-        """Set the filters to the regression over all parts; returns the weight of the common
-        filter: the one of `PRIORS` with which filters of the other parts correct those parts best
-        that are `held_out`, each in its turn; without any, the greatest.
+    def fit(self, folds: Sequence[Sequence[Corrections]], held_out: Sequence[int]) -> float:
+        """Set the filters to the ridge regression over the views of all folds.
 
-        Views may be made on demand: memory is that of a few, however many there are."""
-        pixels = [_Part(views, _HELD // len(parts)) for views in parts]
-        totals = [part.total() for part in pixels]
-        common = _Common(_add(totals))
-        codes = torch.cat([part.codes for part in pixels]).unique()
-        jury = codes[:: max(_JURY, -(-len(codes) // _CODES))]
-        weight = _choose_weight(pixels, totals, common, jury, held_out) if held_out else PRIORS[-1]
+        Returns the ridge strength: the one of `RIDGE_STRENGTHS` with the least error on the folds
+        `held_out`, each corrected by filters of the other folds; the greatest if there are none.
+        Views may be made on demand: memory does not grow with their number.
+        """
+        pixels = [_Fold(views, _HELD // len(folds)) for views in folds]
+        totals = [fold.total() for fold in pixels]
+        common = _Common(_sum(totals))
+        codes = torch.cat([fold.codes for fold in pixels]).unique()
+        some = codes[:: max(_VALIDATED, -(-len(codes) // _CODES_SOLVED))]
+        strength = RIDGE_STRENGTHS[-1]
+        if held_out:
+            strength = _choose_strength(pixels, totals, common, some, held_out)
         self.table.copy_(common.filter)
-        centre = common.enter(common.filter)
-        for summed in codes.split(_SUMMED):
-            sums = common.no_sums(len(summed))
-            for part in pixels:
-                part.add_to(sums, summed, common)
-            for some, *own in zip(*(x.split(_CODES) for x in (summed, *sums)), strict=True):
-                self.table[some] = common.leave(_Sums(*own).solve(centre, weight))
-        return weight
+        centre = common.to_whitened(common.filter)
+        for summed in codes.split(_CODES_SUMMED):
+            equations = common.no_equations(len(summed))
+            for fold in pixels:
+                fold.add_to(equations, summed, common)
+            chunks = (x.split(_CODES_SOLVED) for x in (summed, *equations))
+            for solved, *own in zip(*chunks, strict=True):
+                whitened = NormalEquations(*own).solve_ridge(centre, strength)
+                self.table[solved] = common.from_whitened(whitened)
+        return strength
 
 
-class _Sums(NamedTuple):
-    """All that regressions need to know of the pixels of some codes."""
-
-    gram: Float[Tensor, "*codes inputs inputs"]
-    moments: Float[Tensor, "*codes inputs 3"]
-
-    def solve(
-        self, centre: Float[Tensor, "inputs 3"], weight: float
-    ) -> Float[Tensor, "*codes inputs 3"]:
-        """Ridge regression towards filters that count for so many pixels, whitened ones."""
-        eye = torch.eye(len(centre), dtype=centre.dtype, device=centre.device)
-        factor = torch.linalg.cholesky(self.gram + weight * eye)
-        return centre + torch.cholesky_solve(self.moments - self.gram @ centre, factor)
-
-    def error(self, filters: Float[Tensor, "*codes inputs 3"]) -> Float[Tensor, ""]:
-        """Squared error of filters on these pixels, less that of no correction."""
-        return (filters * (self.gram @ filters - 2 * self.moments)).sum()
-
-
-def _add(sums: Sequence[_Sums]) -> _Sums:
-    grams, moments = zip(*sums, strict=True)
-    return _Sums(reduce(torch.add, grams), reduce(torch.add, moments))
+def _sum(equations: Sequence[NormalEquations]) -> NormalEquations:
+    return reduce(NormalEquations.plus, equations)
 
 
 class _Common:
-    """The filter that serves all codes, and coordinates in which the pixels around all pixels are
-    white: there its distance to other filters is what they differ in on an average pixel."""
+    """The common filter, and the transform that whitens rows."""
 
-    def __init__(self, total: _Sums):
+    def __init__(self, total: NormalEquations):
         count = total.gram[-1, -1].clamp(min=1)
         eye = torch.eye(len(total.gram), dtype=total.gram.dtype, device=total.gram.device)
-        factor = torch.linalg.cholesky(total.gram / count + _RIDGE * eye)
+        factor = torch.linalg.cholesky(total.gram / count + _JITTER * eye)
         self.filter = torch.cholesky_solve(total.moments / count, factor).float()
         self._factor = factor.float()
         self._inverse = torch.linalg.solve_triangular(factor, eye, upper=False).float()
 
-    def no_sums(self, codes: int) -> _Sums:
-        """Those of so many codes, before a pixel is added."""
-        gram = self.filter.new_zeros(codes, INPUTS, INPUTS)
-        return _Sums(gram, self.filter.new_zeros(codes, INPUTS, 3))
+    def no_equations(self, codes: int) -> NormalEquations:
+        """Equations of each code before any pixel is added."""
+        return NormalEquations.zeros(codes, device=self.filter.device, dtype=self.filter.dtype)
 
     def whiten(self, rows: Float[Tensor, "pixels inputs"]) -> Float[Tensor, "pixels inputs"]:
         return rows @ self._inverse.T
 
-    def enter(self, filters: Float[Tensor, "*codes inputs 3"]) -> Float[Tensor, "*codes inputs 3"]:
-        """Filters of white pixels that correct as these do."""
+    def to_whitened(self, filters: Filters) -> Filters:
+        """Filters of whitened rows from equal ones of rows."""
         return self._factor.T @ filters
 
-    def leave(self, filters: Float[Tensor, "*codes inputs 3"]) -> Float[Tensor, "*codes inputs 3"]:
-        """Filters of pixels as they are that correct as these do."""
+    def from_whitened(self, filters: Filters) -> Filters:
+        """Filters of rows from equal ones of whitened rows."""
         return self._inverse.T @ filters
 
 
-class _Part:
-    """All pixels of a part, group by group; they are held where there is `room` for all."""
+class _Fold:
+    """All pixels of a fold, group by group; they stay in memory if there is `room` for all."""
 
     def __init__(self, views: Sequence[Corrections], room: int):
         self._views, self._room = views, room
         self._held: list[_Pixels] = []
         self.codes: Tensor
-        """Those that its pixels have, once the total has been taken."""
+        """Codes of its pixels; set by `total`."""
 
     def __iter__(self) -> Iterator["_Pixels"]:
         if self._held:
@@ -173,86 +169,87 @@ class _Part:
         if group:
             yield _Pixels(group)
 
-    def total(self) -> _Sums:
-        """Over all pixels, in float64."""
-        sums: _Sums | None = None
-        met: list[Tensor] = []
+    def total(self) -> NormalEquations:
+        """Equations of all pixels, whatever their codes, in float64."""
+        total: NormalEquations | None = None
+        codes: list[Tensor] = []
         for pixels in self:
-            own = pixels.total()
-            sums = own if sums is None else _add([sums, own])
-            met.append(pixels.codes)
-        assert sums is not None, "a part without views"
-        self.codes = torch.cat(met).unique()
-        return sums
+            total = total.plus(pixels.total()) if total else pixels.total()
+            codes.append(pixels.codes)
+        assert total is not None, "a fold without views"
+        self.codes = torch.cat(codes).unique()
+        return total
 
-    def add_to(self, sums: _Sums, codes: Int[Tensor, " codes"], common: _Common) -> None:
-        """Add the whitened pixels of each of these codes, each as much as its share."""
+    def add_to(
+        self, equations: NormalEquations, codes: Int[Tensor, " codes"], common: _Common
+    ) -> None:
+        """Add the whitened pixels of each of these codes to its equations."""
         for pixels in self:
-            pixels.add_to(sums, codes, common)
+            pixels.add_to(equations, codes, common)
 
 
 class _Pixels:
-    """The pixels of some views, sorted by their codes: a pixel stands with each of them."""
+    """The pixels of some views, sorted by their codes; a pixel occurs once for each of them."""
 
     def __init__(self, views: Sequence[Corrections]):
         self._around = Neighbourhoods([view.sr for view in views])
-        self._wanted = torch.cat([view.wanted.flatten(1) for view in views], dim=1).T
+        self._targets = torch.cat([view.target.flatten(1) for view in views], dim=1).T
         indices, shares = (
             torch.cat([part.flatten(0, 1) for part in parts])
             for parts in zip(*(view.codes for view in views), strict=True)
         )
         self.count = len(indices)
-        self._places = torch.arange(len(indices), dtype=torch.int32, device=indices.device)
+        self._numbers = torch.arange(len(indices), dtype=torch.int32, device=indices.device)
         codes, order = indices.flatten().int().sort()
         self.codes, counts = codes.unique_consecutive(return_counts=True)
         pixels = (order // indices.shape[1]).int().split(counts.tolist())
-        counted = shares.flatten()[order].split(counts.tolist())
-        members = zip(pixels, counted, strict=True)
+        sorted_shares = shares.flatten()[order].split(counts.tolist())
+        members = zip(pixels, sorted_shares, strict=True)
         self._members = dict(zip(self.codes.tolist(), members, strict=True))
-        self._nobody = self._places[:0], shares.new_zeros(0)
+        self._none = self._numbers[:0], shares.new_zeros(0)
 
-    def total(self) -> _Sums:
-        """Over all pixels, in float64."""
-        gram = self._wanted.new_zeros(INPUTS, INPUTS, dtype=torch.float64)
-        moments = self._wanted.new_zeros(INPUTS, 3, dtype=torch.float64)
-        for places in self._places.split(ROWS):
-            rows = self._around.rows(places)
-            gram += rows.T @ rows
-            moments += rows.T @ self._wanted[places]
-        return _Sums(gram, moments)
+    def total(self) -> NormalEquations:
+        """Equations of all pixels, whatever their codes, in float64."""
+        equations = NormalEquations.zeros(device=self._targets.device)
+        for pixels in self._numbers.split(ROWS):
+            equations.add(self._around.rows(pixels), self._targets[pixels])
+        return equations
 
-    def add_to(self, sums: _Sums, codes: Int[Tensor, " codes"], common: _Common) -> None:
-        members = [self._members.get(code, self._nobody) for code in codes.tolist()]
-        own, shares = zip(*members, strict=True)
-        slots = torch.arange(len(codes)).repeat_interleave(torch.tensor([len(o) for o in own]))
-        chunks = (x.split(ROWS) for x in (torch.cat(own), torch.cat(shares), slots))
-        for places, share, some in zip(*chunks, strict=True):
+    def add_to(
+        self, equations: NormalEquations, codes: Int[Tensor, " codes"], common: _Common
+    ) -> None:
+        members = [self._members.get(code, self._none) for code in codes.tolist()]
+        pixels, shares = zip(*members, strict=True)
+        slots = torch.arange(len(codes)).repeat_interleave(torch.tensor([len(p) for p in pixels]))
+        chunks = (x.split(ROWS) for x in (torch.cat(pixels), torch.cat(shares), slots))
+        for some, share, slot in zip(*chunks, strict=True):
             weight = share.sqrt()[:, None]
-            rows = common.whiten(self._around.rows(places)) * weight
-            wanted = self._wanted[places] * weight
-            met, counts = (x.tolist() for x in some.unique_consecutive(return_counts=True))
-            for slot, of_code, target in zip(
-                met, rows.split(counts), wanted.split(counts), strict=True
+            rows = common.whiten(self._around.rows(some)) * weight
+            targets = self._targets[some] * weight
+            present, counts = (x.tolist() for x in slot.unique_consecutive(return_counts=True))
+            for code, own, target in zip(
+                present, rows.split(counts), targets.split(counts), strict=True
             ):
-                sums.gram[slot].addmm_(of_code.T, of_code)
-                sums.moments[slot].addmm_(of_code.T, target)
+                # In place: a code has few of these pixels.
+                equations.gram[code].addmm_(own.T, own)
+                equations.moments[code].addmm_(own.T, target)
 
 
-def _choose_weight(
-    pixels: Sequence[_Part],
-    totals: Sequence[_Sums],
+def _choose_strength(
+    folds: Sequence[_Fold],
+    totals: Sequence[NormalEquations],
     common: _Common,
     codes: Int[Tensor, " codes"],
     held_out: Sequence[int],
 ) -> float:
-    """With which of `PRIORS` filters of these codes do best where they have not been fitted."""
-    own = [common.no_sums(len(codes)) for _ in pixels]
-    for part, sums in zip(pixels, own, strict=True):
-        part.add_to(sums, codes, common)
-    errors = own[0].gram.new_zeros(len(PRIORS))
+    """The ridge strength with the least error of these codes on the held-out folds."""
+    equations = [common.no_equations(len(codes)) for _ in folds]
+    for fold, own in zip(folds, equations, strict=True):
+        fold.add_to(own, codes, common)
+    errors = equations[0].gram.new_zeros(len(RIDGE_STRENGTHS))
     for i in held_out:
-        others, total = (_add([*sums[:i], *sums[i + 1 :]]) for sums in (own, totals))
-        centre = common.enter(_Common(total).filter)
-        for j, weight in enumerate(PRIORS):
-            errors[j] += own[i].error(others.solve(centre, weight))
-    return PRIORS[int(errors.argmin())]
+        others, total = (_sum([*of[:i], *of[i + 1 :]]) for of in (equations, totals))
+        centre = common.to_whitened(_Common(total).filter)
+        for j, strength in enumerate(RIDGE_STRENGTHS):
+            errors[j] += equations[i].error(others.solve_ridge(centre, strength))
+    return RIDGE_STRENGTHS[int(errors.argmin())]

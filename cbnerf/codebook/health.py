@@ -27,8 +27,8 @@ def used_share(counts: Int[Tensor, " codes"]) -> Float[Tensor, ""]:
 class CodebookHealth:
     """Accumulates the code usage of many batches; one batch is too small for a large codebook."""
 
-    def __init__(self, num_codes: int, device: torch.device):
-        self.high_res_counts = torch.zeros(num_codes, dtype=torch.int64, device=device)
+    def __init__(self, num_codes: int):
+        self.high_res_counts = torch.zeros(num_codes, dtype=torch.int64)
         self.sr_counts = torch.zeros_like(self.high_res_counts)
         self._agreed = self.sr_counts.new_zeros(())
 
@@ -38,11 +38,15 @@ class CodebookHealth:
         sr_indices: Int[Tensor, "*batch sr_rows sr_columns"],
     ) -> None:
         """Add codes of photographs and of renders, the latter at every n-th row and column."""
-        num_codes = len(self.sr_counts)
+        device, num_codes = sr_indices.device, len(self.sr_counts)
         step = high_res_indices.shape[-1] // sr_indices.shape[-1]
-        self.high_res_counts += count_codes(high_res_indices, num_codes)
-        self.sr_counts += count_codes(sr_indices, num_codes)
-        self._agreed += (high_res_indices[..., ::step, ::step] == sr_indices).sum()
+        agreed = (high_res_indices[..., ::step, ::step] == sr_indices).sum()
+        # The first batch moves the sums to its device.
+        self.high_res_counts = self.high_res_counts.to(device).add_(
+            count_codes(high_res_indices, num_codes)
+        )
+        self.sr_counts = self.sr_counts.to(device).add_(count_codes(sr_indices, num_codes))
+        self._agreed = self._agreed.to(device).add_(agreed)
 
     def clear(self) -> None:
         for sums in (self.high_res_counts, self.sr_counts, self._agreed):
@@ -50,7 +54,10 @@ class CodebookHealth:
 
     def metrics(self) -> dict[str, float]:
         """`codebook/perplexity` and `codebook/used` (fraction of codes) of the photographs, and
-        `codebook/agreement`, the fraction of places where render and photograph have one code."""
+        `codebook/agreement`, the fraction of places where render and photograph have one code;
+        empty without batches."""
+        if not self.sr_counts.any():
+            return {}
         return {
             "codebook/perplexity": float(perplexity(self.high_res_counts)),
             "codebook/used": float(used_share(self.high_res_counts)),

@@ -12,7 +12,7 @@ SIDE = 7
 INPUTS = 3 * SIDE**2 + 1
 """Inputs of a filter: 3 x 7 x 7 colours and a constant one."""
 ROWS = 2**15
-"""Neighbourhoods per chunk."""
+"""Chunk size: neighbourhoods that are unfolded at once."""
 
 
 class Neighbourhoods:
@@ -23,18 +23,9 @@ class Neighbourhoods:
         self._windows = padded.unfold(2, SIDE, 1).unfold(3, SIDE, 1)
 
     def rows(self, places: Int[Tensor, " pixels"]) -> Float[Tensor, "pixels inputs"]:
-        """Neighbourhoods, with a final one, of pixels numbered through all images, row by row."""
+        """Neighbourhoods, and a constant 1 as last input, of pixels numbered row by row through all
+        images."""
         _, _, height, width, _, _ = self._windows.shape
         image, row = places // (height * width), places // width % height
         around = self._windows[image, :, row, places % width].flatten(1)
         return torch.cat([around, torch.ones_like(around[:, :1])], dim=1)
-
-
-def solve(
-    gram: Float[Tensor, "inputs inputs"], moments: Float[Tensor, "inputs 3"]
-) -> Float[Tensor, "inputs 3"]:
-    """The least-squares filter from the normal equations; the minimum-norm one if they are singular
-    (flat images)."""
-    # Only gelsd handles singular systems, and only on the CPU.
-    found = torch.linalg.lstsq(gram.cpu(), moments.cpu(), driver="gelsd")
-    return found.solution.to(gram.device)

@@ -1,26 +1,38 @@
 """Views of a scene, of which few fit into the memory of a GPU at a time."""
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
 
-View = TypeVar("View")
+Item = TypeVar("Item")
 
 
-class MadeOnDemand(Sequence[View]):
-    """A sequence whose items are made anew whenever they are asked for, and not held."""
+class MadeOnDemand(Sequence[Item]):
+    """A sequence whose items are computed at every access and not stored."""
 
-    def __init__(self, make: Callable[[int], View], numbers: Sequence[int]):
+    def __init__(self, make: Callable[[int], Item], numbers: Sequence[int]):
         self._make, self._numbers = make, numbers
 
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def __getitem__(self, index: int) -> View:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __getitem__(self, index: int) -> Item:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self._make(self._numbers[index])
 
 
 Images = Sequence[Float[Tensor, "1 3 _ _"]]
 """Batches of one image each, in [0, 1]."""
+
+
+class Views(NamedTuple):
+    """Views that a refiner is fitted to, and their folds for cross-validation."""
+
+    renders: Images
+    photographs: Images
+    """High-res, or low-res where a scene has no others."""
+    folds: Sequence[int]
+    """Fold of each view, counted from 0."""
+    held_out: Sequence[int]
+    """Folds that are held out, each in turn, to choose a ridge strength."""

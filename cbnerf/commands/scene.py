@@ -9,8 +9,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from cbnerf.baselines.nerf_sr import ReferenceRefiner
-from cbnerf.codebook.refiner import DEFAULT_TILE, Refiner
+from cbnerf.codebook.refiner import DEFAULT_TILE
 from cbnerf.config import Config
 from cbnerf.data.library import NUM_VIEWS, make_capture
 from cbnerf.data.llff import find_photographs, is_scene_folder, read_capture, write_capture
@@ -149,12 +148,12 @@ class Inspect:
 
     def run(self) -> None:
         device = choose_device()
-        refiner = load_refiner(self.refiner / REFINER_FILE, device)
-        if not isinstance(refiner, Refiner):
+        autoencoder = load_refiner(self.refiner / REFINER_FILE, device).autoencoder
+        if autoencoder is None:
             raise ValueError(f"{self.refiner}: a refiner without a codebook")
         scene, renders, test = _load_test_views(self.scene, self.field)
         health = inspect_codebook(
-            refiner, renders.rgb[test], scene.images[test], self.output, device
+            autoencoder, renders.rgb[test], scene.images[test], self.output, device
         )
         views = f"{len(test)} test views of {scene.name}"
         print(f"{self.output}: {views}  {_format_metrics(health)}")
@@ -183,7 +182,7 @@ class Render:
         device = choose_device()
         model, cameras, config = load_field(self.field / FIELD_FILE, device)
         refiner = load_refiner(self.refiner / REFINER_FILE, device) if self.refiner else None
-        if isinstance(refiner, ReferenceRefiner):
+        if refiner is not None and refiner.needs_references:
             raise ValueError(
                 f"{self.refiner}: nerf-sr looks into a high-res photograph of the scene, and "
                 "`render` has none; leave --refiner out"

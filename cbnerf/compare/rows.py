@@ -8,7 +8,6 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from cbnerf.codebook.refiner import Refiner
 from cbnerf.compare.protocols import WITHOUT_PHOTOGRAPH, Protocol
 from cbnerf.config import Config, FieldConfig
 from cbnerf.data.references import find_references
@@ -16,7 +15,7 @@ from cbnerf.data.renders import load_renders
 from cbnerf.data.scene import Scene
 from cbnerf.metrics import to_8bit
 from cbnerf.training.checkpoint import FIELD_FILE, REFINER_FILE
-from cbnerf.training.evaluation import refine_views, render_views, to_unit
+from cbnerf.training.evaluation import refine_views, render_views, unit_views
 from cbnerf.training.field import low_res_cameras
 from cbnerf.training.models import load_field, load_refiner
 from cbnerf.training.stages import RENDERS_FILE
@@ -86,9 +85,10 @@ def make_images(
     if part == "refined":
         references = find_references(config, scene, renders, views)
         return refine_views(model, renders.rgb[views], device, references)
-    assert isinstance(model, Refiner)
-    decoded = [model.reconstruct(to_unit(photograph, device)) for photograph in scene.images[views]]
-    return to_8bit(torch.cat(decoded)).movedim(1, -1).cpu()
+    assert model.autoencoder is not None
+    photographs = unit_views(scene.images[views], device)
+    reconstructed = [model.autoencoder.reconstruct(photograph) for photograph in photographs]
+    return to_8bit(torch.cat(reconstructed)).movedim(1, -1).cpu()
 
 
 def _enlarge_low_res(

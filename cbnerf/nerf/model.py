@@ -21,7 +21,7 @@ from cbnerf.rng import Rng
 
 Precision = Literal["bfloat16", "float32"]
 AUTO_PRECISION = "CBNERF_AUTO_PRECISION"
-"""Variable of the environment that says what `field.precision: auto` is, whatever the device."""
+"""Environment variable that overrides the precision of `field.precision: auto`."""
 
 
 class FieldOutput(NamedTuple):
@@ -168,14 +168,15 @@ def resolve_precision(config: FieldConfig, device: torch.device) -> Precision:
 
 
 def settle_precision(config: Config, device: torch.device) -> Config:
-    """The configuration with what `auto` is on a device, so that all others compute the same."""
+    """The configuration with `auto` replaced by the precision of a device, so that other machines
+    compute the same."""
     precision = resolve_precision(config.field, device)
     return replace(config, field=replace(config.field, precision=precision))
 
 
 @cache
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether a device has instructions for it: emulated, it is far slower than float32."""
+    """Whether a device has bfloat16 instructions; emulation is far slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # Before get_capabilities came, torch did not tell.

@@ -25,7 +25,7 @@ _SHADOW_BIAS = 0.03
 
 @dataclass(frozen=True)
 class Solid:
-    """A shape, where it stands and what it looks like."""
+    """A shape with its position and texture."""
 
     shape: Shape
     texture: Texture
@@ -88,7 +88,7 @@ class Camera(NamedTuple):
 class World(NamedTuple):
     solids: list[Solid]
     lamp: Camera
-    """The lamp is a point; what it sees is lit."""
+    """A point lamp as a camera: points that it sees are lit."""
     lamp_depth: Float[Tensor, "height width"]
 
 
@@ -107,7 +107,7 @@ def light(solids: list[Solid], lamp: Camera) -> World:
 
 
 def render(world: World, camera: Camera, supersampling: int) -> View:
-    """What a camera sees: each pixel the mean of `supersampling`^2 rays."""
+    """The image and depth of a camera: each pixel is the mean of `supersampling`^2 rays."""
     fine = camera.refine(supersampling)
     colors, depths, bounds = [], [], []
     for rows in _bands(fine, supersampling):

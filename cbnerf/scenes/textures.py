@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Number = int | float
-"""What literals of a scene are; beartype does not take an int for a float."""
+"""Type of numbers in a scene; beartype does not accept an int as a float."""
 Texture = Callable[[Tensor, Tensor], Tensor]
 
 _TABLE = torch.rand(1 << 16, generator=torch.Generator().manual_seed(0))

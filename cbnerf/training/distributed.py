@@ -1,4 +1,4 @@
-"""The processes that train together: one, or those of an initialised `torch.distributed`."""
+"""Data-parallel training: one process, or those of an initialised `torch.distributed`."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -20,10 +20,10 @@ def num_processes() -> int:
 
 
 def from_rank_0(ask: Callable[[], Answer]) -> Answer:
-    """What `ask` gives on rank 0, sent to all processes, which must all call this.
+    """Call `ask` on rank 0 and broadcast its result or exception; all processes must call this.
 
-    So all go by one view of a shared file system: what one machine has just written another may
-    see a minute later. What `ask` raises there is raised on all. Tensors should lie on the CPU.
+    File systems may show a new file to other machines a minute later, so only rank 0 reads shared
+    state. Tensors should be on the CPU.
     """
     if num_processes() == 1:
         return ask()
@@ -48,13 +48,13 @@ def choose_device() -> torch.device:
 
 
 def is_launched() -> bool:
-    """Whether `torchrun` has started this process, perhaps beside others."""
+    """Whether `torchrun` started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 @contextmanager
 def joined_processes() -> Iterator[torch.device]:
-    """Join the group that `torchrun` started, if it did; gives this process's device."""
+    """Join the process group of `torchrun`, if there is one; yields this process's device."""
     device = choose_device()
     if is_launched():
         if device.type == "cuda":

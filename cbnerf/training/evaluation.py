@@ -1,4 +1,4 @@
-"""Trained models on whole views: renders, refined images, scores, strips to look at."""
+"""Evaluation of trained models on whole views: renders, refined images, scores, image strips."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,14 +7,12 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from cbnerf.baselines.nerf_sr import ReferenceRefiner
 from cbnerf.codebook.refiner import DEFAULT_TILE, Refiner
 from cbnerf.codebook.views import MadeOnDemand
 from cbnerf.data.renders import Renders
 from cbnerf.metrics import flip, psnr, ssim, to_8bit
 from cbnerf.nerf.model import FieldModel, render_image
 from cbnerf.nerf.rays import Cameras
-from cbnerf.training.models import AnyRefiner
 
 
 class Score(NamedTuple):
@@ -24,7 +22,7 @@ class Score(NamedTuple):
     """In dB."""
     ssim: float
     flip: float | None = None
-    """FLIP, lower is better; None where it is not asked for or not installed."""
+    """FLIP, lower is better; None if not requested or not installed."""
 
 
 def render_views(model: FieldModel, cameras: Cameras, views: list[int], scale: int) -> Renders:
@@ -39,28 +37,21 @@ def render_views(model: FieldModel, cameras: Cameras, views: list[int], scale: i
 
 @torch.no_grad()
 def refine_views(
-    refiner: AnyRefiner,
+    refiner: Refiner,
     renders: UInt8[Tensor, "views height width 3"],
     device: torch.device,
     references: UInt8[Tensor, "views references height width 3"] | None = None,
     *,
     tile: int = DEFAULT_TILE,
 ) -> UInt8[Tensor, "views height width 3"]:
-    """Refined images, one view at a time; `references` are what `find_references` gives.
+    """Refined images, one view at a time; `references` come from `find_references`.
 
-    Codebook refiners take one tile of `tile` pixels per side at a time.
+    Codebook refiners process tiles of `tile` pixels per side.
     """
     refined = []
     for view, render in enumerate(renders):
-        sr = to_unit(render, device)
-        if isinstance(refiner, Refiner):
-            image = refiner.refine(sr, tile=tile)
-        elif not isinstance(refiner, ReferenceRefiner):
-            image = refiner.refine(sr)
-        elif references is not None:
-            image = refiner.refine(sr, to_unit(references[view], device)[None])
-        else:
-            raise ValueError("this refiner (nerf-sr) needs references, see find_references")
+        own = None if references is None else to_unit(references[view], device)[None]
+        image = refiner.refine(to_unit(render, device), own, tile=tile)
         refined.append(to_8bit(image)[0].movedim(0, -1).cpu())
     return torch.stack(refined) if refined else renders
 
@@ -76,7 +67,7 @@ def to_unit(
 def unit_views(
     images: UInt8[Tensor, "views height width 3"], device: torch.device
 ) -> Sequence[Float[Tensor, "1 3 height width"]]:
-    """Each view as `to_unit` gives it, made whenever it is asked for."""
+    """Each view as `to_unit` returns it, computed at every access."""
     return MadeOnDemand(lambda view: to_unit(images[view], device), range(len(images)))
 
 

@@ -17,13 +17,13 @@ from cbnerf.nerf.sampling import choose_sub_pixels
 from cbnerf.rng import Rng
 from cbnerf.training.divergence import DivergenceCheck
 from cbnerf.training.evaluation import mean_scores, render_views
-from cbnerf.training.loop import Losses, Report, Task, fit, heeding_determinism
+from cbnerf.training.loop import Losses, Report, Task, deterministic_if_configured, fit
 
 _PROBES = 256
-"""Pixels at least by which divergence is told."""
+"""Minimum sample size of the divergence check, in pixels."""
 
 
-@heeding_determinism
+@deterministic_if_configured
 def train_field(
     config: Config,
     scene: Scene,
@@ -35,8 +35,8 @@ def train_field(
 ) -> FieldModel:
     """Train on low-res photographs only; validation views are scored at high resolution.
 
-    With `until` the training stops after that many of its steps, to be resumed. One that has
-    diverged raises FloatingPointError.
+    With `until` the training stops after that many of its steps and can be resumed. Raises
+    FloatingPointError if it diverges.
     Reports `train/loss`, `train/psnr` (of low-res pixels, dB), `val/psnr` (dB) and `val/ssim`.
     """
     split = split_views(scene.num_views, config.data)
@@ -111,14 +111,14 @@ def low_res_cameras(cameras: Cameras, scale: int) -> Cameras:
 
 
 def _param_groups(model: FieldModel, config: Config) -> list[dict[str, Any]]:
-    """The feature planes and the small networks behind them learn at different rates."""
+    """Parameter groups: feature planes and the small networks have different learning rates."""
     rate, planes = config.field.optim.lr, config.field.planes
     if config.field.kind == "mlp":
         return [{"params": list(model.parameters()), "lr": rate}]
     grids, networks = [], []
     for name, parameter in model.named_parameters():
         (grids if "grids" in name else networks).append(parameter)
-    # A cell's gradient is tiny, so is the epsilon that must not drown it (Instant-NGP).
+    # Gradients of cells are tiny, so epsilon must be smaller (Instant-NGP).
     return [
         {"params": grids, "lr": rate * planes.grid_lr, "eps": 1e-15},
         {"params": networks, "lr": rate * planes.network_lr},

@@ -1,4 +1,4 @@
-"""What the codebook of a trained refiner holds, and how whole views use it."""
+"""Inspection of a trained codebook: its codes, and their use in whole views."""
 
 from pathlib import Path
 
@@ -7,9 +7,8 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from cbnerf.codebook.encoders import STRIDE
+from cbnerf.codebook.encoders import STRIDE, VQAutoencoder, to_signed
 from cbnerf.codebook.health import CodebookHealth
-from cbnerf.codebook.refiner import Refiner
 from cbnerf.training.evaluation import image_strip, to_unit
 from cbnerf.training.pictures import color_codes, draw_agreement, draw_codes, draw_map, draw_usage
 
@@ -18,7 +17,7 @@ CODES_FILE, USAGE_FILE, MAP_FILE = "codes.png", "usage.png", "map.png"
 
 @torch.no_grad()
 def inspect_codebook(
-    refiner: Refiner,
+    autoencoder: VQAutoencoder,
     renders: UInt8[Tensor, "views height width 3"],
     photographs: UInt8[Tensor, "views height width 3"],
     folder: Path,
@@ -29,14 +28,15 @@ def inspect_codebook(
 
     The map shows photograph | its codes | render | its codes | white where they agree.
     """
-    autoencoder = refiner.eval().autoencoder
+    autoencoder.eval()
     stride = autoencoder.encoder.stride
     colors = color_codes(autoencoder.quantizer.codes())
-    health = CodebookHealth(len(colors), device)
+    health = CodebookHealth(len(colors))
     strip: list[Tensor] = []
     for render, photograph in zip(renders, photographs, strict=True):
         render, photograph = _crop(render), _crop(photograph)
-        found = refiner(to_unit(render, device), to_unit(photograph, device))
+        pair = (to_signed(to_unit(image, device)) for image in (render, photograph))
+        found = autoencoder(*pair)
         health.add(found.high_res_indices, found.sr_indices)
         if not strip:
             high_res, sr = found.high_res_indices[0], found.sr_indices[0]

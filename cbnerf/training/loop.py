@@ -1,7 +1,7 @@
-"""The one training loop: step, learning rate, evaluation, checkpoint, report.
+"""The training loop of both stages: step, learning rate, evaluation, checkpoint, report.
 
-It trains alone or, when `torch.distributed` is initialised (torchrun, Ray Train), with
-DistributedDataParallel. `report` is its only seam to the world around it.
+It uses DistributedDataParallel if `torch.distributed` is initialised (torchrun, Ray Train).
+Callers are notified through `report` only.
 """
 
 import math
@@ -43,7 +43,7 @@ class Losses(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What a stage gives to the loop."""
+    """A stage, as the loop trains it."""
 
     stage: Stage
     scene: str
@@ -73,8 +73,8 @@ def fit(
 ) -> None:
     """Train `task.model` in place for `task.optim.steps` steps, or for the first `until` of them.
 
-    A training that stops early also reports there, and goes on from that checkpoint as if it had
-    never stopped.
+    A training that stops early also reports there; resumed from that checkpoint it ends with the
+    same bits as one that never stopped.
     """
     rank, world_size = process_rank(), num_processes()
     optim = task.optim
@@ -113,17 +113,16 @@ def fit(
     task.model.eval()
 
 
-def heeding_determinism(
+def deterministic_if_configured(
     train: Callable[Concatenate[Config, Parameters], Trained],
 ) -> Callable[Concatenate[Config, Parameters], Trained]:
-    """Let torch choose operations of a fixed order, or refuse, while a configuration that is
-    `deterministic` is trained."""
+    """Enable deterministic algorithms during the training if `config.deterministic`."""
 
     @wraps(train)
     def run(config: Config, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Trained:
         before = torch.are_deterministic_algorithms_enabled()
         if config.deterministic:
-            # cuBLAS reads it when it starts, and torch refuses to multiply without it.
+            # Read by cuBLAS at its start; without it torch refuses matrix products.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(before or config.deterministic)
         try:
@@ -136,10 +135,10 @@ def heeding_determinism(
 
 @contextmanager
 def _tf32(task: Task, device: torch.device) -> Iterator[None]:
-    """Let CUDA multiply float32 matrices with the mantissa of TF32 in the steps of stage 2.
+    """Allow TF32 in float32 matrix products on CUDA, in the steps of stage 2.
 
-    Not in stage 1, whose rays and sums along them are products of matrices, too, nor where filters
-    are solved and images are scored.
+    Stage 1 needs float32: its rays and sums along them are matrix products, too. So do the solution
+    of filters and the scoring of images.
     """
     before = torch.get_float32_matmul_precision()
     if device.type == "cuda" and task.stage == "refiner" and not task.config.deterministic:
@@ -158,7 +157,8 @@ def learning_rate_factor(step: int, optim: OptimConfig) -> float:
 
 
 def is_evaluation_step(done: int, optim: OptimConfig) -> bool:
-    """After `done` steps: `optim.evaluations` times, evenly spread, the last at the end."""
+    """Whether to evaluate after `done` steps: `optim.evaluations` times, evenly spaced, the last
+    time at the end."""
     return done * optim.evaluations // optim.steps > (done - 1) * optim.evaluations // optim.steps
 
 
@@ -171,8 +171,8 @@ def _evaluate(task: Task) -> dict[str, float]:
 
 
 def _resume(task: Task, optimizer: torch.optim.Optimizer, path: Path, device: torch.device) -> int:
-    """Take over the state of a checkpoint; returns its step."""
-    # A checkpoint that is sent to other processes must not lie on the GPU of rank 0.
+    """Load the state of a checkpoint; returns its step."""
+    # A checkpoint that is broadcast must not be on the GPU of rank 0.
     place = device if num_processes() == 1 else torch.device("cpu")
     checkpoint = from_rank_0(lambda: load_checkpoint(path, task.stage, place))
     if not is_trained_with(checkpoint, task.config) or checkpoint.scene != task.scene:

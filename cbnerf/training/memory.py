@@ -5,11 +5,11 @@ import gc
 import torch
 
 _CONTEXT = 600_000_000
-"""Bytes that CUDA itself takes for a process, which torch does not count."""
+"""Bytes of the CUDA context of a process, which torch does not count."""
 
 
 def gpu_share() -> float | None:
-    """The largest part of its GPU that this process has held so far; None without a GPU."""
+    """Peak share of its GPU's memory that this process has reserved; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     held = torch.cuda.max_memory_reserved() + _CONTEXT
@@ -17,7 +17,7 @@ def gpu_share() -> float | None:
 
 
 def free_gpu_memory() -> None:
-    """Give back what nothing refers to any more, for other processes to take."""
+    """Release unreferenced memory to other processes."""
     gc.collect()  # cycles hold tensors, too
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

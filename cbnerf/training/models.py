@@ -7,16 +7,15 @@ import torch
 from cbnerf.baselines.linear import LinearRefiner
 from cbnerf.baselines.nerf_sr import ReferenceRefiner
 from cbnerf.baselines.paper import PaperRefiner
-from cbnerf.codebook.refiner import ResidualRefiner
+from cbnerf.codebook.refiner import Refiner
+from cbnerf.codebook.residual import ResidualRefiner
 from cbnerf.config import Config
 from cbnerf.nerf.model import FieldModel, build_field
 from cbnerf.nerf.rays import Cameras
 from cbnerf.training.checkpoint import load_checkpoint
 
-AnyRefiner = PaperRefiner | ResidualRefiner | ReferenceRefiner | LinearRefiner
 
-
-def build_refiner(config: Config) -> AnyRefiner:
+def build_refiner(config: Config) -> Refiner:
     """The untrained refiner of `refiner.kind`."""
     match config.refiner.kind:
         case "paper":
@@ -26,7 +25,7 @@ def build_refiner(config: Config) -> AnyRefiner:
         case "reference":
             return ReferenceRefiner(config)
         case "linear":
-            return LinearRefiner()
+            return LinearRefiner(config)
         case "none":
             raise ValueError("refiner.kind = none: this method ends with stage 1")
 
@@ -46,7 +45,7 @@ def load_field(path: Path, device: torch.device) -> tuple[FieldModel, Cameras, C
     return model.eval(), cameras, checkpoint.config
 
 
-def load_refiner(path: Path, device: torch.device) -> AnyRefiner:
+def load_refiner(path: Path, device: torch.device) -> Refiner:
     """A trained refiner."""
     checkpoint = load_checkpoint(path, "refiner", device)
     refiner = build_refiner(checkpoint.config).to(device)

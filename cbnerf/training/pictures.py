@@ -1,4 +1,4 @@
-"""Pictures of a codebook: its codes as patches, how often each is used, where they stand.
+"""Pictures of a codebook: its codes as patches, their usage, and maps of the codes of an image.
 
 Pictures are uint8 `[height width 3]`. *Counts* are the uses of each code, `[codes]`.
 """
@@ -22,12 +22,12 @@ _PHOTOGRAPH, _RENDER, _INK = (70, 110, 170), (225, 120, 40), (40, 40, 40)
 def draw_codes(
     autoencoder: VQAutoencoder, order: Int[Tensor, " codes"], *, side: int = 3, zoom: int = 2
 ) -> UInt8[Tensor, "height width 3"]:
-    """Codes decoded as patches of `side x side` equal codes, in reading order of `order`; where
-    each pixel has a code, as the patch that a single one leaves in an empty image.
+    """Codes decoded as patches of `side x side` equal codes, in reading order of `order`; with one
+    code per pixel, as the patch that a single code decodes to among zeros.
 
-    Contrast is stretched about mid-grey, by the same factor for all of them.
+    Contrast is stretched about mid-grey, by the same factor for all.
     """
-    around = 4  # codes that keep the decoder's padding away
+    around = 4  # codes that keep the decoder's padding out of the patch
     width, stride = side + 2 * around, autoencoder.encoder.stride
     codes = autoencoder.quantizer.codes()[order]
     latents = codes[:, None, None].expand(-1, width, width, -1)
@@ -101,7 +101,7 @@ def color_codes(codes: Float[Tensor, "codes dim"]) -> UInt8[Tensor, "codes 3"]:
 def draw_map(
     indices: Int[Tensor, "rows columns"], colors: UInt8[Tensor, "codes 3"], stride: int
 ) -> UInt8[Tensor, "height width 3"]:
-    """The colour of each place's code, at the pixels that it describes."""
+    """The colour of each code, at the pixels that it describes."""
     return _enlarge(colors[indices.cpu()], stride)
 
 

@@ -14,6 +14,7 @@ import imageio.v3 as iio
 import torch
 from torch import nn
 
+from cbnerf.codebook.refiner import Refiner
 from cbnerf.config import Config
 from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders, save_renders
@@ -34,7 +35,6 @@ from cbnerf.training.distributed import from_rank_0, process_rank
 from cbnerf.training.evaluation import image_strip, refine_views, render_views
 from cbnerf.training.field import train_field
 from cbnerf.training.loop import Report
-from cbnerf.training.models import AnyRefiner
 from cbnerf.training.refiner import Pairs, train_refiner, trained_on
 from cbnerf.training.store import MANIFEST, write_manifest
 
@@ -93,13 +93,13 @@ def run_refiner(
     stops after that many steps, and a later call resumes there. Returns as `run_field`.
     """
 
-    def train(keep: Report, resume_from: Path | None) -> AnyRefiner:
+    def train(keep: Report, resume_from: Path | None) -> Refiner:
         return train_refiner(
             config, scene, renders, device=device, report=keep, resume_from=resume_from,
             joint=joint, sources=sources, until=until,
         )  # fmt: skip
 
-    def write_results(refiner: AnyRefiner) -> None:
+    def write_results(refiner: Refiner) -> None:
         view = (split_views(scene.num_views, config.data).val or [0])[0]
         references = find_references(config, scene, renders, [view])
         refined = refine_views(refiner, renders.rgb[[view]], device, references)[0]

@@ -1,4 +1,4 @@
-"""Videos of novel views: stage 1 and refined along the same path, and how steady they are."""
+"""Videos of novel views: stage 1 and refined along the same path, with their warping error."""
 
 import json
 from pathlib import Path
@@ -7,13 +7,12 @@ import imageio.v3 as iio
 from jaxtyping import UInt8
 from torch import Tensor
 
-from cbnerf.codebook.refiner import DEFAULT_TILE
+from cbnerf.codebook.refiner import DEFAULT_TILE, Refiner
 from cbnerf.files import atomic_write_text
 from cbnerf.nerf.model import FieldModel
 from cbnerf.nerf.rays import Cameras
 from cbnerf.nerf.warp import warping_error
 from cbnerf.training.evaluation import refine_views, render_views
-from cbnerf.training.models import AnyRefiner
 
 VIDEO_FILE = "video.json"
 
@@ -22,7 +21,7 @@ def write_videos(
     model: FieldModel,
     path: Cameras,
     scale: int,
-    refiner: AnyRefiner | None,
+    refiner: Refiner | None,
     folder: Path,
     *,
     fps: int,
@@ -30,8 +29,8 @@ def write_videos(
 ) -> dict[str, float]:
     """Write stage1.mp4 and, with a refiner, refined.mp4, their frames as PNG, and video.json.
 
-    Returns `NAME/warping_error` (colours in [0, 1]) of each video, and `seen`, the share of the
-    pixels that it is a mean over; empty for a single frame.
+    Returns `NAME/warping_error` (colours in [0, 1]) of each video, and `seen`, the share of pixels
+    that this mean covers; empty for a single frame.
     """
     device = path.camera_to_world.device
     num_frames = len(path.camera_to_world)
@@ -56,7 +55,7 @@ def write_video(
     """NAME.mp4 and NAME-000.png, NAME-001.png, ..."""
     for number, frame in enumerate(frames):
         iio.imwrite(folder / f"{name}-{number:03d}.png", frame.numpy())
-    # Video codecs want even sides.
+    # Video codecs need even sides.
     _, height, width, _ = frames.shape
     even = frames[:, : height // 2 * 2, : width // 2 * 2]
     iio.imwrite(folder / f"{name}.mp4", even.numpy(), plugin="FFMPEG", fps=fps, macro_block_size=2)

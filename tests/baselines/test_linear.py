@@ -2,7 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cbnerf.baselines.linear import SIDE, LinearRefiner, fit_filter
+from cbnerf.baselines.linear import SIDE, LinearRefiner
+from cbnerf.codebook.views import Views
+from cbnerf.presets import METHODS
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -19,9 +21,18 @@ def pairs_of(kernel: torch.Tensor, bias: torch.Tensor, images: list[torch.Tensor
     return [(a, F.conv2d(b, kernel, bias)[0]) for a, b in zip(images, padded, strict=True)]
 
 
+def make_refiner() -> LinearRefiner:
+    return LinearRefiner(METHODS["linear"])
+
+
+def fit_filter(refiner: LinearRefiner, pairs: Pairs) -> float:
+    renders, photographs = ([image[None] for image in part] for part in zip(*pairs, strict=True))
+    return refiner.fit(Views(renders, photographs, [0] * len(pairs), []))["train/loss"]
+
+
 def test_an_unfitted_filter_is_the_identity():
     image = torch.stack(draw_images(1))
-    torch.testing.assert_close(LinearRefiner().refine(image), image)
+    torch.testing.assert_close(make_refiner().refine(image), image)
 
 
 def test_a_known_filter_is_found_again():
@@ -29,7 +40,7 @@ def test_a_known_filter_is_found_again():
     kernel = 0.02 * torch.randn(3, 3, SIDE, SIDE, generator=generator)
     kernel += torch.nn.init.dirac_(torch.empty_like(kernel))
     bias = torch.tensor([0.01, -0.02, 0.03])
-    refiner = LinearRefiner()
+    refiner = make_refiner()
     error = fit_filter(refiner, pairs_of(kernel, bias, draw_images(2)))
     torch.testing.assert_close(refiner.filter.weight, kernel, atol=1e-5, rtol=0)
     torch.testing.assert_close(refiner.filter.bias, bias, atol=1e-5, rtol=0)
@@ -39,7 +50,7 @@ def test_a_known_filter_is_found_again():
 def test_no_other_filter_has_a_smaller_error():
     images = draw_images(3)
     pairs = list(zip(images[:2], images[1:], strict=True))
-    refiner = LinearRefiner()
+    refiner = make_refiner()
     error = fit_filter(refiner, pairs)
 
     def error_of(filter: torch.nn.Conv2d) -> float:
@@ -60,6 +71,6 @@ def test_no_other_filter_has_a_smaller_error():
 def test_flat_images_have_a_solution_too():
     """The system is rank-deficient: all pixels of a neighbourhood are alike."""
     flat = torch.full((3, 16, 16), 0.5)
-    refiner = LinearRefiner()
+    refiner = make_refiner()
     assert fit_filter(refiner, [(flat, 0.5 * flat)]) == pytest.approx(0, abs=1e-9)
     torch.testing.assert_close(refiner.refine(flat[None]), 0.5 * flat[None])

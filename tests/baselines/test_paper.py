@@ -1,9 +1,16 @@
+import pytest
 import torch
 from torch import nn
 
-from cbnerf.baselines.paper import PaperDecoder, PaperEncoder, ResidualStack
-from cbnerf.codebook.encoders import VQAutoencoder
-from cbnerf.config import CodebookConfig
+from cbnerf.baselines.paper import PaperAutoencoder, PaperDecoder, PaperEncoder, ResidualStack
+from cbnerf.overrides import with_overrides
+from cbnerf.presets import METHODS
+
+
+def make_autoencoder(**knobs) -> PaperAutoencoder:
+    torch.manual_seed(0)
+    small = {"codebook.size": 32, "codebook.dim": 8} | knobs
+    return PaperAutoencoder(with_overrides(METHODS["cb-nerf-paper"], small))
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -50,10 +57,25 @@ def test_exported_skips_stand_before_or_after_their_relu():
     assert second.min() < 0 and third.min() < 0
 
 
+@pytest.mark.parametrize("skips", ["hr", "sr", "mixed"])
+def test_skips_come_from_the_patch_that_the_knob_names(skips: str):
+    knobs = {"refiner.skips": skips, "codebook.kmeans_init": True}
+    autoencoder = make_autoencoder(**knobs).eval()
+    sr, high_res = torch.rand(2, 5, 3, 16, 16)
+    autoencoder.start_from([*sr.split(1), *high_res.split(1)])
+    chosen = autoencoder(sr, high_res).skips
+    assert len(chosen) == 3
+    pairs = zip(chosen, autoencoder.look_up(sr), autoencoder.look_up(high_res), strict=True)
+    for skip, from_sr, from_high_res in pairs:
+        assert not torch.allclose(from_sr, from_high_res)
+        for row in range(5):
+            is_sr = skips == "sr" or (skips == "mixed" and row % 2 == 1)
+            torch.testing.assert_close(skip[row], (from_sr if is_sr else from_high_res)[row])
+
+
 def test_the_published_autoencoder_learns_to_reconstruct_through_its_codes():
-    torch.manual_seed(0)
-    config = CodebookConfig(size=32, dim=8, ema=True, normalize=True)
-    autoencoder = VQAutoencoder(PaperEncoder(8), PaperDecoder(8), config, "hr")
+    knobs = {"refiner.skips": "hr", "codebook.ema": True, "codebook.normalize": True}
+    autoencoder = make_autoencoder(**knobs)
     images = torch.rand(4, 3, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3) * 2 - 1
     autoencoder.quantizer.start_from(autoencoder.encode(images).flatten(0, 2))
     optimizer = torch.optim.Adam(autoencoder.parameters(), lr=2e-3)

@@ -4,9 +4,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cbnerf.baselines.linear import LinearRefiner
-from cbnerf.codebook.consistency import LowResView, fit_consistent_filter
+from cbnerf.codebook.consistency import fit_consistent_filter
 from cbnerf.codebook.neighbourhoods import INPUTS, SIDE, Neighbourhoods
+from cbnerf.codebook.views import Views
 from cbnerf.downsampling import REACH, Kernel, downsample
+from cbnerf.metrics import to_8bit
+from cbnerf.presets import METHODS
 
 SCALE = 2
 
@@ -15,12 +18,13 @@ def smooth_images(count: int, side: int = 48) -> list[Tensor]:
     """Random, but alike from pixel to pixel, within (0, 1) far from the ends."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(count, 3, side + 2, side + 2, generator=generator)
-    return list(0.3 + 0.4 * F.avg_pool2d(noise, 3, stride=1))
+    # Of 8 bits, for that is what refined views are rounded to.
+    return list(to_8bit(0.3 + 0.4 * F.avg_pool2d(noise, 3, stride=1)).float() / 255)
 
 
 def corrected(render: Tensor, filter: Tensor) -> Tensor:
     """The render and what a filter of it adds."""
-    refiner = LinearRefiner()
+    refiner = LinearRefiner(METHODS["linear"])
     refiner.add_filter(filter)
     return refiner.filter(render[None])[0].detach()
 
@@ -39,34 +43,40 @@ def shrink(image: Tensor, kernel: Kernel) -> Tensor:
     return downsample(image[None], SCALE, kernel)[0]
 
 
-def views_of(images: list[Tensor], filter: Tensor, kernel: Kernel = "box") -> list[LowResView]:
-    """Renders left as they are, beside low-res photographs of what a filter makes of them."""
-    return [LowResView(image, image, shrink(corrected(image, filter), kernel)) for image in images]
+def views_of(images: list[Tensor], filter: Tensor, kernel: Kernel = "box") -> Views:
+    """Renders beside low-res photographs of what a filter makes of them."""
+    low_res = [shrink(corrected(image, filter), kernel)[None] for image in images]
+    return Views([image[None] for image in images], low_res, [0] * len(images), [])
 
 
-def low_res_error(views: list[LowResView], filter: Tensor, kernel: Kernel = "box") -> float:
+def fit(views: Views, weight: float, kernel: Kernel) -> Tensor:
+    """For a refiner that leaves renders as they are."""
+    return fit_consistent_filter(lambda render: render, views, weight, kernel)
+
+
+def low_res_error(views: Views, filter: Tensor, kernel: Kernel = "box") -> float:
     errors = []
-    for render, refined, photograph in views:
-        shrunk = shrink(refined + corrected(render, filter) - render, kernel)
+    for (render,), (photograph,) in zip(views.renders, views.photographs, strict=True):
+        shrunk = shrink(corrected(render, filter), kernel)
         errors.append((shrunk - photograph).square().mean())
     return float(torch.stack(errors).mean())
 
 
-def change(views: list[LowResView], filter: Tensor) -> float:
-    changes = [(corrected(v.render, filter) - v.render).square().mean() for v in views]
+def change(views: Views, filter: Tensor) -> float:
+    changes = [(corrected(render, filter) - render).square().mean() for (render,) in views.renders]
     return float(torch.stack(changes).mean())
 
 
 def test_what_agrees_already_is_left_alone():
     views = views_of(smooth_images(3), torch.zeros(INPUTS, 3))
-    found = fit_consistent_filter(views, 10.0, "box")
+    found = fit(views, 10.0, "box")
     assert change(views, found) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("kernel", REACH)
 def test_a_filter_is_found_from_low_res_pixels_and_serves_other_views(kernel: Kernel):
     images, truth = smooth_images(12), sharpener(0.5)
-    found = fit_consistent_filter(views_of(images[:10], truth, kernel), 1e3, kernel)
+    found = fit(views_of(images[:10], truth, kernel), 1e3, kernel)
     for image in images[10:]:
         wanted = corrected(image, truth)
         before = (image - wanted).square().mean()
@@ -75,7 +85,7 @@ def test_a_filter_is_found_from_low_res_pixels_and_serves_other_views(kernel: Ke
 
 def test_the_filter_minimises_what_it_says():
     views, weight = views_of(smooth_images(4), sharpener(0.5)), 7.0
-    found = fit_consistent_filter(views, weight, "box")
+    found = fit(views, weight, "box")
 
     def objective(filter: Tensor) -> float:
         return weight * low_res_error(views, filter) + change(views, filter)
@@ -94,7 +104,7 @@ def test_the_slope_of_what_is_minimised_vanishes(monkeypatch, kernel: Kernel, sc
     monkeypatch.setattr("cbnerf.codebook.consistency.ROWS", 48 * scale * 4)
     image, weight = smooth_images(1)[0], 7.0
     photograph = downsample(corrected(image, sharpener(0.5))[None], scale, kernel)[0]
-    found = fit_consistent_filter([LowResView(image, image, photograph)], weight, kernel)
+    found = fit(Views([image[None]], [photograph[None]], [0], []), weight, kernel)
     rows = Neighbourhoods([image]).rows(torch.arange(image[0].numel())).double()
 
     def slope(filter: Tensor) -> Tensor:
@@ -111,7 +121,7 @@ def test_the_slope_of_what_is_minimised_vanishes(monkeypatch, kernel: Kernel, sc
 
 def test_a_greater_weight_agrees_more_and_changes_more():
     views = views_of(smooth_images(4), sharpener(0.5))
-    filters = [fit_consistent_filter(views, weight, "box") for weight in (0.1, 1.0, 10.0)]
+    filters = [fit(views, weight, "box") for weight in (0.1, 1.0, 10.0)]
     errors = [low_res_error(views, filter) for filter in filters]
     changes = [change(views, filter) for filter in filters]
     assert errors == sorted(errors, reverse=True) and changes == sorted(changes)
@@ -122,6 +132,6 @@ def test_views_larger_than_what_is_held_at_once_are_fitted_as_small_ones(
     monkeypatch, kernel: Kernel
 ):
     views = views_of(smooth_images(3), sharpener(0.5), kernel)
-    whole = fit_consistent_filter(views, 10.0, kernel)
+    whole = fit(views, 10.0, kernel)
     monkeypatch.setattr("cbnerf.codebook.consistency.ROWS", 100)
-    torch.testing.assert_close(fit_consistent_filter(views, 10.0, kernel), whole)
+    torch.testing.assert_close(fit(views, 10.0, kernel), whole)

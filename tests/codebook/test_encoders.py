@@ -1,5 +1,3 @@
-from typing import Literal
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,36 +10,19 @@ from cbnerf.codebook.encoders import (
 from cbnerf.config import CodebookConfig
 
 
-def make_autoencoder(skips: Literal["hr", "sr", "mixed"]) -> VQAutoencoder:
-    torch.manual_seed(0)
-    config = CodebookConfig(size=16, dim=4)
-    return VQAutoencoder(LightEncoder(4), LightDecoder(4), config, skips)
-
-
-@pytest.mark.parametrize("skips", ["hr", "sr", "mixed"])
-def test_skips_come_from_the_patch_that_the_knob_names(skips):
-    autoencoder = make_autoencoder(skips).eval()
-    sr, high_res = torch.rand(5, 3, 16, 16), torch.rand(5, 3, 16, 16)
-    (from_sr,), (from_high_res,) = autoencoder.look_up(sr), autoencoder.look_up(high_res)
-    (chosen,) = autoencoder(sr, high_res).skips
-    for row in range(5):
-        is_sr = skips == "sr" or (skips == "mixed" and row % 2 == 1)
-        torch.testing.assert_close(chosen[row], (from_sr if is_sr else from_high_res)[row])
-
-
 @pytest.mark.parametrize("imitation", ["vq", "feature", "ce"])
 def test_imitation_leaves_the_hr_encoder_alone_if_renders_have_their_own(imitation):
     config = CodebookConfig(size=16, dim=4, imitation=imitation)
     for separate in (True, False):
         own = LightEncoder(4) if separate else None
-        autoencoder = VQAutoencoder(LightEncoder(4), LightDecoder(4), config, "sr", own)
+        autoencoder = VQAutoencoder(LightEncoder(4), LightDecoder(4), config, own)
         autoencoder(torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)).imitation_loss.backward()
         untouched = [parameter.grad is None for parameter in autoencoder.encoder.parameters()]
         assert set(untouched) == {separate}
 
 
 def test_only_the_hr_patch_is_reconstructed():
-    autoencoder = make_autoencoder("sr")
+    autoencoder = VQAutoencoder(LightEncoder(4), LightDecoder(4), CodebookConfig(size=16, dim=4))
     sr, high_res = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
     expected = autoencoder(high_res, high_res).reconstruction
     torch.testing.assert_close(autoencoder(sr, high_res).reconstruction, expected)
@@ -54,7 +35,7 @@ def test_the_codebook_learns_from_the_hr_patch_alone():
     high_res = torch.rand(2, 3, 16, 16)
     for _ in range(2):
         torch.manual_seed(1)
-        autoencoder = VQAutoencoder(LightEncoder(4), LightDecoder(4), config, "mixed")
+        autoencoder = VQAutoencoder(LightEncoder(4), LightDecoder(4), config)
         torch.seed()
         autoencoder(torch.rand(2, 3, 16, 16), high_res)
         states.append(autoencoder.quantizer.state_dict())

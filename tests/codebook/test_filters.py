@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cbnerf.codebook.filters import PRIORS, CodeFilters, Corrections
+from cbnerf.codebook.filters import RIDGE_STRENGTHS, CodeFilters, Corrections
 from cbnerf.codebook.quantizer import Neighbours
 from cbnerf.codebook.views import MadeOnDemand
 
@@ -41,7 +41,7 @@ def make_filters(codes: int, scale: float = 0.05) -> CodeFilters:
 
 
 def error(filters: CodeFilters, views: list[Corrections]) -> float:
-    errors = [(filters(v.sr, v.codes) - v.wanted).square().mean().item() for v in views]
+    errors = [(filters(v.sr, v.codes) - v.target).square().mean().item() for v in views]
     return sum(errors) / len(errors)
 
 
@@ -68,7 +68,7 @@ def test_the_filters_that_made_the_corrections_are_found():
     true = make_filters(2)
     views = draw_views(true, 12)
     found = CodeFilters(2)
-    assert found.fit([views[:8], views[8:]], [1]) == min(PRIORS)
+    assert found.fit([views[:8], views[8:]], [1]) == min(RIDGE_STRENGTHS)
     nothing = CodeFilters(2)
     test = draw_views(true, 2, seed=5)
     assert error(found, test) < 0.02 * error(nothing, test)
@@ -80,7 +80,7 @@ def test_codes_that_mean_nothing_share_the_common_filter():
     true.table.copy_(one.table.expand(50, -1, -1))
     views = draw_views(true, 12, noise=1.0)
     found = CodeFilters(50)
-    assert found.fit([views[:8], views[8:]], [1]) == max(PRIORS)
+    assert found.fit([views[:8], views[8:]], [1]) == max(RIDGE_STRENGTHS)
     assert (found.table - found.table.mean(0)).std() < 0.1 * found.table.std()
 
 
@@ -88,14 +88,14 @@ def test_codes_that_mean_nothing_share_the_common_filter():
 def test_fit_is_ridge_regression_towards_the_common_filter(neighbours: int):
     views = draw_views(make_filters(3), 4, noise=0.1, neighbours=neighbours)
     found = CodeFilters(3)
-    prior = found.fit([views[:3], views[3:]], [1])
+    strength = found.fit([views[:3], views[3:]], [1])
     rows, shares, wanted = (torch.cat(part) for part in zip(*map(unfold, views), strict=True))
     ones = torch.eye(148, dtype=torch.float64)
     gram, moments = rows.T @ rows / len(rows) + 1e-5 * ones, rows.T @ wanted / len(rows)
     for code in range(3):
         own = rows * shares[:, code, None]
         expected = torch.linalg.solve(
-            own.T @ rows + prior * gram, own.T @ wanted + prior * moments
+            own.T @ rows + strength * gram, own.T @ wanted + strength * moments
         )  # fmt: skip
         torch.testing.assert_close(found.table[code].double(), expected, atol=1e-3, rtol=0)
 
@@ -107,7 +107,7 @@ def unfold(view: Corrections) -> tuple[Tensor, Tensor, Tensor]:
     rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
     indices, shares = (part.flatten(0, 1) for part in view.codes)
     dense = torch.zeros(len(rows), 3).scatter(1, indices, shares).double()
-    return rows, dense, view.wanted.flatten(1).T.double()
+    return rows, dense, view.target.flatten(1).T.double()
 
 
 def test_shares_are_heeded_when_filters_are_fitted():
@@ -176,12 +176,12 @@ def test_bytes_alive_are_counted():
 
 
 def fit_streamed(views: Sequence[Corrections]) -> tuple[Tensor, float]:
-    """In two parts of which a view at a time is held."""
+    """In two folds of which a view at a time is held."""
     found = CodeFilters(3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cbnerf.codebook.filters._HELD", 0)
         patch.setattr("cbnerf.codebook.filters._GROUP", 1)
-        patch.setattr("cbnerf.codebook.filters._SUMMED", 2)
+        patch.setattr("cbnerf.codebook.filters._CODES_SUMMED", 2)
         split = [views[: len(views) // 2], views[len(views) // 2 :]]
         weight = found.fit(split, [1])
     return found.table, weight

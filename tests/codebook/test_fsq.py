@@ -128,7 +128,7 @@ def test_refiners_train_with_it(method: str, imitation: str):
     sr, high_res = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
     refinement = refiner(sr, high_res)
     assert 0 <= refinement.sr_indices.min() and refinement.sr_indices.max() < 240
-    refiner_losses(refinement, high_res, config.loss).total.backward()
+    refiner_losses(refinement, high_res, config.loss).loss.backward()
     assert all(p.grad is not None for p in refiner.parameters() if p.requires_grad)
     assert refiner.refine(sr).shape == sr.shape
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cbnerf.codebook.refiner import ResidualRefiner
+from cbnerf.codebook.residual import ResidualRefiner
+from cbnerf.codebook.views import Views
 from cbnerf.config import Config
 from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders
@@ -164,11 +165,13 @@ def test_an_unseen_scene_gives_low_res_photographs_of_training_views_alone(
     assert are_equal(without, weights(black, 0.0))
     assert not are_equal(without, weights(tiny_scene, 0.0, sources=()))
 
-    heeding = weights(tiny_scene, 10.0)
-    assert not are_equal(heeding, without)
-    assert are_equal(heeding, weights(mirror_blocks(tiny_scene), 10.0))
-    assert are_equal(heeding, weights(blacken(tiny_scene, [0, 4, 8]), 10.0))  # test and validation
-    assert not are_equal(heeding, weights(blacken(tiny_scene, [1]), 10.0))
+    constrained = weights(tiny_scene, 10.0)
+    assert not are_equal(constrained, without)
+    assert are_equal(constrained, weights(mirror_blocks(tiny_scene), 10.0))
+    assert are_equal(
+        constrained, weights(blacken(tiny_scene, [0, 4, 8]), 10.0)
+    )  # test and validation
+    assert not are_equal(constrained, weights(blacken(tiny_scene, [1]), 10.0))
 
 
 @pytest.mark.parametrize(
@@ -244,7 +247,7 @@ def test_codebook_health_covers_the_whole_interval(train, keep):
         assert 16 < metrics["codebook/perplexity"] <= 32 * metrics["codebook/used"]
 
 
-def test_several_scenes_are_parts_of_their_own_and_one_scene_is_two(tiny_scene, tiny_renders):
+def test_several_scenes_are_folds_of_their_own_and_one_scene_has_two(tiny_scene, tiny_renders):
     config = make_config("residual")
     pair = (tiny_scene, tiny_renders)
     _, _, alone = _training_views(config, [pair], by_scene=False)
@@ -256,17 +259,17 @@ def test_several_scenes_are_parts_of_their_own_and_one_scene_is_two(tiny_scene, 
 
 
 @pytest.mark.parametrize("sources, expected", [(0, [1]), (1, []), (2, [0, 1])])
-def test_codes_are_trusted_as_far_as_what_is_held_out_confirms(
+def test_ridge_strengths_are_chosen_on_held_out_folds(
     sources: int, expected: list[int], tiny_scene, tiny_renders, keep, monkeypatch
 ):
     asked: list[list[int]] = []
-    fit = ResidualRefiner.fit_filters
+    fit = ResidualRefiner.fit
 
-    def ask(refiner, renders, photographs, parts, held_out) -> None:
-        asked.append(held_out)
-        fit(refiner, renders, photographs, parts, held_out)
+    def ask(refiner: ResidualRefiner, views: Views, low_res: Views | None) -> dict[str, float]:
+        asked.append(list(views.held_out))
+        return fit(refiner, views, low_res)
 
-    monkeypatch.setattr(ResidualRefiner, "fit_filters", ask)
+    monkeypatch.setattr(ResidualRefiner, "fit", ask)
     pair = (tiny_scene, tiny_renders)
     config = make_config("residual")
     train_refiner(config, *pair, device=CPU, report=keep, sources=[pair] * sources)

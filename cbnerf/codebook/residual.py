@@ -1,0 +1,136 @@
+"""The codebook refiner of `cb-nerf`: a small CNN, then filters that depend on the codes of a pixel.
+
+Images inside are `[batch 3 height width]` in [-1, 1], with sides divisible by 4.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cbnerf.codebook.consistency import fit_consistent_filter
+from cbnerf.codebook.encoders import (
+    STRIDE,
+    LightDecoder,
+    LightEncoder,
+    ResidualBlock,
+    VQAutoencoder,
+    fill,
+    pad,
+)
+from cbnerf.codebook.filters import CodeFilters, Corrections
+from cbnerf.codebook.quantizer import Neighbours
+from cbnerf.codebook.refiner import CodebookRefiner
+from cbnerf.codebook.views import MadeOnDemand, Views
+from cbnerf.config import Config
+from cbnerf.downsampling import Kernel, downsample, spread
+
+_PASSES = 4
+"""Iterations of back-projection; more gain next to nothing on held-out views."""
+
+
+class ResidualRefiner(CodebookRefiner):
+    """A small CNN corrects the render, then each pixel is corrected by the filters of its codes.
+
+    The CNN works at half resolution and starts as the identity, the filters as zero. Filters are
+    not trained by gradients: `fit` solves them for the residual of the CNN. The codes describe
+    detail only, for structure is in the render.
+    """
+
+    def __init__(self, config: Config):
+        channels, blocks = config.refiner.channels, config.refiner.blocks
+        encoder = LightEncoder(config.codebook.latent_dim)
+        decoder = LightDecoder(config.codebook.latent_dim)
+        # Differs from reference: renders have an encoder of their own, which starts as that of the
+        # HR patches. With `vq` nothing would tie the two, and all renders would find one code.
+        sr_encoder = None if config.codebook.imitation == "vq" else copy.deepcopy(encoder)
+        autoencoder = VQAutoencoder(encoder, decoder, config.codebook, sr_encoder)
+        super().__init__(autoencoder, config.loss)
+        self.head = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, channels, 3, padding=1))
+        self.blocks = nn.Sequential(*(ResidualBlock(channels) for _ in range(blocks)))
+        tail = nn.Conv2d(channels, 12, 3, padding=1)
+        nn.init.zeros_(tail.weight)
+        nn.init.zeros_(tail.bias)  # pyright: ignore[reportArgumentType]
+        self.tail = nn.Sequential(tail, nn.PixelShuffle(2))
+        num_codes = autoencoder.quantizer.num_codes
+        self._uses_codes = config.refiner.codes
+        self._neighbours = min(config.refiner.neighbours, num_codes - 1)
+        self._consistency = config.refiner.consistency
+        self._low_res_kernel: Kernel = config.data.low_res_kernel
+        self.filters = CodeFilters(num_codes if self._uses_codes else 1)
+        # At half resolution 2 pixels for each block and 1 for each of head and tail; or a code:
+        # 1 cell of the smooth image, 3 pixels of its encoder.
+        self.halo = STRIDE * max(blocks + 1, 3)
+
+    @torch.no_grad()
+    def fit(self, views: Views, low_res: Views | None = None) -> dict[str, float]:
+        """Solve the filters of all codes; with `low_res`, add the filter that makes refined views
+        consistent with those, then back-project them."""
+
+        def correct(view: int) -> Corrections:
+            sr = pad(views.renders[view])
+            target = pad(views.photographs[view]) - self._sharpen(sr, ())
+            return Corrections(sr[0], self._find_codes(sr[0]), target[0])
+
+        self.filters.fit(_by_fold(correct, views.folds), views.held_out)
+        if low_res:
+            self.add_filter(
+                fit_consistent_filter(self.refine, low_res, self._consistency, self._low_res_kernel)
+            )
+            self._back_project(low_res)
+        return super().fit(views, low_res)
+
+    def _back_project(self, low_res: Views) -> None:
+        """Fit the filters, in a few passes, to the residuals of refined views against their low-res
+        photographs; each residual is spread over the pixels that its low-res pixel covers."""
+        kernel = self._low_res_kernel
+        scale = low_res.renders[0].shape[-1] // low_res.photographs[0].shape[-1]
+        residuals: list[Tensor] = []
+
+        def correct(view: int) -> Corrections:
+            sr = pad(low_res.renders[view])[0]
+            target = fill(2 * spread(residuals[view], scale, kernel))
+            return Corrections(sr, self._find_codes(sr), target[0])
+
+        for _ in range(_PASSES):
+            residuals[:] = [
+                photograph - downsample(self.refine(render), scale, kernel)
+                for render, photograph in zip(low_res.renders, low_res.photographs, strict=True)
+            ]
+            filters = copy.deepcopy(self.filters)
+            filters.fit(_by_fold(correct, low_res.folds), low_res.held_out)
+            self.filters.table.add_(filters.table)
+
+    @torch.no_grad()
+    def add_filter(self, filter: Float[Tensor, "inputs 3"]) -> None:
+        """Add a filter of the render in [0, 1] to those of all codes."""
+        # x = (signed + 1) / 2: colours keep their factors, the constant takes what they lose.
+        constant = filter[:-1].sum(0) + 2 * filter[-1]
+        self.filters.table.add_(torch.cat([filter[:-1], constant[None]]))
+
+    def _sharpen(self, sr: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
+        return sr + self.tail(self.blocks(self.head(sr)))
+
+    def _refine(self, sr: Tensor) -> Tensor:
+        corrections = [self.filters(image, self._find_codes(image)) for image in sr]
+        return self._sharpen(sr, ()) + torch.stack(corrections)
+
+    def _find_codes(self, sr: Float[Tensor, "3 height width"]) -> Neighbours:
+        """The nearest codes of each pixel, `[height width neighbours]`."""
+        if not self._uses_codes:  # one filter for all
+            shape = (*sr.shape[1:], 1)
+            return Neighbours(sr.new_zeros(shape, dtype=torch.int64), sr.new_ones(shape))
+        found = self.autoencoder.find_neighbours(sr[None], self._neighbours)
+        return Neighbours(*(part[0] for part in found))
+
+
+def _by_fold(
+    correct: Callable[[int], Corrections], folds: Sequence[int]
+) -> list[Sequence[Corrections]]:
+    """The corrections of the views of each fold."""
+    return [
+        MadeOnDemand(correct, [view for view, own in enumerate(folds) if own == fold])
+        for fold in range(max(folds) + 1)
+    ]
