@@ -17,7 +17,7 @@ from cbnerf.nerf.sampling import choose_sub_pixels
 from cbnerf.rng import Rng
 from cbnerf.training.divergence import DivergenceCheck
 from cbnerf.training.evaluation import mean_scores, render_views
-from cbnerf.training.loop import Losses, Report, Task, deterministic_if_configured, fit
+from cbnerf.training.loop import DrawLosses, Losses, Report, Task, deterministic_if_configured, fit
 
 _PROBES = 256
 """Minimum sample size of the divergence check, in pixels."""
@@ -45,38 +45,7 @@ def train_field(
         torch.manual_seed(config.seed)
         model = build_field(config, cameras).to(device)
     pixels = PixelSampler(scene, split.train, config.data.low_res_kernel, device)
-    if config.field.super_sampling:
-        ray_cameras, ray_scale = cameras, scene.scale
-    else:
-        ray_cameras, ray_scale = low_res_cameras(cameras, scene.scale), 1
-    num_sub_pixels = ray_scale**2
-    num_chosen = min(config.field.sub_rays or num_sub_pixels, num_sub_pixels)
-
-    def losses(wrapped: nn.Module, batch_size: int, rng: Rng) -> Losses:
-        batch = pixels.draw(batch_size, rng)
-        scores = rng.uniform(batch_size, num_sub_pixels)
-        chosen = choose_sub_pixels(scores, num_chosen, opposite=config.field.opposite_sub_rays)
-        rays = make_sub_pixel_rays(
-            ray_cameras, batch.views, batch.rows, batch.columns, ray_scale, chosen
-        )  # fmt: skip
-        output = wrapped(rays, rng)
-        errors = [super_sampling_loss(rendering.rgb, batch.rgb) for rendering in output.passes]
-        total = torch.stack(errors).sum() + output.regularization
-        parts = {"train/loss": total, "train/psnr": -10 * torch.log10(errors[-1].detach())}
-        return Losses(total, parts)
-
-    num_probes = max(config.field.optim.batch_size, _PROBES)
-
-    def probe() -> Rng:
-        return Rng(config.seed, 0, device)
-
-    def error() -> Tensor:
-        with torch.no_grad():
-            parts = losses(model, num_probes, probe()).parts
-        return 10 ** (-parts["train/psnr"] / 10)
-
-    probes = pixels.draw(num_probes, probe()).rgb
-    check = DivergenceCheck(error, (probes - pixels.mean()).square().mean())
+    losses = _pixel_losses(config, cameras, scene.scale, pixels)
 
     def evaluate() -> dict[str, float]:
         if not split.val:
@@ -95,10 +64,53 @@ def train_field(
         losses=losses,
         evaluate=evaluate,
         cameras=cameras._asdict(),
-        check=check,
+        check=_divergence_check(config, model, losses, pixels, device),
     )
     fit(task, device=device, report=report, resume_from=resume_from, until=until)
     return model
+
+
+def _pixel_losses(config: Config, cameras: Cameras, scale: int, pixels: PixelSampler) -> DrawLosses:
+    """The loss on random pixels: with super-sampling of `scale` x `scale` sub-pixel rays each."""
+    if not config.field.super_sampling:
+        cameras, scale = low_res_cameras(cameras, scale), 1
+    num_sub_pixels = scale**2
+    num_chosen = min(config.field.sub_rays or num_sub_pixels, num_sub_pixels)
+
+    def losses(wrapped: nn.Module, batch_size: int, rng: Rng) -> Losses:
+        batch = pixels.draw(batch_size, rng)
+        scores = rng.uniform(batch_size, num_sub_pixels)
+        chosen = choose_sub_pixels(scores, num_chosen, opposite=config.field.opposite_sub_rays)
+        rays = make_sub_pixel_rays(cameras, batch.views, batch.rows, batch.columns, scale, chosen)
+        output = wrapped(rays, rng)
+        errors = [super_sampling_loss(rendering.rgb, batch.rgb) for rendering in output.passes]
+        total = torch.stack(errors).sum() + output.regularization
+        parts = {"train/loss": total, "train/psnr": -10 * torch.log10(errors[-1].detach())}
+        return Losses(total, parts)
+
+    return losses
+
+
+def _divergence_check(
+    config: Config,
+    model: FieldModel,
+    losses: DrawLosses,
+    pixels: PixelSampler,
+    device: torch.device,
+) -> DivergenceCheck:
+    """Compares the error on a fixed sample of pixels with that of their mean colour."""
+    num_probes = max(config.field.optim.batch_size, _PROBES)
+
+    def probe() -> Rng:
+        return Rng(config.seed, 0, device)
+
+    def error() -> Tensor:
+        with torch.no_grad():
+            parts = losses(model, num_probes, probe()).parts
+        return 10 ** (-parts["train/psnr"] / 10)
+
+    probes = pixels.draw(num_probes, probe()).rgb
+    return DivergenceCheck(error, (probes - pixels.mean()).square().mean())
 
 
 def low_res_cameras(cameras: Cameras, scale: int) -> Cameras:

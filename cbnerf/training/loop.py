@@ -42,6 +42,10 @@ class Losses(NamedTuple):
     """Scalars to log, by metric name."""
 
 
+DrawLosses = Callable[[nn.Module, int, Rng], Losses]
+"""From the (wrapped) model, this process's batch size and the step's random numbers."""
+
+
 class Task(NamedTuple):
     """A stage, as the loop trains it."""
 
@@ -54,8 +58,7 @@ class Task(NamedTuple):
     model: nn.Module
     param_groups: list[dict[str, Any]]
     """Groups for Adam, each with its own `lr`."""
-    losses: Callable[[nn.Module, int, Rng], Losses]
-    """From the (wrapped) model, this process's batch size and the step's random numbers."""
+    losses: DrawLosses
     evaluate: Callable[[], dict[str, float]]
     cameras: dict[str, Any]
     check: Callable[[], None] = lambda: None

@@ -62,9 +62,8 @@ def train_refiner(
     validation = _Validation(config, served)
     seen, target, folds = _training_views(config, sources or served, by_scene=bool(sources))
     views = _views(seen, target, folds, len(sources), device)
-    low_res = None
-    if sources and config.refiner.consistency:
-        low_res = _low_res_views(config, scene, renders, device)
+    is_consistent = sources and config.refiner.consistency
+    low_res = _low_res_views(config, scene, renders, device) if is_consistent else None
 
     def fit_and_score() -> dict[str, float]:
         return refiner.fit(views, low_res) | validation.scores(refiner, device)
@@ -79,8 +78,7 @@ def train_refiner(
     if resume_from is None:
         refiner.start_from(views.photographs)
     if refiner.needs_references:
-        view = reference_view(scene, config.data)
-        patches = ReferencePatchSampler(renders.rgb[view], scene.images[view], config, device)
+        patches = _reference_patches(config, scene, renders, device)
     else:
         patches = PatchSampler(seen, target, config.refiner.patch_size, device)
 
@@ -110,6 +108,13 @@ def trained_on(scene: Scene, joint: Pairs, sources: Pairs) -> str:
     """The scenes that a refiner is trained on, in words that tell it from others."""
     names = ", ".join([scene.name, *(one.name for one, _ in joint)])
     return f"{names} from {', '.join(one.name for one, _ in sources)}" if sources else names
+
+
+def _reference_patches(
+    config: Config, scene: Scene, renders: Renders, device: torch.device
+) -> ReferencePatchSampler:
+    view = reference_view(scene, config.data)
+    return ReferencePatchSampler(renders.rgb[view], scene.images[view], config, device)
 
 
 def _check_batch_size(config: Config) -> None:
