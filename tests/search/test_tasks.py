@@ -110,7 +110,8 @@ def test_a_configuration_that_needs_too_much_memory_fails_and_the_search_goes_on
     best = state.best()
     assert state.is_over and best is not None and best.value == 22
     told = [line for line in capsys.readouterr().out.splitlines() if "nearly full (" in line]
-    assert told and all(line.startswith("  #00  arcade: the memory of ") for line in told)
+    # Other tests take memory as well; then Ray may end, and the search repeat, another unit.
+    assert any(line.startswith("  #00  arcade: the memory of ") for line in told)
 
 
 def test_any_other_reason_is_the_last_line():
