@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cbnerf.codebook.consistency import fit_consistent_filter
 from cbnerf.codebook.neighbourhoods import ROWS, SIDE, Neighbourhoods
 from cbnerf.codebook.normal_equations import NormalEquations
-from cbnerf.codebook.refiner import DEFAULT_TILE, Refiner
+from cbnerf.codebook.refiner import DEFAULT_TILE, ImageBatch, Refiner
 from cbnerf.codebook.views import Views
 from cbnerf.config import Config
 from cbnerf.downsampling import Kernel
@@ -60,12 +60,8 @@ class LinearRefiner(Refiner):
 
     @torch.no_grad()
     def refine(
-        self,
-        sr: Float[Tensor, "batch 3 height width"],
-        references: Tensor | None = None,
-        *,
-        tile: int = DEFAULT_TILE,
-    ) -> Float[Tensor, "batch 3 height width"]:
+        self, sr: ImageBatch, references: Tensor | None = None, *, tile: int = DEFAULT_TILE
+    ) -> ImageBatch:
         """Refine whole images of any size, in [0, 1]."""
         return self.filter(sr).clamp(0, 1)
 

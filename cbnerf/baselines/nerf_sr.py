@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cbnerf.codebook.refiner import DEFAULT_TILE, Refiner
+from cbnerf.codebook.refiner import DEFAULT_TILE, ImageBatch, Refiner
 from cbnerf.config import Config
 
 STRIDE = 8
@@ -113,12 +113,8 @@ class ReferenceRefiner(Refiner):
 
     @torch.no_grad()
     def refine(
-        self,
-        sr: Float[Tensor, "batch 3 height width"],
-        references: Tensor | None = None,
-        *,
-        tile: int = DEFAULT_TILE,
-    ) -> Float[Tensor, "batch 3 height width"]:
+        self, sr: ImageBatch, references: Tensor | None = None, *, tile: int = DEFAULT_TILE
+    ) -> ImageBatch:
         """Refine whole images of any size with references `[batch references 3 height width]`."""
         if references is None:
             raise ValueError("this refiner (nerf-sr) needs references, see find_references")

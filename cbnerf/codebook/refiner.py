@@ -18,6 +18,7 @@ from cbnerf.codebook.health import CodebookHealth
 from cbnerf.codebook.views import Images, Views
 from cbnerf.config import LossConfig
 
+ImageBatch = Float[Tensor, "batch 3 height width"]
 DEFAULT_TILE = 1024
 """Side of the tiles that are refined at once, in pixels; images up to it are refined whole."""
 
@@ -62,20 +63,16 @@ class Refiner(nn.Module, ABC):
 
     @abstractmethod
     def refine(
-        self,
-        sr: Float[Tensor, "batch 3 height width"],
-        references: Tensor | None = None,
-        *,
-        tile: int = DEFAULT_TILE,
-    ) -> Float[Tensor, "batch 3 height width"]:
+        self, sr: ImageBatch, references: Tensor | None = None, *, tile: int = DEFAULT_TILE
+    ) -> ImageBatch:
         """Refine whole images of any size; those with a codebook take `tile` pixels per side at a
         time."""
 
 
 class Refinement(NamedTuple):
-    refined: Float[Tensor, "batch 3 height width"]
+    refined: ImageBatch
     """Not clamped."""
-    reconstruction: Float[Tensor, "batch 3 height width"]
+    reconstruction: ImageBatch
     """The HR patch, decoded from its codes."""
     vq_loss: Float[Tensor, ""]
     imitation_loss: Float[Tensor, ""]
@@ -94,7 +91,7 @@ class RefinerLosses(NamedTuple):
 
 
 def refiner_losses(
-    refinement: Refinement, high_res: Float[Tensor, "batch 3 height width"], weights: LossConfig
+    refinement: Refinement, high_res: ImageBatch, weights: LossConfig
 ) -> RefinerLosses:
     """The four losses of the paper, section 2-4, and their weighted sum."""
     refine = F.l1_loss(to_signed(refinement.refined), to_signed(high_res))
@@ -140,8 +137,8 @@ class CodebookRefiner(Refiner):
 
     def forward(
         self,
-        sr: Float[Tensor, "batch 3 height width"],
-        high_res: Float[Tensor, "batch 3 height width"],
+        sr: ImageBatch,
+        high_res: ImageBatch,
     ) -> Refinement:
         """Refine SR patches in training; sides are multiples of 4."""
         sr = to_signed(sr)
@@ -169,12 +166,8 @@ class CodebookRefiner(Refiner):
 
     @torch.no_grad()
     def refine(
-        self,
-        sr: Float[Tensor, "batch 3 height width"],
-        references: Tensor | None = None,
-        *,
-        tile: int = DEFAULT_TILE,
-    ) -> Float[Tensor, "batch 3 height width"]:
+        self, sr: ImageBatch, references: Tensor | None = None, *, tile: int = DEFAULT_TILE
+    ) -> ImageBatch:
         """Refine whole images of any size, from the render alone.
 
         Memory is that of a tile and its halo; the result does not depend on the tile.
