@@ -118,7 +118,8 @@ def simulate(
         clock, _, trial = heapq.heappop(running)
         metrics = _train(options, plan, Unit(**trial.config["units"][0]))
         with watch("record"):
-            searcher.on_trial_complete(trial.trial_id, metrics | {"unit": 0, "ended": True})
+            result = {f"metrics/{name}": value for name, value in metrics.items()}
+            searcher.on_trial_complete(trial.trial_id, result | {"unit": 0, "ended": True})
         if ended % (options.trials // 10) == 0:
             seconds = time.perf_counter() - since
             tenths.append(_tenth(watch, state, tracker, options.trials // 10, seconds))

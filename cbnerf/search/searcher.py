@@ -199,6 +199,6 @@ def _units(trial: Any) -> list[Unit]:
 
 
 def _unit_metrics(result: dict[str, Any]) -> Metrics:
-    """Our own metrics in a result, to which Tune adds others."""
-    own, exact = ("train/", "val/", "codebook/"), ("seconds", "parameters")
-    return {k: float(v) for k, v in result.items() if k.startswith(own) or k in exact}
+    """The `metrics` that a worker reports; Tune flattens them into a result of its own."""
+    own = "metrics/"
+    return {k.removeprefix(own): float(v) for k, v in result.items() if k.startswith(own)}

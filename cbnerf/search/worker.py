@@ -47,7 +47,7 @@ def run_units(about: Mapping[str, Any], plan: Plan) -> None:
     """Tune's trainable: train the units of one configuration, one after the other.
 
     Reports the start of each as `{unit, begun}` (single processes only), its end as
-    `{unit, ended, ...}` with its metrics, and an error that a retry would repeat as `{failure}`.
+    `{unit, ended, metrics}`, and an error that a retry would repeat as `{failure}`.
     Curves are appended to a file in the trial folder.
     """
     units = [Unit(**unit) for unit in about["units"]]
@@ -126,7 +126,7 @@ def _run_unit(
             config, scene, renders, folder,
             device=device, report=report, joint=joint, until=until,
         )  # fmt: skip
-    tell({**metrics, "unit": index, "ended": True})
+    tell({"unit": index, "ended": True, "metrics": metrics})
 
 
 def _load_pair(plan: Plan, config: Config, scene_name: str) -> tuple[Scene, Renders]:
@@ -201,11 +201,7 @@ def _walk_in_worker(about: dict[str, Any]) -> None:
 def _field_in_worker(about: dict[str, Any]) -> None:
     plan, config = about["plan"], about["config"]
     scene = from_rank_0(lambda: plan.load_scene(about["scene"], config.data))
-    run_field(config, scene, about["folder"], device=device_of_worker(), report=_train_report)
-
-
-def _train_report(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
-    train.report({**metrics, "step": step})
+    run_field(config, scene, about["folder"], device=device_of_worker())
 
 
 _load_renders = lru_cache(maxsize=16)(load_renders)

@@ -53,9 +53,9 @@ def test_tune_runs_every_unit_and_books_its_last_report(tiny_plan, connected, wa
         for index, unit in enumerate(config["units"]):
             if unit["configuration"] == 2:
                 raise RuntimeError("this one breaks")
-            tune.report({"val/psnr": -100.0, "unit": index, "step": 1})
+            tune.report({"metrics": {"val/psnr": -100.0}, "unit": index, "step": 1})
             loss = (math.log(unit["overrides"]["codebook.beta"]) - 0.3) ** 2
-            tune.report({"val/psnr": -loss, "unit": index, "ended": True})
+            tune.report({"metrics": {"val/psnr": -loss}, "unit": index, "ended": True})
 
     def record(unit: Unit, metrics: Metrics | None) -> None:
         state.record(unit, metrics)
@@ -88,7 +88,7 @@ def test_no_more_trials_stand_than_the_limit_says_at_that_time(tiny_plan):
     assert searcher.suggest("a") and searcher.suggest("b") is None
     limit = 3
     assert searcher.suggest("b") and searcher.suggest("c") and searcher.suggest("d") is None
-    searcher.on_trial_complete("a", {"val/psnr": 20.0, "unit": 0, "ended": True})
+    searcher.on_trial_complete("a", {"metrics/val/psnr": 20.0, "unit": 0, "ended": True})
     assert searcher.suggest("d") and searcher.suggest("e") is None
 
 
@@ -109,7 +109,7 @@ def test_a_failed_unit_tells_why_and_the_search_goes_on(
         else:
             number, scene, overrides = unit["configuration"], unit["scene"], unit["overrides"]
             metrics = leave_unit(plan, number, scene, overrides, 20.0)
-            tune.report({**metrics, "unit": 0, "ended": True})
+            tune.report({"metrics": metrics, "unit": 0, "ended": True})
 
     monkeypatch.setattr(driver, "run_units", run_units)
     monkeypatch.setattr(driver, "MAX_FAILURES", 0)
@@ -148,7 +148,8 @@ def test_units_whose_processes_are_named_are_told_from_others(tiny_plan):
     assert searcher.unfinished("IP: 10.0.0.1 ... pid=71, actual memory") == ([b], [a, c])
     assert searcher.unfinished("IP: 10.0.0.2 ... pid=71, actual memory") == ([a, b, c], [])
     assert searcher.unfinished("IP: 10.0.0.1 ... pid=7, pid=710, ") == ([a, b, c], [])
-    searcher.on_trial_complete("b", {"val/psnr": 20.0, "val/ssim": 0.5, "unit": 0, "ended": True})
+    scores = {"metrics/val/psnr": 20.0, "metrics/val/ssim": 0.5}
+    searcher.on_trial_complete("b", scores | {"unit": 0, "ended": True})
     assert searcher.unfinished("IP: 10.0.0.1 ... pid=70, pid=71, ") == ([a], [c])
 
 
