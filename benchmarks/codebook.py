@@ -153,7 +153,7 @@ def _try(
     for name in served:
         scene, renders = pairs[name]
         views = _views(options, config, scene)
-        scores = _score(refine_views(refiner, renders.rgb[views], device), scene.images[views])
+        scores = _score(refine_views(refiner, renders.of(views), device), scene.images[views])
         yield Trial(row, name, seed, scores - _base(options, config, scene, renders), health)
 
 

@@ -85,7 +85,7 @@ def follow(method: str, options: Options, scene: Scene, renders: Renders, budget
         spent += clock(device) - since
         refiner = build_refiner(config).to(device)
         refiner.load_state_dict(checkpoint.model)
-        refined = refine_views(refiner.eval(), renders.rgb[test], device)
+        refined = refine_views(refiner.eval(), renders.of(test), device)
         run.curve.append((spent, _psnr(refined, scene.images[test])))
         run.steps_per_second = step / spent
         print(f"{method} {step}: {spent:.1f} s, {run.curve[-1][1]:.2f} dB", flush=True)

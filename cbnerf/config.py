@@ -205,6 +205,9 @@ class CodebookConfig:
     """Initialise by k-means over latents of the training photographs, not by normal noise."""
     revive_below: float = 0.0
     """Replace codes whose average number of uses per step falls below this; 0 disables it."""
+    position_weight: float = 0.0
+    """How far the positions of pixels in the scene spread in latents, as a multiple of how far
+    features do; 0 leaves positions out. `vq` with the `residual` refiner only."""
     shared: bool = False
     """Train one refiner with one codebook on all scenes, instead of one per scene."""
 
@@ -214,6 +217,8 @@ class CodebookConfig:
         _check(self.beta >= 0, "codebook.beta", self.beta, "at least 0")
         _check(0 < self.ema_decay < 1, "codebook.ema_decay", self.ema_decay, "in (0, 1)")
         _check(self.revive_below >= 0, "codebook.revive_below", self.revive_below, "at least 0")
+        weight = self.position_weight
+        _check(weight >= 0, "codebook.position_weight", weight, "at least 0")
         if self.kind == "fsq":
             sizes = ", ".join(map(str, FSQ_LEVELS))
             _check(self.size in FSQ_LEVELS, "codebook.size", self.size, f"one of {sizes} with fsq")
@@ -226,9 +231,19 @@ class CodebookConfig:
         return FSQ_LEVELS[self.size]
 
     @property
-    def latent_dim(self) -> int:
-        """Dimension of the encoder's latents."""
+    def uses_positions(self) -> bool:
+        """Whether latents hold the position of their pixel; finite scalars do not."""
+        return self.kind == "vq" and self.position_weight > 0
+
+    @property
+    def feature_dim(self) -> int:
+        """Dimension of the encoder's features."""
         return len(self.levels) if self.kind == "fsq" else self.dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Dimension of latents and codes: features, and three coordinates of the position."""
+        return self.feature_dim + 3 * self.uses_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,6 +350,11 @@ class Config:
         # Random generators are seeded by the product of seed and step.
         _check(0 <= self.seed < 2**32, "seed", self.seed, "at least 0 and less than 2^32")
         kind = self.refiner.kind
+        weight = self.codebook.position_weight
+        _check(
+            not weight or kind != "paper", "codebook.position_weight", weight,
+            "0 with refiner.kind = paper",
+        )  # fmt: skip
         _check(
             not self.codebook.shared or kind not in ("reference", "none"),
             "codebook.shared", True, f"false with refiner.kind = {kind}",

@@ -42,7 +42,7 @@ class LinearRefiner(Refiner):
         equations = NormalEquations.zeros(device=device)
         square, count = torch.zeros((), dtype=torch.float64, device=device), 0
         for render, photograph in zip(views.renders, views.photographs, strict=True):
-            around, target = Neighbourhoods([render[0]]), photograph[0].flatten(1).T.double()
+            around, target = Neighbourhoods([render[0, :3]]), photograph[0].flatten(1).T.double()
             for pixels in torch.arange(len(target), device=device).split(ROWS):
                 equations.add(around.rows(pixels).double(), target[pixels])
                 square += target[pixels].square().sum()
@@ -63,7 +63,7 @@ class LinearRefiner(Refiner):
         self, sr: ImageBatch, references: Tensor | None = None, *, tile: int = DEFAULT_TILE
     ) -> ImageBatch:
         """Refine whole images of any size, in [0, 1]."""
-        return self.filter(sr).clamp(0, 1)
+        return self.filter(sr[:, :3]).clamp(0, 1)
 
     @torch.no_grad()
     def add_filter(self, filter: Float[Tensor, "inputs 3"]) -> None:

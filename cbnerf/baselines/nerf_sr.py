@@ -120,7 +120,7 @@ class ReferenceRefiner(Refiner):
             raise ValueError("this refiner (nerf-sr) needs references, see find_references")
         height, width = sr.shape[-2:]
         margin = (0, -width % STRIDE, 0, -height % STRIDE)
-        padded = F.pad(sr, margin, mode="replicate")
+        padded = F.pad(sr[:, :3], margin, mode="replicate")
         # Replication pads at most 4 dimensions, so references become a batch of images.
         filled = F.pad(references.flatten(0, 1), margin, mode="replicate")
         refined = self(padded, filled.unflatten(0, references.shape[:2]))

@@ -123,7 +123,7 @@ class PaperRefiner(CodebookRefiner):
 
     def _sharpen(self, sr: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
         skips = tuple(skip * self._uses_codes for skip in skips)
-        return self.decoder(self.encoder(sr), skips).image
+        return self.decoder(self.encoder(sr[:, :3]), skips).image
 
     def _refine(self, sr: Tensor) -> Tensor:
         return self._sharpen(sr, self.autoencoder.look_up(sr))

@@ -30,7 +30,7 @@ def fit_consistent_filter(
     """
     equations = NormalEquations.zeros(device=views.renders[0].device)
     for batch, photographs in zip(views.renders, views.photographs, strict=True):
-        render, photograph = batch[0], photographs[0]
+        render, photograph = batch[0, :3], photographs[0]
         refined = to_8bit(refine(batch)).float() / 255  # as it would be saved
         scale = render.shape[2] // photograph.shape[2]
         residual = photograph - downsample(refined, scale, kernel)[0]

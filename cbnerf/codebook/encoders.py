@@ -2,8 +2,9 @@
 
 Latents are `[batch rows columns dim]`, with a row and column for each code. Images are
 `[batch 3 height width]` with sides divisible by 4, in [-1, 1]; photographs from outside are in
-[0, 1] and of any size, see `pad` and `to_unit`. *Skips* are features of the decoder that the
-published refiner's decoder takes as input.
+[0, 1] and of any size, see `pad` and `to_unit`. SR images have three further channels, the position
+of each pixel in the scene (see `positions`). *Skips* are features of the decoder that the published
+refiner's decoder takes as input.
 """
 
 from abc import ABC, abstractmethod
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 
 from cbnerf.codebook.fsq import build_quantizer
 from cbnerf.codebook.imitation import imitation_loss
+from cbnerf.codebook.positions import Positions
 from cbnerf.codebook.quantizer import Neighbours, VectorQuantizer, find_neighbours, vq_loss
-from cbnerf.codebook.views import Images
+from cbnerf.codebook.views import Views
 from cbnerf.config import CodebookConfig
 
 STRIDE = 4
@@ -31,10 +33,15 @@ _LATENTS_PER_CODE = 64
 """Sample size of k-means."""
 
 
+SRBatch = Float[Tensor, "batch channels height width"]
+"""Six channels, colours and positions; colours alone where no position is asked for."""
+
+
 def to_signed(images: Tensor) -> Tensor:
-    """Images in [0, 1] mapped to [-1, 1]."""
+    """Colours in [0, 1] mapped to [-1, 1]; positions stay."""
+    signed = torch.cat([images[:, :3] * 2 - 1, images[:, 3:]], dim=1)
     # Channels last makes all convolutions behind it faster, on a CPU by a fifth.
-    return (images * 2 - 1).contiguous(memory_format=torch.channels_last)
+    return signed.contiguous(memory_format=torch.channels_last)
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -181,25 +188,31 @@ class VQAutoencoder(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.sr_encoder = sr_encoder
+        self.positions = Positions(config.position_weight) if config.uses_positions else None
+        self._features = config.feature_dim
         self.quantizer = build_quantizer(config)
         self.decoder = decoder
 
     @torch.no_grad()
-    def start_from(self, photographs: Images) -> None:
-        """Initialise encoders and, with `codebook.kmeans_init`, codes from photographs; all
-        processes must pass the same."""
+    def start_from(self, views: Views) -> None:
+        """Initialise encoders and, with `codebook.kmeans_init`, codes from photographs and the
+        positions of their pixels; all processes must pass the same."""
+        renders, photographs = views.renders, views.photographs
         quantizer = self.quantizer
         # Finite scalars have few features, and one that is constant would halve them or worse.
         learned = isinstance(quantizer, VectorQuantizer)
         self.encoder.start_from((self._coded(image) for image in photographs), constant=learned)
         if self.sr_encoder is not None:
             self.sr_encoder.load_state_dict(self.encoder.state_dict())
+        if self.positions is not None:
+            features = (self.encoder(self._coded(image)) for image in photographs)
+            self.positions.start_from((render[:, 3:] for render in renders), features)
         if learned and quantizer.config.kmeans_init:
             per_view = -(-_LATENTS_PER_CODE * quantizer.num_codes // len(photographs))
             generator = torch.Generator().manual_seed(0)
             sample: list[Tensor] = []
-            for image in photographs:
-                latents = self.encode(self._coded(image)).flatten(0, -2)
+            for render, image in zip(renders, photographs, strict=True):
+                latents = self.encode(self._coded(image), fill(render)).flatten(0, -2)
                 chosen = torch.randperm(len(latents), generator=generator)[:per_view]
                 sample.append(latents[chosen.to(latents.device)])
             quantizer.start_from(torch.cat(sample))
@@ -208,28 +221,29 @@ class VQAutoencoder(nn.Module):
         return self.encoder.select(pad(photograph))
 
     def encode(
-        self, coded: Float[Tensor, "batch 3 height width"]
+        self, coded: Float[Tensor, "batch 3 height width"], sr: SRBatch
     ) -> Float[Tensor, "batch rows columns dim"]:
-        """Latents of the selected part of HR images."""
-        return self.encoder(coded).movedim(1, -1)
+        """Latents of the selected part of HR images, whose pixels have the positions of the SR
+        ones."""
+        return self._join(self.encoder(coded), sr)
 
-    def encode_sr(
-        self, sr: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch rows columns dim"]:
+    def encode_sr(self, sr: SRBatch) -> Float[Tensor, "batch rows columns dim"]:
         """Latents of whole SR images."""
         encoder = self.encoder if self.sr_encoder is None else self.sr_encoder
-        return encoder(encoder.select(sr)).movedim(1, -1)
+        return self._join(encoder(encoder.select(sr[:, :3])), sr)
+
+    def _join(self, features: Tensor, sr: SRBatch) -> Float[Tensor, "batch rows columns dim"]:
+        if self.positions is not None:
+            features = torch.cat([features, self.positions(sr[:, 3:])], dim=1)
+        return features.movedim(1, -1)
 
     def decode(self, latents: Float[Tensor, "batch rows columns dim"]) -> Decoded:
-        return self.decoder(latents.movedim(-1, 1))
+        """An image of the features of latents, whatever their positions."""
+        return self.decoder(latents[..., : self._features].movedim(-1, 1))
 
-    def forward(
-        self,
-        sr: Float[Tensor, "batch 3 height width"],
-        high_res: Float[Tensor, "batch 3 height width"],
-    ) -> Lookup:
+    def forward(self, sr: SRBatch, high_res: Float[Tensor, "batch 3 height width"]) -> Lookup:
         coded = self.encoder.select(high_res)
-        found = self.quantizer(self.encode(coded))
+        found = self.quantizer(self.encode(coded, sr))
         step = self.encoder.imitated if self.training else 1
         some = (slice(None), slice(None, None, step), slice(None, None, step))
         sr_latents = self.encode_sr(sr)[some]
@@ -253,18 +267,18 @@ class VQAutoencoder(nn.Module):
 
     @torch.no_grad()
     def reconstruct(
-        self, photographs: Float[Tensor, "batch 3 height width"]
+        self, sr: SRBatch, photographs: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch 3 height width"]:
         """Photographs decoded from their codes, both in [0, 1] and of any size: the upper bound of
-        what the codebook can represent."""
+        what the codebook can represent. The render gives the positions."""
         height, width = photographs.shape[-2:]
         padded = pad(photographs)
         coded = self.encoder.select(padded)
-        codes = self.quantizer(self.encode(coded), learn=False)
+        codes = self.quantizer(self.encode(coded, fill(sr)), learn=False)
         decoded = to_unit(padded - coded + self.decode(codes.latents).image)
         return decoded[..., :height, :width].clamp(0, 1)
 
-    def find_neighbours(self, sr: Float[Tensor, "batch 3 height width"], number: int) -> Neighbours:
+    def find_neighbours(self, sr: SRBatch, number: int) -> Neighbours:
         """The nearest codes of SR images, `[batch rows columns neighbours]`."""
         latents = self.quantizer.place(self.encode_sr(sr))
         found = find_neighbours(latents.flatten(0, -2), self.quantizer.codes(), number)

@@ -31,7 +31,7 @@ from cbnerf.codebook.normal_equations import NormalEquations
 from cbnerf.codebook.quantizer import Neighbours
 
 Filters = Float[Tensor, "*codes inputs 3"]
-RIDGE_STRENGTHS = (100.0, 300.0, 1e3, 1e4, 3e4, 1e5)
+RIDGE_STRENGTHS = (10.0, 30.0, 100.0, 300.0, 1e3, 1e4, 3e4, 1e5)
 _VALIDATED = 4
 """Every 4th code takes part in the choice of the ridge strength, at most `_CODES_SOLVED`."""
 _JITTER = 1e-5
@@ -78,6 +78,11 @@ class CodeFilters(nn.Module):
                 )
             )
         return torch.cat(corrections).T.view_as(sr)
+
+    @torch.no_grad()
+    def fit_common(self, views: Sequence[Corrections]) -> None:
+        """Set the filters of all codes to the common filter of these views."""
+        self.table.copy_(_Common(_Fold(views, _HELD).total()).filter)
 
     @torch.no_grad()
     def fit(self, folds: Sequence[Sequence[Corrections]], held_out: Sequence[int]) -> float:

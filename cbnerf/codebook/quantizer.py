@@ -87,7 +87,6 @@ def find_nearest(
     return indices
 
 
-@torch.no_grad()
 def find_neighbours(
     latents: Float[Tensor, "rows dim"],
     codes: Float[Tensor, "codes dim"],
@@ -98,12 +97,17 @@ def find_neighbours(
 
     Shares are proportional to d - d_i, where d_i is the squared distance to the i-th nearest code
     and d that to the first code left out. They are continuous in the latent: a code enters or
-    leaves with share 0. Squared distances 1, 2, 4 and `number` 2 give shares 3/5, 2/5.
+    leaves with share 0. Squared distances 1, 2, 4 and `number` 2 give shares 3/5, 2/5. Shares have
+    a gradient to latents and codes.
     """
     found = []
     for chunk in latents.split(rows_at_once(latents, len(codes), max_distances)):
-        ranks, indices = rank_codes(chunk, codes).topk(number + 1, dim=1, largest=False)
-        nearness = (ranks[:, -1:] - ranks[:, :-1]).clamp_min(torch.finfo(ranks.dtype).tiny)
+        with torch.no_grad():
+            indices = rank_codes(chunk, codes).topk(number + 1, dim=1, largest=False).indices
+        distances = (chunk[:, None] - F.embedding(indices, codes)).square().sum(-1)
+        nearness = (distances[:, -1:] - distances[:, :-1]).clamp_min(
+            torch.finfo(distances.dtype).tiny
+        )
         found.append((indices[:, :-1], nearness / nearness.sum(dim=1, keepdim=True)))
     indices, shares = zip(*found, strict=True)
     return Neighbours(torch.cat(indices), torch.cat(shares))
@@ -142,7 +146,7 @@ class VectorQuantizer(nn.Module):
         self.num_codes = config.size
         # Distances on the unit sphere are too small for a softmax at temperature 1.
         self.temperature = 0.1 if config.normalize else 1.0
-        codes = self.place(torch.randn(config.size, config.dim))
+        codes = self.place(torch.randn(config.size, config.latent_dim))
         # With twice the threshold a new code survives log(2) / (1 - decay) steps without use.
         self._first_usage = 2 * config.revive_below if config.revive_below > 0 else 1.0
         self.codebook = nn.Parameter(codes, requires_grad=not config.ema)

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cbnerf.codebook.encoders import STRIDE, VQAutoencoder, pad, to_signed, to_unit
+from cbnerf.codebook.encoders import STRIDE, SRBatch, VQAutoencoder, pad, to_signed, to_unit
 from cbnerf.codebook.health import CodebookHealth
-from cbnerf.codebook.views import Images, Views
+from cbnerf.codebook.views import Views
 from cbnerf.config import LossConfig
 
 ImageBatch = Float[Tensor, "batch 3 height width"]
@@ -29,13 +29,18 @@ class Refiner(nn.Module, ABC):
     Parameters without gradient are left to `fit`; a refiner that has no others is not descended.
     """
 
+    solves_unseen = False
+    """Whether a scene without high-res photographs is refined by what `fit` solves, without any
+    step of training on other scenes."""
+    turns_patches = True
+    """Whether training patches are flipped and turned at random."""
     needs_references = False
     """Whether patches of a high-res photograph of the scene are an input, as in NeRF-SR."""
     autoencoder: VQAutoencoder | None
     """The codebook and its networks; None without a codebook."""
 
-    def start_from(self, photographs: Images) -> None:
-        """Initialise with training photographs, before the first step; all processes must pass the
+    def start_from(self, views: Views) -> None:
+        """Initialise with training views, before the first step; all processes must pass the
         same."""
 
     def fit(self, views: Views, low_res: Views | None = None) -> dict[str, float]:
@@ -49,7 +54,7 @@ class Refiner(nn.Module, ABC):
     def losses(
         self,
         forward: Callable[..., Any],
-        sr: Float[Tensor, "batch 3 size size"],
+        sr: SRBatch,
         high_res: Float[Tensor, "batch 3 size size"],
         references: Tensor | None = None,
     ) -> dict[str, Tensor]:
@@ -63,7 +68,7 @@ class Refiner(nn.Module, ABC):
 
     @abstractmethod
     def refine(
-        self, sr: ImageBatch, references: Tensor | None = None, *, tile: int = DEFAULT_TILE
+        self, sr: SRBatch, references: Tensor | None = None, *, tile: int = DEFAULT_TILE
     ) -> ImageBatch:
         """Refine whole images of any size; those with a codebook take `tile` pixels per side at a
         time."""
@@ -91,10 +96,12 @@ class RefinerLosses(NamedTuple):
 
 
 def refiner_losses(
-    refinement: Refinement, high_res: ImageBatch, weights: LossConfig
+    refinement: Refinement, high_res: ImageBatch, weights: LossConfig, margin: int = 0
 ) -> RefinerLosses:
-    """The four losses of the paper, section 2-4, and their weighted sum."""
-    refine = F.l1_loss(to_signed(refinement.refined), to_signed(high_res))
+    """The four losses of the paper, section 2-4, and their weighted sum; the first one leaves out
+    `margin` pixels at each side of a patch."""
+    inner = (..., slice(margin, -margin or None), slice(margin, -margin or None))
+    refine = F.l1_loss(to_signed(refinement.refined)[inner], to_signed(high_res)[inner])
     recon = F.mse_loss(to_signed(refinement.reconstruction), to_signed(high_res))
     loss = (
         weights.lambda_refine * refine
@@ -109,6 +116,8 @@ class CodebookRefiner(Refiner):
     """Refines with codes: those of both patches in training, of the SR image alone at test time."""
 
     autoencoder: VQAutoencoder
+    margin = 0
+    """Pixels at the border of a training patch that lack the context of a whole image."""
     halo: int
     """Context in pixels, a multiple of 4, that makes a tile equal to the whole image there."""
 
@@ -126,8 +135,8 @@ class CodebookRefiner(Refiner):
     def _refine(self, sr: Tensor) -> Tensor:
         """SR images refined at test time; [-1, 1]."""
 
-    def start_from(self, photographs: Images) -> None:
-        self.autoencoder.start_from(photographs)
+    def start_from(self, views: Views) -> None:
+        self.autoencoder.start_from(views)
 
     def fit(self, views: Views, low_res: Views | None = None) -> dict[str, float]:
         """Nothing is solved here; returns the codebook's health since the last call."""
@@ -137,7 +146,7 @@ class CodebookRefiner(Refiner):
 
     def forward(
         self,
-        sr: ImageBatch,
+        sr: SRBatch,
         high_res: ImageBatch,
     ) -> Refinement:
         """Refine SR patches in training; sides are multiples of 4."""
@@ -155,18 +164,18 @@ class CodebookRefiner(Refiner):
     def losses(
         self,
         forward: Callable[..., Any],
-        sr: Float[Tensor, "batch 3 size size"],
+        sr: SRBatch,
         high_res: Float[Tensor, "batch 3 size size"],
         references: Tensor | None = None,
     ) -> dict[str, Tensor]:
         refinement: Refinement = forward(sr, high_res)
         self._health.add(refinement.high_res_indices, refinement.sr_indices)
-        losses = refiner_losses(refinement, high_res, self._weights)
+        losses = refiner_losses(refinement, high_res, self._weights, self.margin)
         return {f"train/{name}": value for name, value in losses._asdict().items()}
 
     @torch.no_grad()
     def refine(
-        self, sr: ImageBatch, references: Tensor | None = None, *, tile: int = DEFAULT_TILE
+        self, sr: SRBatch, references: Tensor | None = None, *, tile: int = DEFAULT_TILE
     ) -> ImageBatch:
         """Refine whole images of any size, from the render alone.
 
@@ -176,7 +185,7 @@ class CodebookRefiner(Refiner):
             raise ValueError(f"tile = {tile} must be at least {STRIDE} pixels")
         height, width = sr.shape[-2:]
         padded = pad(sr)
-        refined = torch.empty_like(padded)
+        refined = torch.empty_like(padded[:, :3])
         side = tile // STRIDE * STRIDE
         for top in range(0, padded.shape[-2], side):
             for left in range(0, padded.shape[-1], side):

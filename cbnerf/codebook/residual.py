@@ -1,6 +1,7 @@
-"""The codebook refiner of `cb-nerf`: a small CNN, then filters that depend on the codes of a pixel.
+"""The codebook refiner of `cb-nerf`: filters that depend on the codes of a pixel, then a small CNN.
 
-Images inside are `[batch 3 height width]` in [-1, 1], with sides divisible by 4.
+Images inside are `[batch 3 height width]` in [-1, 1], with sides divisible by 4; SR images have
+three further channels, the positions of their pixels.
 """
 
 import copy
@@ -16,11 +17,13 @@ from cbnerf.codebook.encoders import (
     LightDecoder,
     LightEncoder,
     ResidualBlock,
+    SRBatch,
     VQAutoencoder,
     fill,
     pad,
 )
 from cbnerf.codebook.filters import CodeFilters, Corrections
+from cbnerf.codebook.neighbourhoods import SIDE
 from cbnerf.codebook.quantizer import Neighbours
 from cbnerf.codebook.refiner import CodebookRefiner
 from cbnerf.codebook.views import MadeOnDemand, Views
@@ -32,23 +35,28 @@ _PASSES = 4
 
 
 class ResidualRefiner(CodebookRefiner):
-    """A small CNN corrects the render, then each pixel is corrected by the filters of its codes.
+    """Each pixel is corrected by the filters of its codes, then a small CNN corrects the result.
 
-    The CNN works at half resolution and starts as the identity, the filters as zero. Filters are
-    not trained by gradients: `fit` solves them for the residual of the CNN. The codes describe
-    detail only, for structure is in the render.
+    Filters are solved by `fit`, the CNN and the autoencoder are trained by gradients: the refined
+    image depends on latents and codes through the shares of the nearest codes. The CNN works at
+    half resolution, sees the image before and after the filters, and starts as zero. The codes
+    describe detail and position only, for structure is in the render.
     """
+
+    solves_unseen = True
+    turns_patches = False
+    margin = SIDE // 2
 
     def __init__(self, config: Config):
         channels, blocks = config.refiner.channels, config.refiner.blocks
-        encoder = LightEncoder(config.codebook.latent_dim)
-        decoder = LightDecoder(config.codebook.latent_dim)
+        encoder = LightEncoder(config.codebook.feature_dim)
+        decoder = LightDecoder(config.codebook.feature_dim)
         # Differs from reference: renders have an encoder of their own, which starts as that of the
         # HR patches. With `vq` nothing would tie the two, and all renders would find one code.
         sr_encoder = None if config.codebook.imitation == "vq" else copy.deepcopy(encoder)
         autoencoder = VQAutoencoder(encoder, decoder, config.codebook, sr_encoder)
         super().__init__(autoencoder, config.loss)
-        self.head = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, channels, 3, padding=1))
+        self.head = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(24, channels, 3, padding=1))
         self.blocks = nn.Sequential(*(ResidualBlock(channels) for _ in range(blocks)))
         tail = nn.Conv2d(channels, 12, 3, padding=1)
         nn.init.zeros_(tail.weight)
@@ -60,22 +68,29 @@ class ResidualRefiner(CodebookRefiner):
         self._consistency = config.refiner.consistency
         self._low_res_kernel: Kernel = config.data.low_res_kernel
         self.filters = CodeFilters(num_codes if self._uses_codes else 1)
-        # At half resolution 2 pixels for each block and 1 for each of head and tail; or a code:
-        # 1 cell of the smooth image, 3 pixels of its encoder.
-        self.halo = STRIDE * max(blocks + 1, 3)
+        # At half resolution 2 pixels for each block and 1 for each of head and tail; before them
+        # filters of 3 pixels and codes: 1 cell of the smooth image, 3 pixels of their encoder.
+        self.halo = STRIDE * (blocks + 1 + 3)
 
     @torch.no_grad()
     def fit(self, views: Views, low_res: Views | None = None) -> dict[str, float]:
-        """Solve the filters of all codes; with `low_res`, add the filter that makes refined views
-        consistent with those, then back-project them."""
+        """Solve the filters of all codes for these views.
+
+        With `low_res`, a scene other than those of `views`, these give one filter for all codes.
+        The filter that makes refined views consistent with `low_res` is added, then they are
+        back-projected code by code.
+        """
 
         def correct(view: int) -> Corrections:
             sr = pad(views.renders[view])
-            target = pad(views.photographs[view]) - self._sharpen(sr, ())
-            return Corrections(sr[0], self._find_codes(sr[0]), target[0])
+            target = pad(views.photographs[view]) - sr[:, :3]
+            return Corrections(sr[0, :3], self._find_codes(sr[0]), target[0])
 
-        self.filters.fit(_by_fold(correct, views.folds), views.held_out)
-        if low_res:
+        folds = _by_fold(correct, views.folds)
+        if low_res is None:
+            self.filters.fit(folds, views.held_out)
+        else:
+            self.filters.fit_common([view for fold in folds for view in fold])
             self.add_filter(
                 fit_consistent_filter(self.refine, low_res, self._consistency, self._low_res_kernel)
             )
@@ -92,7 +107,7 @@ class ResidualRefiner(CodebookRefiner):
         def correct(view: int) -> Corrections:
             sr = pad(low_res.renders[view])[0]
             target = fill(2 * spread(residuals[view], scale, kernel))
-            return Corrections(sr, self._find_codes(sr), target[0])
+            return Corrections(sr[:3], self._find_codes(sr), target[0])
 
         for _ in range(_PASSES):
             residuals[:] = [
@@ -110,14 +125,17 @@ class ResidualRefiner(CodebookRefiner):
         constant = filter[:-1].sum(0) + 2 * filter[-1]
         self.filters.table.add_(torch.cat([filter[:-1], constant[None]]))
 
-    def _sharpen(self, sr: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
-        return sr + self.tail(self.blocks(self.head(sr)))
+    def _sharpen(self, sr: SRBatch, skips: tuple[Tensor, ...]) -> Tensor:
+        render = sr[:, :3]
+        filtered = render + torch.stack(
+            [self.filters(image[:3], self._find_codes(image)) for image in sr]
+        )
+        return filtered + self.tail(self.blocks(self.head(torch.cat([render, filtered], dim=1))))
 
-    def _refine(self, sr: Tensor) -> Tensor:
-        corrections = [self.filters(image, self._find_codes(image)) for image in sr]
-        return self._sharpen(sr, ()) + torch.stack(corrections)
+    def _refine(self, sr: SRBatch) -> Tensor:
+        return self._sharpen(sr, ())
 
-    def _find_codes(self, sr: Float[Tensor, "3 height width"]) -> Neighbours:
+    def _find_codes(self, sr: Float[Tensor, "channels height width"]) -> Neighbours:
         """The nearest codes of each pixel, `[height width neighbours]`."""
         if not self._uses_codes:  # one filter for all
             shape = (*sr.shape[1:], 1)

@@ -124,7 +124,7 @@ class Evaluate:
             refiner = load_refiner(self.refiner / REFINER_FILE, device)
             config = load_config(self.refiner / CONFIG_FILE)
             references = find_references(config, scene, renders, test)
-            refined = refine_views(refiner, renders.rgb[test], device, references, tile=self.tile)
+            refined = refine_views(refiner, renders.of(test), device, references, tile=self.tile)
             rows["refined"] = score_views(refined, scene.images[test], perceptual=True)
         print(f"{scene.name}, protocol holdout, {scene.width}x{scene.height}")
         for name, scores in rows.items():
@@ -153,7 +153,7 @@ class Inspect:
             raise ValueError(f"{self.refiner}: a refiner without a codebook")
         scene, renders, test = _load_test_views(self.scene, self.field)
         health = inspect_codebook(
-            autoencoder, renders.rgb[test], scene.images[test], self.output, device
+            autoencoder, renders.of(test), scene.images[test], self.output, device
         )
         views = f"{len(test)} test views of {scene.name}"
         print(f"{self.output}: {views}  {_format_metrics(health)}")

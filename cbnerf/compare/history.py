@@ -35,7 +35,7 @@ class History:
         refiner.load_state_dict(checkpoint.model)
         views = list(range(self._scene.num_views))
         references = find_references(self._config, self._scene, self._renders, views)
-        refined = refine_views(refiner.eval(), self._renders.rgb, self._device, references)
+        refined = refine_views(refiner.eval(), self._renders, self._device, references)
         best = max(map(released_psnr, refined, self._scene.images))
         history = read_history(self._folder) | {step: best}
         atomic_write_text(self._folder / _HISTORY_FILE, json.dumps(history, indent=1))

@@ -15,7 +15,7 @@ from cbnerf.data.renders import load_renders
 from cbnerf.data.scene import Scene
 from cbnerf.metrics import to_8bit
 from cbnerf.training.checkpoint import FIELD_FILE, REFINER_FILE
-from cbnerf.training.evaluation import refine_views, render_views, unit_views
+from cbnerf.training.evaluation import refine_views, render_views, sr_views, unit_views
 from cbnerf.training.field import low_res_cameras
 from cbnerf.training.models import load_field, load_refiner
 from cbnerf.training.stages import RENDERS_FILE
@@ -84,10 +84,12 @@ def make_images(
     model = load_refiner(refiner / REFINER_FILE, device)
     if part == "refined":
         references = find_references(config, scene, renders, views)
-        return refine_views(model, renders.rgb[views], device, references)
+        return refine_views(model, renders.of(views), device, references)
     assert model.autoencoder is not None
-    photographs = unit_views(scene.images[views], device)
-    reconstructed = [model.autoencoder.reconstruct(photograph) for photograph in photographs]
+    pairs = zip(
+        sr_views(renders.of(views), device), unit_views(scene.images[views], device), strict=True
+    )
+    reconstructed = [model.autoencoder.reconstruct(*pair) for pair in pairs]
     return to_8bit(torch.cat(reconstructed)).movedim(1, -1).cpu()
 
 

@@ -1,6 +1,7 @@
 """Stage-1 renders of a scene on disk, the input of stage 2."""
 
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,29 +15,39 @@ class Renders(NamedTuple):
     """High-res renders of some views, in order."""
 
     rgb: UInt8[Tensor, "views height width 3"]
-    depth: Float16[Tensor, "views height width"]
-    """NDC distance t in [0, 1]; the metric depth is 1 / (1 - t)."""
+    positions: Float16[Tensor, "views height width 3"]
+    """The point that each pixel shows: NDC x and y, and the NDC distance t in [0, 1]; the metric
+    depth is 1 / (1 - t)."""
+
+    @property
+    def depth(self) -> Float16[Tensor, "views height width"]:
+        """NDC distance t of each pixel."""
+        return self.positions[..., 2]
+
+    def of(self, views: Sequence[int]) -> "Renders":
+        """The renders of some of the views."""
+        return Renders(self.rgb[list(views)], self.positions[list(views)])
 
 
 def save_renders(renders: Renders, path: Path) -> None:
-    np.savez(path, rgb=renders.rgb.numpy(), depth=renders.depth.numpy())
+    np.savez(path, rgb=renders.rgb.numpy(), positions=renders.positions.numpy())
 
 
 def load_renders(path: Path) -> Renders:
     try:
         with zipfile.ZipFile(path) as archive:
-            rgb, depth = (_read_array(archive, name) for name in Renders._fields)
+            rgb, positions = (_read_array(archive, name) for name in Renders._fields)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file of stage-1 renders") from None
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not a file of stage-1 renders ({error})") from None
-    types = (rgb.dtype, depth.dtype) == (np.uint8, np.float16)
-    if not types or depth.ndim != 3 or rgb.shape != (*depth.shape, 3):
+    types = (rgb.dtype, positions.dtype) == (np.uint8, np.float16)
+    if not types or rgb.shape[3:] != (3,) or rgb.shape != positions.shape:
         raise ValueError(
             f"{path}: not a file of stage-1 renders (holds {rgb.dtype} {rgb.shape} and "
-            f"{depth.dtype} {depth.shape})"
+            f"{positions.dtype} {positions.shape})"
         )
-    return Renders(torch.from_numpy(rgb), torch.from_numpy(depth))
+    return Renders(torch.from_numpy(rgb), torch.from_numpy(positions))
 
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:

@@ -43,6 +43,16 @@ def find_points(
     return rays.origins + along[..., None] * rays.directions
 
 
+def find_positions(
+    cameras: Cameras, depth: Float[Tensor, "height width"], view: int
+) -> Float[Tensor, "height width 3"]:
+    """NDC x and y, and the distance t, of the points that the pixels of a view show."""
+    x, y, z = find_points(cameras, depth, view).unbind(-1)
+    height, width = cameras.size
+    ndc_x, ndc_y = -2 * cameras.focal / width * x / z, -2 * cameras.focal / height * y / z
+    return torch.stack([ndc_x, ndc_y, depth], dim=-1)
+
+
 def follow_pixels(
     cameras: Cameras, depth: Float[Tensor, "height width"], view: int, other: int
 ) -> Float[Tensor, "height width 2"]:

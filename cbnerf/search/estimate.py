@@ -179,7 +179,7 @@ def _try_refiner(
     config: Config, scene: Scene, device: torch.device, steps: int, num_together: int
 ) -> None:
     """Train on photographs in place of renders, and on copies of the scene as joint scenes."""
-    pair = scene, Renders(scene.images, torch.zeros(scene.images.shape[:3], dtype=torch.float16))
+    pair = scene, Renders(scene.images, torch.zeros(scene.images.shape, dtype=torch.float16))
     short = _shortened(config, "refiner", steps)
     joint = [pair] * (num_together - 1)
     train_refiner(short, *pair, device=device, report=ignore, joint=joint)

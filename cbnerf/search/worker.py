@@ -93,8 +93,8 @@ def score_best(
     scores: dict[str, dict[str, float]] = {"stage 1": {}}
     for prefix, views in (("val", split.val), ("test", split.test)):
         if views:
-            before = renders.rgb[views]
-            scores["stage 1"] |= mean_scores(before, scene.images[views], prefix)
+            before = renders.of(views)
+            scores["stage 1"] |= mean_scores(before.rgb, scene.images[views], prefix)
             if refiner is not None:
                 references = find_references(config, scene, renders, views)
                 refined = refine_views(refiner, before, device, references)

@@ -13,6 +13,7 @@ from cbnerf.data.renders import Renders
 from cbnerf.metrics import flip, psnr, ssim, to_8bit
 from cbnerf.nerf.model import FieldModel, render_image
 from cbnerf.nerf.rays import Cameras
+from cbnerf.nerf.warp import find_positions
 
 
 class Score(NamedTuple):
@@ -27,18 +28,18 @@ class Score(NamedTuple):
 
 def render_views(model: FieldModel, cameras: Cameras, views: list[int], scale: int) -> Renders:
     """Stage-1 renders at high resolution."""
-    rgb, depth = [], []
+    rgb, positions = [], []
     for view in views:
-        color, distance = render_image(model, cameras, view, scale)
+        color, depth = render_image(model, cameras, view, scale)
         rgb.append(to_8bit(color).cpu())
-        depth.append(distance.half().cpu())
-    return Renders(torch.stack(rgb), torch.stack(depth))
+        positions.append(find_positions(cameras, depth, view).half().cpu())
+    return Renders(torch.stack(rgb), torch.stack(positions))
 
 
 @torch.no_grad()
 def refine_views(
     refiner: Refiner,
-    renders: UInt8[Tensor, "views height width 3"],
+    renders: Renders,
     device: torch.device,
     references: UInt8[Tensor, "views references height width 3"] | None = None,
     *,
@@ -49,11 +50,11 @@ def refine_views(
     Codebook refiners process tiles of `tile` pixels per side.
     """
     refined = []
-    for view, render in enumerate(renders):
+    for view, render in enumerate(sr_views(renders, device)):
         own = None if references is None else to_unit(references[view], device)[None]
-        image = refiner.refine(to_unit(render, device), own, tile=tile)
+        image = refiner.refine(render, own, tile=tile)
         refined.append(to_8bit(image)[0].movedim(0, -1).cpu())
-    return torch.stack(refined) if refined else renders
+    return torch.stack(refined) if refined else renders.rgb
 
 
 def to_unit(
@@ -69,6 +70,16 @@ def unit_views(
 ) -> Sequence[Float[Tensor, "1 3 height width"]]:
     """Each view as `to_unit` returns it, computed at every access."""
     return MadeOnDemand(lambda view: to_unit(images[view], device), range(len(images)))
+
+
+def sr_views(renders: Renders, device: torch.device) -> Sequence[Float[Tensor, "1 6 height width"]]:
+    """Each view as refiners take it, computed at every access: colours, then positions."""
+
+    def join(view: int) -> Tensor:
+        positions = renders.positions[view].to(device).movedim(-1, 0)[None].float()
+        return torch.cat([to_unit(renders.rgb[view], device), positions], dim=1)
+
+    return MadeOnDemand(join, range(len(renders.rgb)))
 
 
 def score_views(

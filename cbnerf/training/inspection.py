@@ -9,7 +9,9 @@ from torch import Tensor
 
 from cbnerf.codebook.encoders import STRIDE, VQAutoencoder, to_signed
 from cbnerf.codebook.health import CodebookHealth
-from cbnerf.training.evaluation import image_strip, to_unit
+from cbnerf.data.renders import Renders
+from cbnerf.metrics import to_8bit
+from cbnerf.training.evaluation import image_strip, sr_views, unit_views
 from cbnerf.training.pictures import color_codes, draw_agreement, draw_codes, draw_map, draw_usage
 
 CODES_FILE, USAGE_FILE, MAP_FILE = "codes.png", "usage.png", "map.png"
@@ -18,7 +20,7 @@ CODES_FILE, USAGE_FILE, MAP_FILE = "codes.png", "usage.png", "map.png"
 @torch.no_grad()
 def inspect_codebook(
     autoencoder: VQAutoencoder,
-    renders: UInt8[Tensor, "views height width 3"],
+    renders: Renders,
     photographs: UInt8[Tensor, "views height width 3"],
     folder: Path,
     device: torch.device,
@@ -33,16 +35,19 @@ def inspect_codebook(
     colors = color_codes(autoencoder.quantizer.codes())
     health = CodebookHealth(len(colors))
     strip: list[Tensor] = []
-    for render, photograph in zip(renders, photographs, strict=True):
-        render, photograph = _crop(render), _crop(photograph)
-        pair = (to_signed(to_unit(image, device)) for image in (render, photograph))
-        found = autoencoder(*pair)
+    views = zip(sr_views(renders, device), unit_views(photographs, device), strict=True)
+    for sr, high_res in views:
+        found = autoencoder(to_signed(_crop(sr)), to_signed(_crop(high_res)))
         health.add(found.high_res_indices, found.sr_indices)
         if not strip:
-            high_res, sr = found.high_res_indices[0], found.sr_indices[0]
+            render, photograph = (
+                to_8bit(_crop(image)[0, :3]).movedim(0, -1).cpu() for image in (sr, high_res)
+            )
+            of_photograph, of_render = found.high_res_indices[0], found.sr_indices[0]
             strip = [
-                photograph, draw_map(high_res, colors, stride), render,
-                draw_map(sr, colors, stride), draw_agreement(high_res, sr, stride),
+                photograph, draw_map(of_photograph, colors, stride), render,
+                draw_map(of_render, colors, stride),
+                draw_agreement(of_photograph, of_render, stride),
             ]  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     order = health.high_res_counts.argsort(descending=True, stable=True)
@@ -52,6 +57,6 @@ def inspect_codebook(
     return health.metrics()
 
 
-def _crop(image: Tensor) -> Tensor:
-    height, width, _ = image.shape
-    return image[: height // STRIDE * STRIDE, : width // STRIDE * STRIDE]
+def _crop(images: Tensor) -> Tensor:
+    height, width = images.shape[-2:]
+    return images[..., : height // STRIDE * STRIDE, : width // STRIDE * STRIDE]

@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from cbnerf.codebook.refiner import Refiner
-from cbnerf.codebook.views import Views
+from cbnerf.codebook.views import MadeOnDemand, Views
 from cbnerf.config import Config, KnobError
 from cbnerf.data.patches import PatchSampler
 from cbnerf.data.references import ReferencePatchSampler, find_references, reference_view
@@ -17,8 +17,8 @@ from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
 from cbnerf.rng import Rng
 from cbnerf.training.checkpoint import Checkpoint
-from cbnerf.training.distributed import num_processes, process_rank
-from cbnerf.training.evaluation import mean_scores, refine_views, unit_views
+from cbnerf.training.distributed import num_processes
+from cbnerf.training.evaluation import mean_scores, refine_views, sr_views, unit_views
 from cbnerf.training.loop import Losses, Report, Task, deterministic_if_configured, fit
 from cbnerf.training.models import build_refiner
 
@@ -65,22 +65,28 @@ def train_refiner(
     is_consistent = sources and config.refiner.consistency
     low_res = _low_res_views(config, scene, renders, device) if is_consistent else None
 
-    def fit_and_score() -> dict[str, float]:
-        return refiner.fit(views, low_res) | validation.scores(refiner, device)
-
     scenes = trained_on(scene, joint, sources)
-    if not any(parameter.requires_grad for parameter in refiner.parameters()):
-        step, metrics = config.refiner.optim.steps, fit_and_score()
+    if resume_from is None:
+        refiner.start_from(views if low_res is None else _self_taught(low_res))
+    solves = low_res is not None and refiner.solves_unseen
+    if solves or not any(parameter.requires_grad for parameter in refiner.parameters()):
+        metrics = refiner.fit(views, low_res) | validation.scores(refiner, device)
+        step = config.refiner.optim.steps
         solved = refiner.eval().state_dict()
         checkpoint = Checkpoint("refiner", scenes, step, config, "float32", solved, {}, {}, metrics)
         report(step, metrics, checkpoint)
         return refiner
-    if resume_from is None:
-        refiner.start_from(views.photographs)
     if refiner.needs_references:
         patches = _reference_patches(config, scene, renders, device)
     else:
-        patches = PatchSampler(seen, target, config.refiner.patch_size, device)
+        patches = PatchSampler(
+            seen, target, config.refiner.patch_size, device, turned=refiner.turns_patches
+        )
+
+    solved: dict[str, float] = {}
+
+    def prepare() -> None:
+        solved.update(refiner.fit(views, low_res))
 
     def losses(wrapped: nn.Module, batch_size: int, rng: Rng) -> Losses:
         parts = refiner.losses(wrapped, *patches.draw(batch_size, rng))
@@ -95,12 +101,13 @@ def train_refiner(
         model=refiner,
         param_groups=[{"params": list(refiner.parameters()), "lr": config.refiner.optim.lr}],
         losses=losses,
-        evaluate=fit_and_score,
+        prepare=prepare,
+        evaluate=lambda: solved | validation.scores(refiner, device),
         cameras={},
     )
+    if resume_from is None:
+        refiner.fit(views, low_res)
     fit(task, device=device, report=report, resume_from=resume_from, until=until)
-    if process_rank() != 0:
-        refiner.fit(views, low_res)  # rank 0 has evaluated
     return refiner
 
 
@@ -130,18 +137,19 @@ class _Validation:
     """The validation views of all scenes that a refiner serves."""
 
     def __init__(self, config: Config, served: Pairs):
-        self._scenes: list[tuple[Images, Images, References]] = []
+        self._scenes: list[tuple[Renders, Images, References]] = []
         for scene, renders in served:
             views = split_views(scene.num_views, config.data).val
             references = find_references(config, scene, renders, views)
-            self._scenes.append((renders.rgb[views], scene.images[views], references))
-        self._before = self._means(rgb for rgb, _, _ in self._scenes)
+            self._scenes.append((renders.of(views), scene.images[views], references))
+        self._before = self._means(renders.rgb for renders, _, _ in self._scenes)
 
     def scores(self, refiner: Refiner, device: torch.device) -> dict[str, float]:
         """`val/psnr`, `val/ssim` and `val/gain`: means over scenes, each the mean over its views;
         empty without views."""
         scores = self._means(
-            refine_views(refiner, rgb, device, references) for rgb, _, references in self._scenes
+            refine_views(refiner, renders, device, references)
+            for renders, _, references in self._scenes
         )
         gain = {"val/gain": scores["val/psnr"] - self._before["val/psnr"]} if scores else {}
         return scores | gain
@@ -156,25 +164,28 @@ class _Validation:
 
 def _training_views(
     config: Config, pairs: Pairs, by_scene: bool
-) -> tuple[Images, Images, list[int]]:
+) -> tuple[Renders, Images, list[int]]:
     """Renders and photographs of the training views of all scenes, cropped to their common size,
     and the fold of each: its scene, or one of two folds within the scene."""
     height = min(scene.height for scene, _ in pairs)
     width = min(scene.width for scene, _ in pairs)
-    seen, target, folds = [], [], []
+    seen: list[Renders] = []
+    target, folds = [], []
     for i, (scene, renders) in enumerate(pairs):
         views = split_views(scene.num_views, config.data).train
-        seen.append(renders.rgb[views, :height, :width])
+        own = renders.of(views)
+        seen.append(Renders(*(part[:, :height, :width] for part in own)))
         target.append(scene.images[views, :height, :width])
         folds += [i] * len(views) if by_scene else _folds(len(views))
-    return torch.cat(seen), torch.cat(target), folds
+    joined = Renders(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
+    return joined, torch.cat(target), folds
 
 
 def _low_res_views(config: Config, scene: Scene, renders: Renders, device: torch.device) -> Views:
     """Renders and low-res photographs of the training views of a scene without high-res ones."""
     views = split_views(scene.num_views, config.data).train
     low_res = scene.low_res(config.data.low_res_kernel, views)
-    return _views(renders.rgb[views], low_res, _folds(len(views)), 0, device)
+    return _views(renders.of(views), low_res, _folds(len(views)), 0, device)
 
 
 def _folds(num_views: int) -> list[int]:
@@ -182,8 +193,14 @@ def _folds(num_views: int) -> list[int]:
     return [int(view % 4 == 1) for view in range(num_views)]
 
 
+def _self_taught(low_res: Views) -> Views:
+    """Views of a scene without high-res photographs, whose renders stand for these."""
+    renders = MadeOnDemand(lambda i: low_res.renders[i][:, :3], range(len(low_res.renders)))
+    return low_res._replace(photographs=renders)
+
+
 def _views(
-    seen: Images,
+    seen: Renders,
     target: UInt8[Tensor, "views _ _ 3"],
     folds: list[int],
     num_sources: int,
@@ -191,4 +208,4 @@ def _views(
 ) -> Views:
     """Fold 0 is held out only where folds are source scenes, of which there are several."""
     held_out = [fold for fold in sorted({*folds}) if fold or num_sources > 1]
-    return Views(unit_views(seen, device), unit_views(target, device), folds, held_out)
+    return Views(sr_views(seen, device), unit_views(target, device), folds, held_out)

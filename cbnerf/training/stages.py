@@ -102,7 +102,7 @@ def run_refiner(
     def write_results(refiner: Refiner) -> None:
         view = (split_views(scene.num_views, config.data).val or [0])[0]
         references = find_references(config, scene, renders, [view])
-        refined = refine_views(refiner, renders.rgb[[view]], device, references)[0]
+        refined = refine_views(refiner, renders.of([view]), device, references)[0]
         strip = image_strip([scene.images[view], renders.rgb[view], refined])
         iio.imwrite(folder / STRIP_FILE, strip.numpy())
 

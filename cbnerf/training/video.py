@@ -37,7 +37,7 @@ def write_videos(
     renders = render_views(model, path, list(range(num_frames)), scale)
     videos = {"stage1": renders.rgb}
     if refiner is not None:
-        videos["refined"] = refine_views(refiner, renders.rgb, device, tile=tile)
+        videos["refined"] = refine_views(refiner, renders, device, tile=tile)
     folder.mkdir(parents=True, exist_ok=True)
     metrics: dict[str, float] = {}
     for name, frames in videos.items():
