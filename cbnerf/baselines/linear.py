@@ -31,13 +31,9 @@ class LinearRefiner(Refiner):
         self.requires_grad_(False)
 
     @torch.no_grad()
-    def fit(self, views: Views, low_res: Views | None = None) -> dict[str, float]:
+    def fit(self, views: Views, low_res: Views | None = None) -> None:
         """Set the filter to the least-squares solution; with `low_res`, add the filter that makes
-        refined views consistent with those.
-
-        Returns `train/loss`: its mean squared error, of values in [0, 1], before clamping and
-        without `low_res`.
-        """
+        refined views consistent with those."""
         device = self.filter.weight.device
         equations = NormalEquations.zeros(device=device)
         square, count = torch.zeros((), dtype=torch.float64, device=device), 0
@@ -51,12 +47,16 @@ class LinearRefiner(Refiner):
         for parameter in self.parameters():
             parameter.zero_()
         self.add_filter(solution)
-        error = square + equations.error(solution)
+        self._loss = float(square + equations.error(solution)) / count
         if low_res:
             self.add_filter(
                 fit_consistent_filter(self.refine, low_res, self._consistency, self._low_res_kernel)
             )
-        return {"train/loss": float(error) / count}
+
+    def metrics(self) -> dict[str, float]:
+        """`train/loss`: the mean squared error of the fitted views, of values in [0, 1], before
+        clamping and without `low_res`."""
+        return {"train/loss": self._loss}
 
     @torch.no_grad()
     def refine(

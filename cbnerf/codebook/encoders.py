@@ -111,7 +111,7 @@ class LightEncoder(Encoder):
     """
 
     stride = 1
-    imitated = 2  # Receptive fields of adjacent latents overlap by six of seven pixels.
+    imitated = 4  # Receptive fields of near latents overlap.
 
     def __init__(self, dim: int):
         super().__init__()

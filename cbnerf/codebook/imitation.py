@@ -14,6 +14,10 @@ from torch import Tensor
 from cbnerf.codebook.fsq import Quantizer
 from cbnerf.codebook.quantizer import Quantized, rank_codes, rows_at_once, vq_loss
 
+_LEAST_LOGIT = -60.0
+"""Codes with less than e^-60 of the largest share: on a CPU the exponential of denormal results takes
+many times as long."""
+
 
 def imitation_loss(
     kind: Literal["vq", "feature", "ce"],
@@ -67,7 +71,7 @@ class _IndexLoss(torch.autograd.Function):
                 logits = rank_codes(some, codes).mul_(-1 / temperature)
                 wanted = logits.gather(1, right[:, None])
                 greatest = logits.amax(dim=1, keepdim=True)
-                shares = logits.sub_(greatest).exp_()
+                shares = logits.sub_(greatest).clamp_(min=_LEAST_LOGIT).exp_()
                 sums = shares.sum(dim=1, keepdim=True)
                 total += (sums.log() + greatest - wanted).sum()
                 # Gradient: expected code minus target code.

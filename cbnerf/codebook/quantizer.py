@@ -18,6 +18,7 @@ from cbnerf.config import CodebookConfig
 # Distances per chunk of a search: few enough for a CPU's caches, enough to keep a GPU busy.
 _CPU_DISTANCES, _GPU_DISTANCES = 2**20, 2**24
 _PARTS, _MANY = 8, 256  # fewer codes are searched without parts
+_TOGETHER = 16  # columns whose common minimum decides whether they are sorted
 # Stride of the latents in each round of k-means: early rounds use a subset.
 _KMEANS_STRIDES = (8, 8, 4, 4, 2, 2, 1, 1)
 # Codes with a lower usage are not moved: the quotient of their averages is inexact.
@@ -103,7 +104,7 @@ def find_neighbours(
     found = []
     for chunk in latents.split(rows_at_once(latents, len(codes), max_distances)):
         with torch.no_grad():
-            indices = rank_codes(chunk, codes).topk(number + 1, dim=1, largest=False).indices
+            indices = _find_least_several(rank_codes(chunk, codes), number + 1)
         distances = (chunk[:, None] - F.embedding(indices, codes)).square().sum(-1)
         nearness = (distances[:, -1:] - distances[:, :-1]).clamp_min(
             torch.finfo(distances.dtype).tiny
@@ -130,6 +131,25 @@ def _find_least(values: Float[Tensor, "rows columns"]) -> Int[Tensor, " rows"]:
     columns = parts.amin(dim=1).min(dim=1).indices
     rows = torch.arange(len(values))
     return parts[rows, :, columns].min(dim=1).indices * parts.shape[2] + columns
+
+
+def _find_least_several(
+    values: Float[Tensor, "rows columns"], number: int
+) -> Int[Tensor, "rows number"]:
+    """Columns of the `number` least values of each row, least first.
+
+    They lie among the columns, every n-th together, with the least minima, so a CPU sorts these
+    alone: with 4096 columns that takes a quarter of the time.
+    """
+    rows, num_columns = values.shape
+    stride = num_columns // _TOGETHER
+    if values.device.type != "cpu" or num_columns % _TOGETHER or stride < 2 * number:
+        return values.topk(number, dim=1, largest=False).indices
+    groups = values.view(rows, _TOGETHER, stride)
+    chosen = groups.amin(dim=1).topk(number, dim=1, largest=False, sorted=False).indices
+    candidates = groups.gather(2, chosen[:, None].expand(-1, _TOGETHER, -1)).flatten(1)
+    found = candidates.topk(number, dim=1, largest=False).indices
+    return found // number * stride + chosen.gather(1, found % number)
 
 
 class VectorQuantizer(nn.Module):

@@ -24,9 +24,10 @@ DEFAULT_TILE = 1024
 
 
 class Refiner(nn.Module, ABC):
-    """What stage 2 trains: `fit` solves, `losses` are descended, `refine` applies the result.
+    """What stage 2 trains: `fit` solves, `losses` are minimised by gradients, `refine` applies the
+    result.
 
-    Parameters without gradient are left to `fit`; a refiner that has no others is not descended.
+    Parameters without gradient are left to `fit`; a refiner that has no others is solved only.
     """
 
     solves_unseen = False
@@ -43,12 +44,14 @@ class Refiner(nn.Module, ABC):
         """Initialise with training views, before the first step; all processes must pass the
         same."""
 
-    def fit(self, views: Views, low_res: Views | None = None) -> dict[str, float]:
-        """Solve the parameters that are not descended; called before each evaluation.
+    def fit(self, views: Views, low_res: Views | None = None) -> None:
+        """Solve the parameters that have no gradient; called once, before the first step.
 
         `low_res` are views of a scene that has low-res photographs only, to be consistent with.
-        Returns metrics of the training since the last call.
         """
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics of the training since the last call; called at each evaluation."""
         return {}
 
     def losses(
@@ -64,7 +67,7 @@ class Refiner(nn.Module, ABC):
         `forward` is this module or its DistributedDataParallel wrapper, which synchronises
         gradients when it is called.
         """
-        raise NotImplementedError(f"{type(self).__name__} has nothing to descend")
+        raise NotImplementedError(f"{type(self).__name__} is solved only")
 
     @abstractmethod
     def refine(
@@ -138,8 +141,8 @@ class CodebookRefiner(Refiner):
     def start_from(self, views: Views) -> None:
         self.autoencoder.start_from(views)
 
-    def fit(self, views: Views, low_res: Views | None = None) -> dict[str, float]:
-        """Nothing is solved here; returns the codebook's health since the last call."""
+    def metrics(self) -> dict[str, float]:
+        """The codebook's health since the last call."""
         metrics = self._health.metrics()
         self._health.clear()
         return metrics

@@ -73,7 +73,7 @@ class ResidualRefiner(CodebookRefiner):
         self.halo = STRIDE * (blocks + 1 + 3)
 
     @torch.no_grad()
-    def fit(self, views: Views, low_res: Views | None = None) -> dict[str, float]:
+    def fit(self, views: Views, low_res: Views | None = None) -> None:
         """Solve the filters of all codes for these views.
 
         With `low_res`, a scene other than those of `views`, these give one filter for all codes.
@@ -95,7 +95,6 @@ class ResidualRefiner(CodebookRefiner):
                 fit_consistent_filter(self.refine, low_res, self._consistency, self._low_res_kernel)
             )
             self._back_project(low_res)
-        return super().fit(views, low_res)
 
     def _back_project(self, low_res: Views) -> None:
         """Fit the filters, in a few passes, to the residuals of refined views against their low-res

@@ -64,7 +64,7 @@ def train_field(
         losses=losses,
         evaluate=evaluate,
         cameras=cameras._asdict(),
-        prepare=_divergence_check(config, model, losses, pixels, device),
+        check=_divergence_check(config, model, losses, pixels, device),
     )
     fit(task, device=device, report=report, resume_from=resume_from, until=until)
     return model

@@ -61,8 +61,8 @@ class Task(NamedTuple):
     losses: DrawLosses
     evaluate: Callable[[], dict[str, float]]
     cameras: dict[str, Any]
-    prepare: Callable[[], None] = lambda: None
-    """Called on every process before an evaluation; may raise FloatingPointError where the training
+    check: Callable[[], None] = lambda: None
+    """Called on every process before an evaluation; raises FloatingPointError where the training
     has diverged."""
 
 
@@ -109,7 +109,7 @@ def fit(
         if is_evaluation_step(step + 1, optim) or step + 1 == last_step:
             averages = {name: float(value) / (step + 1 - since) for name, value in sums.items()}
             _check_finite(averages, task.stage, step + 1)
-            task.prepare()
+            task.check()
             sums, since = {}, step + 1
             metrics = averages | _evaluate(task) if rank == 0 else {}
             report(step + 1, metrics, _checkpoint(task, step + 1, optimizer, metrics))

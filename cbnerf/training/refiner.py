@@ -68,9 +68,10 @@ def train_refiner(
     scenes = trained_on(scene, joint, sources)
     if resume_from is None:
         refiner.start_from(views if low_res is None else _self_taught(low_res))
-    solves = low_res is not None and refiner.solves_unseen
-    if solves or not any(parameter.requires_grad for parameter in refiner.parameters()):
-        metrics = refiner.fit(views, low_res) | validation.scores(refiner, device)
+        refiner.fit(views, low_res)
+    is_solved = low_res is not None and refiner.solves_unseen
+    if is_solved or not any(parameter.requires_grad for parameter in refiner.parameters()):
+        metrics = refiner.metrics() | validation.scores(refiner, device)
         step = config.refiner.optim.steps
         solved = refiner.eval().state_dict()
         checkpoint = Checkpoint("refiner", scenes, step, config, "float32", solved, {}, {}, metrics)
@@ -82,11 +83,6 @@ def train_refiner(
         patches = PatchSampler(
             seen, target, config.refiner.patch_size, device, turned=refiner.turns_patches
         )
-
-    solved: dict[str, float] = {}
-
-    def prepare() -> None:
-        solved.update(refiner.fit(views, low_res))
 
     def losses(wrapped: nn.Module, batch_size: int, rng: Rng) -> Losses:
         parts = refiner.losses(wrapped, *patches.draw(batch_size, rng))
@@ -101,12 +97,9 @@ def train_refiner(
         model=refiner,
         param_groups=[{"params": list(refiner.parameters()), "lr": config.refiner.optim.lr}],
         losses=losses,
-        prepare=prepare,
-        evaluate=lambda: solved | validation.scores(refiner, device),
+        evaluate=lambda: refiner.metrics() | validation.scores(refiner, device),
         cameras={},
     )
-    if resume_from is None:
-        refiner.fit(views, low_res)
     fit(task, device=device, report=report, resume_from=resume_from, until=until)
     return refiner
 
