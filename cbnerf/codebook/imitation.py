@@ -15,8 +15,7 @@ from cbnerf.codebook.fsq import Quantizer
 from cbnerf.codebook.quantizer import Quantized, rank_codes, rows_at_once, vq_loss
 
 _LEAST_LOGIT = -60.0
-"""Codes with less than e^-60 of the largest share: on a CPU the exponential of denormal results takes
-many times as long."""
+"""Lower bound of exponents: on a CPU exponentials that underflow take several times as long."""
 
 
 def imitation_loss(
