@@ -68,6 +68,6 @@ class LinearRefiner(Refiner):
     @torch.no_grad()
     def add_filter(self, filter: Float[Tensor, "inputs 3"]) -> None:
         """Add a filter of the render to this one."""
-        self.filter.weight += filter[:-1].T.reshape_as(self.filter.weight)
+        self.filter.weight += filter[:-1].T.view(3, SIDE, SIDE, 3).movedim(-1, 1)
         assert self.filter.bias is not None
         self.filter.bias += filter[-1]

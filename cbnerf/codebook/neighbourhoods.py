@@ -20,12 +20,19 @@ class Neighbourhoods:
 
     def __init__(self, images: Sequence[Float[Tensor, "3 height width"]]):
         padded = F.pad(torch.stack(list(images)), (SIDE // 2,) * 4, mode="replicate")
-        self._windows = padded.unfold(2, SIDE, 1).unfold(3, SIDE, 1)
+        # Channels last: a row of a neighbourhood is one piece of memory.
+        padded = padded.movedim(1, -1).contiguous()
+        count, height, width, channels = padded.shape
+        image, row, pixel, _ = padded.stride()
+        self._windows = padded.as_strided(
+            (count, height - SIDE + 1, width - SIDE + 1, SIDE, SIDE * channels),
+            (image, row, pixel, row, 1),
+        )
 
     def rows(self, places: Int[Tensor, " pixels"]) -> Float[Tensor, "pixels inputs"]:
-        """Neighbourhoods, and a constant 1 as last input, of pixels numbered row by row through all
-        images."""
-        _, _, height, width, _, _ = self._windows.shape
+        """Neighbourhoods (by row, column, channel), and a constant 1 as last input, of pixels
+        numbered row by row through all images."""
+        _, height, width, _, _ = self._windows.shape
         image, row = places // (height * width), places // width % height
-        around = self._windows[image, :, row, places % width].flatten(1)
+        around = self._windows[image, row, places % width].flatten(1)
         return torch.cat([around, torch.ones_like(around[:, :1])], dim=1)

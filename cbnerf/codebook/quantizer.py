@@ -143,7 +143,7 @@ def _find_least_several(
     """
     rows, num_columns = values.shape
     stride = num_columns // _TOGETHER
-    if values.device.type != "cpu" or num_columns % _TOGETHER or stride < 128:
+    if values.device.type != "cpu" or num_columns % _TOGETHER or stride < 64:
         return values.topk(number, dim=1, largest=False).indices
     groups = values.view(rows, _TOGETHER, stride)
     chosen = groups.amin(dim=1).topk(number, dim=1, largest=False, sorted=False).indices
