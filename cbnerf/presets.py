@@ -27,7 +27,7 @@ _PAPER_REFINER = RefinerConfig(
 )
 _REFERENCE_REFINER = replace(_PAPER_REFINER, kind="reference", channels=128)
 _HEALTHY_CODEBOOK = CodebookConfig(
-    dim=32, imitation="ce", ema=True, kmeans_init=True, revive_below=0.05, position_weight=2.0
+    dim=32, imitation="ce", kmeans_init=True, revive_below=0.05, position_weight=2.0
 )
 
 METHODS: dict[str, Config] = {

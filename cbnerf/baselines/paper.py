@@ -86,8 +86,12 @@ class PaperAutoencoder(VQAutoencoder):
 
     def __init__(self, config: Config):
         dim = config.codebook.latent_dim
-        super().__init__(PaperEncoder(dim), PaperDecoder(dim), config.codebook)
+        super().__init__(PaperEncoder(dim), PaperDecoder(dim), config.codebook, config.loss)
         self._sr_rows = _SR_ROWS[config.refiner.skips]
+
+    @property
+    def _decodes(self) -> bool:
+        return True  # The refiner reads the skips.
 
     def _decode_pair(self, high_res: Tensor, sr: Tensor) -> Decoded:
         batch, used = len(high_res), sr[self._sr_rows]

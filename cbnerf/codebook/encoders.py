@@ -21,7 +21,7 @@ from cbnerf.codebook.imitation import imitation_loss
 from cbnerf.codebook.positions import Positions
 from cbnerf.codebook.quantizer import Neighbours, VectorQuantizer, find_neighbours, vq_loss
 from cbnerf.codebook.views import Views
-from cbnerf.config import CodebookConfig
+from cbnerf.config import CodebookConfig, LossConfig
 
 STRIDE = 4
 """Sides of images are multiples of this; pixels per code and side of the published encoder."""
@@ -158,7 +158,8 @@ class LightDecoder(Decoder):
 
 
 class Lookup(NamedTuple):
-    """A batch of SR and HR patches, quantized and decoded."""
+    """A batch of SR and HR patches, quantized and decoded. What only a loss without weight would
+    read is not computed: its loss is zero."""
 
     skips: tuple[Float[Tensor, "batch _ _ _"], ...]
     """Decoder features, input of the refiner."""
@@ -183,15 +184,21 @@ class VQAutoencoder(nn.Module):
         encoder: Encoder,
         decoder: Decoder,
         config: CodebookConfig,
+        weights: LossConfig,
         sr_encoder: Encoder | None = None,
     ):
         super().__init__()
+        self._weights = weights
         self.encoder = encoder
         self.sr_encoder = sr_encoder
         self.positions = Positions(config.position_weight) if config.uses_positions else None
         self._features = config.feature_dim
         self.quantizer = build_quantizer(config)
-        self.decoder = decoder
+        self.decoder = decoder.requires_grad_(self._decodes)
+
+    @property
+    def _decodes(self) -> bool:
+        return self._weights.lambda_recon > 0
 
     @torch.no_grad()
     def start_from(self, views: Views) -> None:
@@ -249,14 +256,18 @@ class VQAutoencoder(nn.Module):
         sr_latents = self.encode_sr(sr)[some]
         imitated = self.quantizer(sr_latents, learn=False)
         target = found._replace(latents=found.latents[some], indices=found.indices[some])
-        decoded = self._decode_pair(found.latents, imitated.latents)
+        decoded = Decoded(coded, ())
+        if self._decodes:
+            decoded = self._decode_pair(found.latents, imitated.latents)
+        imitation = coded.new_zeros(())
+        if self._weights.lambda_imitation > 0:
+            kind = self.quantizer.config.imitation
+            imitation = imitation_loss(kind, sr_latents, imitated, target, self.quantizer)
         return Lookup(
             skips=decoded.skips,
             reconstruction=high_res - coded + decoded.image,
             vq_loss=vq_loss(found, self.quantizer.config),
-            imitation_loss=imitation_loss(
-                self.quantizer.config.imitation, sr_latents, imitated, target, self.quantizer
-            ),
+            imitation_loss=imitation,
             high_res_indices=found.indices,
             sr_indices=imitated.indices,
         )

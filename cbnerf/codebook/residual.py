@@ -54,7 +54,7 @@ class ResidualRefiner(CodebookRefiner):
         # Differs from reference: renders have an encoder of their own, which starts as that of the
         # HR patches. With `vq` nothing would tie the two, and all renders would find one code.
         sr_encoder = None if config.codebook.imitation == "vq" else copy.deepcopy(encoder)
-        autoencoder = VQAutoencoder(encoder, decoder, config.codebook, sr_encoder)
+        autoencoder = VQAutoencoder(encoder, decoder, config.codebook, config.loss, sr_encoder)
         super().__init__(autoencoder, config.loss)
         self.head = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(24, channels, 3, padding=1))
         self.blocks = nn.Sequential(*(ResidualBlock(channels) for _ in range(blocks)))
