@@ -39,7 +39,7 @@ METRICS = ("PSNR", "SSIM", "FLIP")
 HEALTH = ("codebook/used", "codebook/perplexity", "codebook/agreement")
 ROWS: dict[str, dict[str, Any]] = {
     "codes on": {},
-    "codes off": {"refiner.codes": False},
+    "codes off": {"refiner.kind": "cnn"},
     "linear": {"refiner.kind": "linear"},
 }
 

@@ -250,19 +250,17 @@ class CodebookConfig:
 class RefinerConfig:
     """Stage 2: the network that sharpens stage-1 renders."""
 
-    kind: Literal["residual", "paper", "reference", "linear", "none"] = "residual"
-    """`residual` corrects the render by a CNN and the filters of its codes; `paper` is the
-    published encoder-decoder; `reference` uses a high-res photograph (NeRF-SR); `linear` is a
-    fitted 7x7 filter."""
-    codes: bool = True
-    """Use the codes; False is the control `residual-cnn`, with one filter for all pixels."""
+    kind: Literal["residual", "cnn", "paper", "reference", "linear", "none"] = "residual"
+    """`residual` corrects the render by the filters of its codes and a CNN, `cnn` by the CNN alone;
+    `paper` is the published encoder-decoder; `reference` uses a high-res photograph (NeRF-SR);
+    `linear` is a fitted 7x7 filter."""
     skips: Literal["hr", "sr", "mixed"] = "mixed"
     """Skips of the decoder of `paper` in training: from the codes of the HR patch (released code),
     of the SR patch, or alternating."""
     channels: int = 48
-    """Channels of the residual refiner, and of the first scale of the reference refiner."""
+    """Channels of the CNN, and of the first scale of the reference refiner."""
     blocks: int = 4
-    """Residual blocks of the residual refiner."""
+    """Residual blocks of the CNN."""
     references: int = 8
     """Reference patches per render of the reference refiner."""
     neighbours: int = 3

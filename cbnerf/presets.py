@@ -39,7 +39,7 @@ METHODS: dict[str, Config] = {
         field=_MLP_FIELD, codebook=CodebookConfig(imitation="vq"), refiner=_PAPER_REFINER
     ),
     "cb-nerf": Config(codebook=_HEALTHY_CODEBOOK),
-    "residual-cnn": Config(refiner=RefinerConfig(codes=False), codebook=_HEALTHY_CODEBOOK),
+    "cnn": Config(refiner=RefinerConfig(kind="cnn")),
     "linear": Config(refiner=RefinerConfig(kind="linear")),
 }
 """Complete configurations by the name of their method (DESIGN.md, section 4)."""

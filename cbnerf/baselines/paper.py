@@ -120,13 +120,11 @@ class PaperRefiner(CodebookRefiner):
         super().__init__(PaperAutoencoder(config), config.loss)
         self.encoder = PaperEncoder(dim)
         self.decoder = PaperDecoder(dim, with_skips=True)
-        self._uses_codes = float(config.refiner.codes)
         # Cells: 4 of an encoder, 4 of a decoder, on the way of the image and on that of the codes.
         self.halo = STRIDE * 8
         self.apply(_init_kaiming)
 
     def _sharpen(self, sr: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
-        skips = tuple(skip * self._uses_codes for skip in skips)
         return self.decoder(self.encoder(sr[:, :3]), skips).image
 
     def _refine(self, sr: Tensor) -> Tensor:

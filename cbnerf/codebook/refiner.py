@@ -77,6 +77,43 @@ class Refiner(nn.Module, ABC):
         time."""
 
 
+class TiledRefiner(Refiner):
+    """Refines images tile by tile."""
+
+    halo: int
+    """Context in pixels, a multiple of 4, that makes a tile equal to the whole image there."""
+
+    @abstractmethod
+    def _refine(self, sr: SRBatch) -> Tensor:
+        """SR images refined at test time; [-1, 1]."""
+
+    @torch.no_grad()
+    def refine(
+        self, sr: SRBatch, references: Tensor | None = None, *, tile: int = DEFAULT_TILE
+    ) -> ImageBatch:
+        """Refine whole images of any size, from the render alone.
+
+        Memory is that of a tile and its halo; the result does not depend on the tile.
+        """
+        if tile < STRIDE:
+            raise ValueError(f"tile = {tile} must be at least {STRIDE} pixels")
+        height, width = sr.shape[-2:]
+        padded = pad(sr)
+        refined = torch.empty_like(padded[:, :3])
+        side = tile // STRIDE * STRIDE
+        for top in range(0, padded.shape[-2], side):
+            for left in range(0, padded.shape[-1], side):
+                place = (..., slice(top, top + side), slice(left, left + side))
+                refined[place] = self._refine_tile(padded, top, left, side)
+        return refined[..., :height, :width].clamp(0, 1)
+
+    def _refine_tile(self, padded: Tensor, top: int, left: int, side: int) -> Tensor:
+        first_row, first_column = max(top - self.halo, 0), max(left - self.halo, 0)
+        sr = padded[..., first_row : top + side + self.halo, first_column : left + side + self.halo]
+        top, left = top - first_row, left - first_column
+        return to_unit(self._refine(sr))[..., top : top + side, left : left + side]
+
+
 class Refinement(NamedTuple):
     refined: ImageBatch
     """Not clamped."""
@@ -115,14 +152,12 @@ def refiner_losses(
     return RefinerLosses(loss, refine, recon, refinement.vq_loss, refinement.imitation_loss)
 
 
-class CodebookRefiner(Refiner):
+class CodebookRefiner(TiledRefiner):
     """Refines with codes: those of both patches in training, of the SR image alone at test time."""
 
     autoencoder: VQAutoencoder
     margin = 0
     """Pixels at the border of a training patch that lack the context of a whole image."""
-    halo: int
-    """Context in pixels, a multiple of 4, that makes a tile equal to the whole image there."""
 
     def __init__(self, autoencoder: VQAutoencoder, weights: LossConfig):
         super().__init__()
@@ -133,10 +168,6 @@ class CodebookRefiner(Refiner):
     @abstractmethod
     def _sharpen(self, sr: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
         """SR patches refined in training, with the decoder features of their codes; [-1, 1]."""
-
-    @abstractmethod
-    def _refine(self, sr: Tensor) -> Tensor:
-        """SR images refined at test time; [-1, 1]."""
 
     def start_from(self, views: Views) -> None:
         self.autoencoder.start_from(views)
@@ -175,29 +206,3 @@ class CodebookRefiner(Refiner):
         self._health.add(refinement.high_res_indices, refinement.sr_indices)
         losses = refiner_losses(refinement, high_res, self._weights, self.margin)
         return {f"train/{name}": value for name, value in losses._asdict().items()}
-
-    @torch.no_grad()
-    def refine(
-        self, sr: SRBatch, references: Tensor | None = None, *, tile: int = DEFAULT_TILE
-    ) -> ImageBatch:
-        """Refine whole images of any size, from the render alone.
-
-        Memory is that of a tile and its halo; the result does not depend on the tile.
-        """
-        if tile < STRIDE:
-            raise ValueError(f"tile = {tile} must be at least {STRIDE} pixels")
-        height, width = sr.shape[-2:]
-        padded = pad(sr)
-        refined = torch.empty_like(padded[:, :3])
-        side = tile // STRIDE * STRIDE
-        for top in range(0, padded.shape[-2], side):
-            for left in range(0, padded.shape[-1], side):
-                place = (..., slice(top, top + side), slice(left, left + side))
-                refined[place] = self._refine_tile(padded, top, left, side)
-        return refined[..., :height, :width].clamp(0, 1)
-
-    def _refine_tile(self, padded: Tensor, top: int, left: int, side: int) -> Tensor:
-        first_row, first_column = max(top - self.halo, 0), max(left - self.halo, 0)
-        sr = padded[..., first_row : top + side + self.halo, first_column : left + side + self.halo]
-        top, left = top - first_row, left - first_column
-        return to_unit(self._refine(sr))[..., top : top + side, left : left + side]

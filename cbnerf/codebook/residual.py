@@ -9,14 +9,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from cbnerf.codebook.consistency import fit_consistent_filter
 from cbnerf.codebook.encoders import (
     STRIDE,
     LightDecoder,
     LightEncoder,
-    ResidualBlock,
     SRBatch,
     VQAutoencoder,
     fill,
@@ -24,6 +23,7 @@ from cbnerf.codebook.encoders import (
 )
 from cbnerf.codebook.filters import CodeFilters, Corrections
 from cbnerf.codebook.neighbourhoods import SIDE
+from cbnerf.codebook.network import ResidualNetwork
 from cbnerf.codebook.quantizer import Neighbours
 from cbnerf.codebook.refiner import CodebookRefiner
 from cbnerf.codebook.views import MadeOnDemand, Views
@@ -48,7 +48,6 @@ class ResidualRefiner(CodebookRefiner):
     margin = SIDE // 2
 
     def __init__(self, config: Config):
-        channels, blocks = config.refiner.channels, config.refiner.blocks
         encoder = LightEncoder(config.codebook.feature_dim)
         decoder = LightDecoder(config.codebook.feature_dim)
         # Differs from reference: renders have an encoder of their own, which starts as that of the
@@ -56,21 +55,16 @@ class ResidualRefiner(CodebookRefiner):
         sr_encoder = None if config.codebook.imitation == "vq" else copy.deepcopy(encoder)
         autoencoder = VQAutoencoder(encoder, decoder, config.codebook, config.loss, sr_encoder)
         super().__init__(autoencoder, config.loss)
-        self.head = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(24, channels, 3, padding=1))
-        self.blocks = nn.Sequential(*(ResidualBlock(channels) for _ in range(blocks)))
-        tail = nn.Conv2d(channels, 12, 3, padding=1)
-        nn.init.zeros_(tail.weight)
-        nn.init.zeros_(tail.bias)  # pyright: ignore[reportArgumentType]
-        self.tail = nn.Sequential(tail, nn.PixelShuffle(2))
+        # It sees the render and the filtered image.
+        self.network = ResidualNetwork(6, config.refiner.channels, config.refiner.blocks)
         num_codes = autoencoder.quantizer.num_codes
-        self._uses_codes = config.refiner.codes
         self._neighbours = min(config.refiner.neighbours, num_codes - 1)
         self._consistency = config.refiner.consistency
         self._low_res_kernel: Kernel = config.data.low_res_kernel
-        self.filters = CodeFilters(num_codes if self._uses_codes else 1)
-        # At half resolution 2 pixels for each block and 1 for each of head and tail; before them
-        # filters of 3 pixels and codes: 1 cell of the smooth image, 3 pixels of their encoder.
-        self.halo = STRIDE * (blocks + 1 + 3)
+        self.filters = CodeFilters(num_codes)
+        # The network; before it filters of 3 pixels and codes: 1 cell of the smooth image, 3 pixels
+        # of their encoder.
+        self.halo = STRIDE * (config.refiner.blocks + 1 + 3)
 
     @torch.no_grad()
     def fit(self, views: Views, low_res: Views | None = None) -> None:
@@ -129,16 +123,13 @@ class ResidualRefiner(CodebookRefiner):
         filtered = render + torch.stack(
             [self.filters(image[:3], self._find_codes(image)) for image in sr]
         )
-        return filtered + self.tail(self.blocks(self.head(torch.cat([render, filtered], dim=1))))
+        return filtered + self.network(torch.cat([render, filtered], dim=1))
 
     def _refine(self, sr: SRBatch) -> Tensor:
         return self._sharpen(sr, ())
 
     def _find_codes(self, sr: Float[Tensor, "channels height width"]) -> Neighbours:
         """The nearest codes of each pixel, `[height width neighbours]`."""
-        if not self._uses_codes:  # one filter for all
-            shape = (*sr.shape[1:], 1)
-            return Neighbours(sr.new_zeros(shape, dtype=torch.int64), sr.new_ones(shape))
         found = self.autoencoder.find_neighbours(sr[None], self._neighbours)
         return Neighbours(*(part[0] for part in found))
 

@@ -61,7 +61,7 @@ def make_rows(methods: dict[str, Config], protocol: Protocol) -> list[Row]:
         if kind == "reference" and protocol in WITHOUT_PHOTOGRAPH:
             continue  # It needs a high-res photograph of the scene.
         rows.append(Row(method, method, "refined"))
-        if kind in ("residual", "paper") and config.refiner.codes:
+        if kind in ("residual", "paper"):
             rows.append(Row(f"vq-vae of {method}", method, "vq-vae"))
     return rows
 

@@ -17,15 +17,14 @@ class _Idle(NamedTuple):
     """Prefixes of their names."""
 
 
-_OF_CODES = ("codebook.", "loss.", "refiner.codes", "refiner.skips", "refiner.neighbours")
+_OF_CODES = ("codebook.", "loss.", "refiner.skips", "refiner.neighbours")
 _OF_RESIDUAL = ("refiner.channels", "refiner.blocks", "refiner.neighbours")
 _IDLE = (
     _Idle({"refiner.kind": "linear"}, ("codebook.", "loss.", "refiner.")),
     _Idle({"refiner.kind": "reference"}, (*_OF_CODES, "refiner.blocks")),
     _Idle({"refiner.kind": "paper"}, (*_OF_RESIDUAL, "refiner.references")),
     _Idle({"refiner.kind": "residual"}, ("refiner.skips", "refiner.references")),
-    # The network does not depend on the codes, and Adam is invariant to the loss scale.
-    _Idle({"refiner.codes": False}, _OF_CODES),
+    _Idle({"refiner.kind": "cnn"}, (*_OF_CODES, "refiner.references")),
     _Idle(
         {"codebook.kind": "fsq"},
         (

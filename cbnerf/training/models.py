@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from cbnerf.baselines.cnn import CNNRefiner
 from cbnerf.baselines.linear import LinearRefiner
 from cbnerf.baselines.nerf_sr import ReferenceRefiner
 from cbnerf.baselines.paper import PaperRefiner
@@ -22,6 +23,8 @@ def build_refiner(config: Config) -> Refiner:
             return PaperRefiner(config)
         case "residual":
             return ResidualRefiner(config)
+        case "cnn":
+            return CNNRefiner(config)
         case "reference":
             return ReferenceRefiner(config)
         case "linear":

@@ -1,0 +1,207 @@
+"""Codes against a network without codes at equal compute: the gain of both over seconds.
+
+    python benchmarks/compute.py --data ../shared/llff --cache runs/codebook --budgets 10 30 100
+
+Trains stage 1 of each scene once, then `cb-nerf` and its control `cnn` for each budget and seed,
+with a learning rate schedule of that length. The number of steps follows from a short training that
+is timed. On a CPU with one thread, times are the process's CPU seconds, from the renders to the
+last evaluation. Both have the same network, learning rate and size of patches; `SIZES` says what
+differs. Prints and writes the gain in PSNR of held-out views over stage 1, and paired differences
+over views with intervals of 95 % (Student's t).
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from clock import clock
+from codebook import interval
+from provenance import provenance
+
+from cbnerf.config import Config
+from cbnerf.data.llff import read_capture
+from cbnerf.data.renders import Renders, load_renders
+from cbnerf.data.scene import Scene, make_scene
+from cbnerf.data.splits import split_views
+from cbnerf.overrides import with_overrides
+from cbnerf.presets import preset
+from cbnerf.training.distributed import choose_device
+from cbnerf.training.evaluation import refine_views, score_views
+from cbnerf.training.refiner import train_refiner
+from cbnerf.training.stages import RENDERS_FILE, run_field
+
+_NETWORK = {"refiner.channels": 32, "refiner.blocks": 8, "refiner.optim.evaluations": 1}
+SIZES: dict[str, dict[str, Any]] = {
+    "cb-nerf": _NETWORK | {"refiner.optim.batch_size": 8},
+    "cnn": _NETWORK | {"refiner.optim.batch_size": 16},
+}
+"""Knobs of each method; both were chosen on validation views."""
+CODES = {0: 1024, 20: 4096}
+"""Codebook size from a budget in seconds on: clustering many codes takes longer."""
+_TIMED = 20
+"""Steps of the timed training."""
+
+
+@dataclass(kw_only=True)
+class Options:
+    data: Path
+    """Folder of LLFF scene folders."""
+    cache: Path
+    """Receives the stage-1 fields and renders, which later runs use again."""
+    scenes: tuple[str, ...] = ("fern", "flower", "room")
+    resolution: str = "x2-128"
+    field_steps: int = 1500
+    """Updates of stage 1."""
+    budgets: tuple[float, ...] = (10, 30, 100, 300, 1000)
+    """Seconds."""
+    seeds: int = 3
+    views: str = "test"
+    """`test`, or `val` to select on."""
+    threads: int = 1
+    overrides: tuple[str, ...] = ()
+    """KNOB=VALUE of `cb-nerf`."""
+    output: Path = Path("benchmarks/results/codebook")
+    """Receives RESOLUTION-compute-VIEWS.md and .json."""
+
+
+@dataclass
+class Trial:
+    method: str
+    scene: str
+    seed: int
+    budget: float
+    seconds: float
+    steps: int
+    psnr: list[float]
+    """Gain of each view in dB."""
+    ssim: list[float]
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(options.threads)
+    trials: list[Trial] = []
+    for name in options.scenes:
+        scene, renders = _stage1(options, name)
+        for method in SIZES:
+            for budget in options.budgets:
+                config = _config(options, method, budget)
+                steps = _steps_within(budget, config, scene, renders)
+                for seed in range(options.seeds):
+                    own = {"seed": seed, "refiner.optim.steps": steps}
+                    trained = with_overrides(config, own)
+                    trial = _train(options, method, budget, trained, scene, renders)
+                    print(method, name, budget, trial.steps, _mean(trial.psnr), flush=True)
+                    trials.append(trial)
+    _write(options, trials)
+
+
+def _config(options: Options, method: str, budget: float) -> Config:
+    size = CODES[max(start for start in CODES if start <= budget)]
+    knobs = {"codebook.size": size, "field.optim.steps": options.field_steps} | SIZES[method]
+    if method == "cb-nerf":
+        given = dict(item.split("=", 1) for item in options.overrides)
+        knobs |= {name: json.loads(value) for name, value in given.items()}
+    return with_overrides(preset(method, options.resolution), knobs)
+
+
+def _stage1(options: Options, name: str) -> tuple[Scene, Renders]:
+    config = _config(options, "cb-nerf", 0)
+    scene = make_scene(read_capture(options.data / name, config.data.width), config.data)
+    folder = options.cache / f"{options.resolution}-{options.field_steps}" / name
+    run_field(config, scene, folder, device=choose_device())
+    return scene, load_renders(folder / RENDERS_FILE)
+
+
+def _steps_within(budget: float, config: Config, scene: Scene, renders: Renders) -> int:
+    """Steps that fit into a budget, from the times of two evaluations of a short training."""
+    device, times = choose_device(), []
+    short = {"refiner.optim.steps": _TIMED, "refiner.optim.evaluations": 2}
+    begin = clock(device)
+    refiner = train_refiner(
+        with_overrides(config, short), scene, renders, device=device,
+        report=lambda step, metrics, kept: times.append(clock(device) - begin),
+    )  # fmt: skip
+    begin = clock(device)
+    refine_views(refiner, renders.of(split_views(scene.num_views, config.data).val), device)
+    evaluation = clock(device) - begin
+    step = (times[1] - times[0] - evaluation) * 2 / _TIMED
+    start = times[0] - evaluation - step * _TIMED / 2
+    return max(1, int((budget - start - evaluation) / step))
+
+
+def _train(
+    options: Options, method: str, budget: float, config: Config, scene: Scene, renders: Renders
+) -> Trial:
+    device = choose_device()
+    begin = clock(device)
+    refiner = train_refiner(
+        config, scene, renders, device=device, report=lambda step, metrics, kept: None
+    )
+    seconds = clock(device) - begin
+    split = split_views(scene.num_views, config.data)
+    views = split.val if options.views == "val" else split.test
+    after = score_views(refine_views(refiner, renders.of(views), device), scene.images[views])
+    before = score_views(renders.rgb[views], scene.images[views])
+    pairs = list(zip(after, before, strict=True))
+    return Trial(
+        method, scene.name, config.seed, budget, seconds, config.refiner.optim.steps,
+        [a.psnr - b.psnr for a, b in pairs], [a.ssim - b.ssim for a, b in pairs],
+    )  # fmt: skip
+
+
+def _mean(values: list[float]) -> float:
+    return round(sum(values) / len(values), 4)
+
+
+def _write(options: Options, trials: list[Trial]) -> None:
+    def of(method: str, budget: float, scene: str) -> list[Trial]:
+        key = (method, budget, scene)
+        return [trial for trial in trials if (trial.method, trial.budget, trial.scene) == key]
+
+    def by_view(method: str, budget: float) -> dict[str, torch.Tensor]:
+        return {
+            scene: torch.tensor(
+                [[t.psnr, t.ssim] for t in of(method, budget, scene)], dtype=torch.float64
+            ).mean(0).T
+            for scene in options.scenes
+        }  # fmt: skip
+
+    lines = [
+        f"# Codes and network at equal compute: {options.resolution}, {options.views} views\n",
+        provenance(options.threads),
+        f"Stage 1 trained {options.field_steps} steps; {options.seeds} seeds; seconds and steps "
+        "are means over scenes and seeds. Gains over stage 1 in dB.\n",
+        f"| budget | method | seconds | steps | {' | '.join(options.scenes)} | mean of scenes "
+        "| SSIM | views worse |",
+        "|---" * (7 + len(options.scenes)) + "|",
+    ]  # fmt: skip
+    for budget in options.budgets:
+        for method in SIZES:
+            own = [t for t in trials if (t.method, t.budget) == (method, budget)]
+            gains = by_view(method, budget)
+            means = [gain[:, 0].mean().item() for gain in gains.values()]
+            cells = [
+                f"{budget:g} s", f"`{method}`", f"{_mean([t.seconds for t in own]):.0f}",
+                f"{_mean([t.steps for t in own]):.0f}", *(f"{mean:+.2f}" for mean in means),
+                f"**{_mean(means):+.3f}**", f"{torch.cat(list(gains.values()))[:, 1].mean():+.4f}",
+                f"{sum(int((gain[:, 0] < 0).sum()) for gain in gains.values())}",
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| budget | `cb-nerf` - `cnn`, PSNR | t interval |", "|---|---|---|"]
+    for budget in options.budgets:
+        first, second = by_view("cb-nerf", budget), by_view("cnn", budget)
+        mean, half, _, _ = interval({scene: first[scene] - second[scene] for scene in first})
+        low, high = (mean - half)[0], (mean + half)[0]
+        lines.append(f"| {budget:g} s | {mean[0]:+.3f} | {low:+.3f} ... {high:+.3f} |")
+    file = options.output / f"{options.resolution}-compute-{options.views}.md"
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    record = {"provenance": provenance(options.threads), "trials": [asdict(t) for t in trials]}
+    file.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(file.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
