@@ -30,6 +30,7 @@ _IDLE = (
         (
             "codebook.dim", "codebook.beta", "codebook.vq_loss", "codebook.normalize",
             "codebook.ema", "codebook.kmeans_init", "codebook.revive_below", "loss.lambda_vq",
+            "codebook.position_weight",
         ),
     ),
     _Idle({"codebook.ema": False, "codebook.revive_below": 0.0}, ("codebook.ema_decay",)),
