@@ -21,19 +21,18 @@ import torch
 import tyro
 from provenance import provenance
 from scipy.stats import t as student
+from stage_1 import render_stage_1
 from torch import Tensor
 
 from cbnerf.config import Config
-from cbnerf.data.llff import read_capture
-from cbnerf.data.renders import Renders, load_renders
-from cbnerf.data.scene import Scene, make_scene
+from cbnerf.data.renders import Renders
+from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
 from cbnerf.overrides import with_overrides
 from cbnerf.presets import preset
 from cbnerf.training.distributed import choose_device
 from cbnerf.training.evaluation import refine_views, score_views
 from cbnerf.training.refiner import train_refiner
-from cbnerf.training.stages import RENDERS_FILE, run_field
 
 METRICS = ("PSNR", "SSIM", "FLIP")
 HEALTH = ("codebook/used", "codebook/perplexity", "codebook/agreement")
@@ -88,10 +87,15 @@ def main(options: Options) -> None:
     parsed = {name: json.loads(value) for name, value in knobs.items()}
     schedule = {"field.optim.steps": options.field_steps, "refiner.optim.evaluations": 1}
     config = with_overrides(preset("cb-nerf", options.resolution), schedule | parsed)
-    pairs = {name: _stage1(options, config, name) for name in options.scenes}
+    pairs = {
+        name: render_stage_1(config, options.data, name, options.cache) for name in options.scenes
+    }
     below = {}
     if options.protocol == "low-res-only":
-        below = {name: _stage1(options, config, name, below=True) for name in options.scenes}
+        below = {
+            name: render_stage_1(config, options.data, name, options.cache, below=True)
+            for name in options.scenes
+        }
     trials: list[Trial] = []
     for served in [options.scenes] if options.shared else [(scene,) for scene in options.scenes]:
         for row, change in ROWS.items():
@@ -102,18 +106,6 @@ def main(options: Options) -> None:
                     trials.append(trial)
     bases = {name: _base(options, config, *pair) for name, pair in pairs.items()}
     _write(options, trials, bases)
-
-
-def _stage1(
-    options: Options, config: Config, name: str, *, below: bool = False
-) -> tuple[Scene, Renders]:
-    scene = make_scene(read_capture(options.data / name, config.data.width), config.data)
-    folder = options.cache / f"{options.resolution}-{options.field_steps}" / name
-    if below:
-        scene = scene.scale_below(config.data.low_res_kernel)
-        folder = folder.with_name(f"{name}@low-res")
-    run_field(config, scene, folder, device=choose_device())
-    return scene, load_renders(folder / RENDERS_FILE)
 
 
 def _views(options: Options, config: Config, scene: Scene) -> list[int]:

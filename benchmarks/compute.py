@@ -20,18 +20,17 @@ import tyro
 from clock import clock
 from codebook import interval
 from provenance import provenance
+from stage_1 import render_stage_1
 
 from cbnerf.config import Config
-from cbnerf.data.llff import read_capture
-from cbnerf.data.renders import Renders, load_renders
-from cbnerf.data.scene import Scene, make_scene
+from cbnerf.data.renders import Renders
+from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
 from cbnerf.overrides import with_overrides
 from cbnerf.presets import preset
 from cbnerf.training.distributed import choose_device
 from cbnerf.training.evaluation import refine_views, score_views
 from cbnerf.training.refiner import train_refiner
-from cbnerf.training.stages import RENDERS_FILE, run_field
 
 _NETWORK = {"refiner.channels": 32, "refiner.blocks": 8, "refiner.optim.evaluations": 1}
 SIZES: dict[str, dict[str, Any]] = {
@@ -84,7 +83,9 @@ def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
     trials: list[Trial] = []
     for name in options.scenes:
-        scene, renders = _stage1(options, name)
+        scene, renders = render_stage_1(
+            _config(options, "cb-nerf", 0), options.data, name, options.cache
+        )
         for method in SIZES:
             for budget in options.budgets:
                 config = _config(options, method, budget)
@@ -105,14 +106,6 @@ def _config(options: Options, method: str, budget: float) -> Config:
         given = dict(item.split("=", 1) for item in options.overrides)
         knobs |= {name: json.loads(value) for name, value in given.items()}
     return with_overrides(preset(method, options.resolution), knobs)
-
-
-def _stage1(options: Options, name: str) -> tuple[Scene, Renders]:
-    config = _config(options, "cb-nerf", 0)
-    scene = make_scene(read_capture(options.data / name, config.data.width), config.data)
-    folder = options.cache / f"{options.resolution}-{options.field_steps}" / name
-    run_field(config, scene, folder, device=choose_device())
-    return scene, load_renders(folder / RENDERS_FILE)
 
 
 def _steps_within(budget: float, config: Config, scene: Scene, renders: Renders) -> int:

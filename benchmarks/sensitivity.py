@@ -16,18 +16,17 @@ import torch
 import tyro
 from codebook import interval
 from provenance import provenance
+from stage_1 import render_stage_1
 from torch import Tensor
 
-from cbnerf.data.llff import read_capture
-from cbnerf.data.renders import Renders, load_renders
-from cbnerf.data.scene import Scene, make_scene
+from cbnerf.data.renders import Renders
+from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
 from cbnerf.overrides import with_overrides
 from cbnerf.presets import preset
 from cbnerf.training.distributed import choose_device
 from cbnerf.training.evaluation import refine_views, score_views
 from cbnerf.training.refiner import train_refiner
-from cbnerf.training.stages import RENDERS_FILE, run_field
 
 VALUES: dict[str, tuple[float, ...]] = {
     "codebook.size": (256, 4096),
@@ -69,7 +68,12 @@ def main(options: Options) -> None:
         for knob, values in VALUES.items()
         for value in values
     }
-    pairs = {name: _stage1(options, name) for name in options.scenes}
+    config = with_overrides(
+        preset("cb-nerf", options.resolution), {"field.optim.steps": options.field_steps}
+    )
+    pairs = {
+        name: render_stage_1(config, options.data, name, options.cache) for name in options.scenes
+    }
     before = _gains(options, pairs, {})
     lines = [
         f"# Effects of single knobs on `cb-nerf`: {options.resolution}, test views\n",
@@ -88,16 +92,6 @@ def main(options: Options) -> None:
         print(lines[-1], flush=True)
     file = options.output / f"{options.resolution}-sensitivity.md"
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _stage1(options: Options, name: str) -> tuple[Scene, Renders]:
-    config = with_overrides(
-        preset("cb-nerf", options.resolution), {"field.optim.steps": options.field_steps}
-    )
-    scene = make_scene(read_capture(options.data / name, config.data.width), config.data)
-    folder = options.cache / f"{options.resolution}-{options.field_steps}" / name
-    run_field(config, scene, folder, device=choose_device())
-    return scene, load_renders(folder / RENDERS_FILE)
 
 
 def _gains(
