@@ -43,10 +43,10 @@ def train_refiner(
     """Train on the training views' photographs and renders; score refined validation views.
 
     `joint` scenes share the refiner: it is trained on them as well, and scores are means over all.
-    With `sources` it is trained on those scenes alone (`unseen-scene`, `low-res-only`): ridge
-    strengths are chosen by cross-validation between source scenes, and the low-res photographs of
-    the training views of `scene` constrain the result (`refiner.consistency`). With `until` the
-    training stops after that many of its steps and can be resumed.
+    With `sources` it is trained on those scenes alone (`unseen-scene`, `low-res-only`), and the
+    low-res photographs of the training views of `scene` constrain the result
+    (`refiner.consistency`). With `until` the training stops after that many of its steps and can be
+    resumed.
 
     Reports the losses as `train/...`, codebook health since the last report as `codebook/...` (of
     rank 0's patches), `val/psnr` (dB), `val/ssim`, and `val/gain` (dB), the change of PSNR against
@@ -66,11 +66,12 @@ def train_refiner(
     low_res = _low_res_views(config, scene, renders, device) if is_consistent else None
 
     scenes = trained_on(scene, joint, sources)
-    if resume_from is None:
+    is_solved = low_res is not None and refiner.solves_unseen
+    is_solved |= not any(parameter.requires_grad for parameter in refiner.parameters())
+    if is_solved or resume_from is None:
         refiner.start_from(views if low_res is None else _self_taught(low_res))
         refiner.fit(views, low_res)
-    is_solved = low_res is not None and refiner.solves_unseen
-    if is_solved or not any(parameter.requires_grad for parameter in refiner.parameters()):
+    if is_solved:
         metrics = refiner.metrics() | validation.scores(refiner, device)
         step = config.refiner.optim.steps
         solved = refiner.eval().state_dict()
