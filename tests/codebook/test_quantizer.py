@@ -10,6 +10,7 @@ from vector_quantize_pytorch import VectorQuantize
 
 from cbnerf.codebook.quantizer import (
     VectorQuantizer,
+    _find_least_several,
     find_nearest,
     find_neighbours,
     vq_loss,
@@ -80,6 +81,49 @@ def test_no_code_comes_or_goes_at_once():
 def test_codes_that_lie_equally_far_share_equally():
     codes = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
     assert find_neighbours(torch.zeros(1, 2), codes, 2).shares.tolist() == [[0.5, 0.5]]
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_gradients_of_shares_match_finite_differences(number: int):
+    latents, codes = (draw(*shape).double().requires_grad_() for shape in ((7, 3), (9, 3)))
+    indices = find_neighbours(latents, codes, number).indices
+
+    def shares(latents: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        found = find_neighbours(latents, codes, number)
+        assert torch.equal(found.indices, indices)  # steps are small
+        return found.shares
+
+    assert torch.autograd.gradcheck(shares, (latents, codes))
+    if number > 1:
+        (torch.arange(number) * shares(latents, codes)).sum().backward()
+        assert latents.grad.abs().amax(1).min() > 0 and codes.grad.abs().max() > 0
+
+
+def test_gradients_of_shares_are_finite_where_codes_coincide():
+    codes = torch.zeros(5, 3, requires_grad=True)
+    latents = torch.zeros(2, 3, requires_grad=True)
+    found = find_neighbours(latents, codes, 3)
+    torch.testing.assert_close(found.shares, torch.full((2, 3), 1 / 3))
+    found.shares[:, 0].sum().backward()
+    assert latents.grad.isfinite().all() and codes.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("columns", [31, 256, 2047, 2048, 4096])
+@pytest.mark.parametrize("number", [1, 4, 17])
+def test_the_least_of_many_columns_are_those_of_a_sort(number: int, columns: int):
+    # Integers are distinct in a row, so there is one right order.
+    values = torch.rand(50, columns, generator=torch.Generator().manual_seed(1)).argsort(1).float()
+    found = _find_least_several(values, number)
+    assert torch.equal(found, values.argsort(dim=1)[:, :number])
+
+
+def test_the_least_columns_may_lie_in_one_group():
+    """Groups are every 256th column of 4096."""
+    values = torch.ones(1, 4096)
+    values[0, 5::256] = torch.arange(-16.0, 0.0)
+    values[0, 6] = -0.5
+    expected = [*range(5, 4096, 256), 6]
+    assert _find_least_several(values, 17)[0].tolist() == expected
 
 
 def test_codes_and_gradients_match_vector_quantize_pytorch():
