@@ -11,6 +11,7 @@ from cbnerf.data.library import make_capture
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Capture, Scene, make_scene
 from cbnerf.nerf.rays import Cameras
+from cbnerf.nerf.warp import find_positions
 from cbnerf.presets import preset
 
 torch.set_num_threads(1)
@@ -66,10 +67,12 @@ def tiny_cameras(tiny_scene: Scene) -> Cameras:
 
 
 @pytest.fixture(scope="session")
-def tiny_renders(tiny_scene: Scene) -> Renders:
-    """Stands in for stage 1: the photographs without their finest detail."""
+def tiny_renders(tiny_scene: Scene, tiny_cameras: Cameras) -> Renders:
+    """Stands in for stage 1: the photographs without their finest detail, on a plane."""
     images = tiny_scene.images.movedim(-1, 1).float()
     low_res = torch.nn.functional.avg_pool2d(images, 2)
     blurred = torch.nn.functional.interpolate(low_res, scale_factor=2, mode="bilinear")
-    depth = torch.full(tiny_scene.images.shape[:3], 0.5, dtype=torch.float16)
-    return Renders(blurred.round().to(torch.uint8).movedim(1, -1).contiguous(), depth)
+    depth = torch.full(tiny_scene.images.shape[1:3], 0.5)
+    places = [find_positions(tiny_cameras, depth, view) for view in range(tiny_scene.num_views)]
+    colours = blurred.round().to(torch.uint8).movedim(1, -1).contiguous()
+    return Renders(colours, torch.stack(places).half())

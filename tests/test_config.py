@@ -157,6 +157,26 @@ def test_fsq_refuses_what_it_cannot_do(overrides: dict, message: str):
         with_overrides(Config(), {"codebook.kind": "fsq"} | overrides)
 
 
+def test_positions_are_refused_where_codes_cannot_hold_them():
+    weight = {"codebook.position_weight": 2.0}
+    message = "codebook.position_weight = 2.0 must be 0 with refiner.kind = paper"
+    with pytest.raises(ValueError, match=message):
+        with_overrides(METHODS["cb-nerf-paper"], weight)
+    with pytest.raises(ValueError, match="codebook.position_weight = -1.0 must be at least 0"):
+        with_overrides(Config(), {"codebook.position_weight": -1.0})
+    plain, placed = with_overrides(Config(), {}), with_overrides(Config(), weight)
+    assert placed.codebook.latent_dim == plain.codebook.latent_dim + 3
+    assert placed.codebook.feature_dim == plain.codebook.feature_dim
+    scalars = [with_overrides(config, {"codebook.kind": "fsq"}) for config in (plain, placed)]
+    assert scalars[0].codebook.latent_dim == scalars[1].codebook.latent_dim
+
+
+def test_codes_hold_positions_in_the_presets_that_filter_by_code():
+    weights = {name: config.codebook.position_weight for name, config in METHODS.items()}
+    assert {name for name, weight in weights.items() if weight} == {"cb-nerf", "residual-cnn"}
+    assert weights["cb-nerf"] == weights["residual-cnn"] == 2
+
+
 def test_a_knob_knows_its_type():
     assert knob_type("codebook.size") is int
     assert {type(name) for name in flatten(Config())} == {str}

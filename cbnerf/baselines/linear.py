@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cbnerf.codebook.consistency import fit_consistent_filter
+from cbnerf.codebook.encoders import SRBatch
 from cbnerf.codebook.neighbourhoods import ROWS, SIDE, Neighbourhoods
 from cbnerf.codebook.normal_equations import NormalEquations
 from cbnerf.codebook.refiner import DEFAULT_TILE, ImageBatch, Refiner
@@ -60,7 +61,7 @@ class LinearRefiner(Refiner):
 
     @torch.no_grad()
     def refine(
-        self, sr: ImageBatch, references: Tensor | None = None, *, tile: int = DEFAULT_TILE
+        self, sr: SRBatch, references: Tensor | None = None, *, tile: int = DEFAULT_TILE
     ) -> ImageBatch:
         """Refine whole images of any size, in [0, 1]."""
         return self.filter(sr[:, :3]).clamp(0, 1)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cbnerf.codebook.encoders import SRBatch
 from cbnerf.codebook.refiner import DEFAULT_TILE, ImageBatch, Refiner
 from cbnerf.config import Config
 
@@ -113,7 +114,7 @@ class ReferenceRefiner(Refiner):
 
     @torch.no_grad()
     def refine(
-        self, sr: ImageBatch, references: Tensor | None = None, *, tile: int = DEFAULT_TILE
+        self, sr: SRBatch, references: Tensor | None = None, *, tile: int = DEFAULT_TILE
     ) -> ImageBatch:
         """Refine whole images of any size with references `[batch references 3 height width]`."""
         if references is None:

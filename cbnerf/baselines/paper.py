@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cbnerf.codebook.encoders import STRIDE, Decoded, Decoder, Encoder, VQAutoencoder
+from cbnerf.codebook.encoders import STRIDE, Decoded, Decoder, Encoder, SRBatch, VQAutoencoder
 from cbnerf.codebook.refiner import CodebookRefiner
 from cbnerf.config import Config
 
@@ -103,9 +103,7 @@ class PaperAutoencoder(VQAutoencoder):
             skips.append(skip)
         return Decoded(decoded.image[:batch], tuple(skips))
 
-    def look_up(
-        self, sr: Float[Tensor, "batch 3 height width"]
-    ) -> tuple[Float[Tensor, "batch _ _ _"], ...]:
+    def look_up(self, sr: SRBatch) -> tuple[Float[Tensor, "batch _ _ _"], ...]:
         """Skips of the nearest codes of SR images: the only input from codes at test time."""
         return self.decode(self.quantizer(self.encode_sr(sr), learn=False).latents).skips
 

@@ -22,8 +22,8 @@ class MadeOnDemand(Sequence[Item]):
         return self._make(self._numbers[index])
 
 
-Images = Sequence[Float[Tensor, "1 3 _ _"]]
-"""Batches of one image each, in [0, 1]."""
+Images = Sequence[Float[Tensor, "1 _ _ _"]]
+"""Batches of one image each, in [0, 1]; renders have their positions as further channels."""
 
 
 class Views(NamedTuple):

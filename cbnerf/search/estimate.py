@@ -87,7 +87,7 @@ def bytes_needed(plan: Plan, views: dict[str, int]) -> int:
     image = plan.base.data.width**2 * 3 // 4
     field = _FIELD_BYTES * image + 20_000_000
     fields = plan.spec.trials * len(plan.scenes) if not plan.shares_fields else len(plan.scenes)
-    size = fields * field + sum(views.values()) * image * 5
+    size = fields * field + sum(views.values()) * image * 9
     if plan.stage == "refiner":  # weights and both averages of Adam
         size += plan.spec.trials * len(plan.trainings) * count_parameters(plan.base) * 12
     return 2 * size

@@ -27,7 +27,8 @@ def make_refiner() -> LinearRefiner:
 
 def fit_filter(refiner: LinearRefiner, pairs: Pairs) -> float:
     renders, photographs = ([image[None] for image in part] for part in zip(*pairs, strict=True))
-    return refiner.fit(Views(renders, photographs, [0] * len(pairs), []))["train/loss"]
+    refiner.fit(Views(renders, photographs, [0] * len(pairs), []))
+    return refiner.metrics()["train/loss"]
 
 
 def test_an_unfitted_filter_is_the_identity():
@@ -66,6 +67,16 @@ def test_no_other_filter_has_a_smaller_error():
             assert error_of(refiner.filter) > error
             with torch.no_grad():
                 parameter.view(-1)[0] -= step
+
+
+def test_the_position_of_a_pixel_does_not_matter():
+    render, photograph = (image[None] for image in draw_images(2))
+    placed = torch.cat([render, torch.randn_like(render)], dim=1)
+    alone, refiner = make_refiner(), make_refiner()
+    for fitted, seen in ((alone, render), (refiner, placed)):
+        fitted.fit(Views([seen], [photograph], [0], []))
+    assert torch.equal(refiner.refine(placed), alone.refine(render))
+    assert not torch.equal(alone.refine(render), render)
 
 
 def test_flat_images_have_a_solution_too():

@@ -42,6 +42,13 @@ def test_render_and_references_both_count():
     assert not torch.allclose(refiner.refine(sr, 1 - references), refined)
 
 
+def test_the_position_of_a_pixel_does_not_matter():
+    refiner = make_refiner()
+    sr, references = draw()
+    placed = torch.cat([sr, torch.randn_like(sr)], dim=1)
+    assert torch.equal(refiner.refine(placed, references), refiner.refine(sr, references))
+
+
 @pytest.mark.parametrize("height, width", [(1, 1), (9, 13), (16, 8)])
 def test_images_of_any_size_stay_in_range(height: int, width: int):
     refined = make_refiner().refine(*draw(2, 3, height, width))

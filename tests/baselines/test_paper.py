@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from cbnerf.baselines.paper import PaperAutoencoder, PaperDecoder, PaperEncoder, ResidualStack
+from cbnerf.codebook.views import Views
 from cbnerf.overrides import with_overrides
 from cbnerf.presets import METHODS
 
@@ -62,7 +63,8 @@ def test_skips_come_from_the_patch_that_the_knob_names(skips: str):
     knobs = {"refiner.skips": skips, "codebook.kmeans_init": True}
     autoencoder = make_autoencoder(**knobs).eval()
     sr, high_res = torch.rand(2, 5, 3, 16, 16)
-    autoencoder.start_from([*sr.split(1), *high_res.split(1)])
+    views = Views(sr.split(1), high_res.split(1), [0] * 5, [])
+    autoencoder.start_from(views)
     chosen = autoencoder(sr, high_res).skips
     assert len(chosen) == 3
     pairs = zip(chosen, autoencoder.look_up(sr), autoencoder.look_up(high_res), strict=True)
@@ -77,7 +79,7 @@ def test_the_published_autoencoder_learns_to_reconstruct_through_its_codes():
     knobs = {"refiner.skips": "hr", "codebook.ema": True, "codebook.normalize": True}
     autoencoder = make_autoencoder(**knobs)
     images = torch.rand(4, 3, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3) * 2 - 1
-    autoencoder.quantizer.start_from(autoencoder.encode(images).flatten(0, 2))
+    autoencoder.quantizer.start_from(autoencoder.encode(images, images).flatten(0, 2))
     optimizer = torch.optim.Adam(autoencoder.parameters(), lr=2e-3)
     errors = []
     for _ in range(60):

@@ -7,6 +7,7 @@ from cbnerf.codebook.encoders import (
     LightEncoder,
     VQAutoencoder,
 )
+from cbnerf.codebook.views import Views
 from cbnerf.config import CodebookConfig
 
 
@@ -19,6 +20,68 @@ def test_imitation_leaves_the_hr_encoder_alone_if_renders_have_their_own(imitati
         autoencoder(torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)).imitation_loss.backward()
         untouched = [parameter.grad is None for parameter in autoencoder.encoder.parameters()]
         assert set(untouched) == {separate}
+
+
+POSITIONED = CodebookConfig(size=16, dim=4, position_weight=2.0)
+
+
+def draw_pair(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """SR patches with positions, and HR patches."""
+    generator = torch.Generator().manual_seed(seed)
+    joined = torch.rand(2, 9, 16, 16, generator=generator)
+    return joined[:, :6], joined[:, 6:]
+
+
+def make_positioned() -> VQAutoencoder:
+    torch.manual_seed(0)
+    return VQAutoencoder(LightEncoder(4), LightDecoder(4), POSITIONED, LightEncoder(4))
+
+
+def test_latents_end_with_the_position_of_their_pixel():
+    autoencoder = make_positioned()
+    sr, high_res = draw_pair()
+    for latents in (autoencoder.encode(high_res, sr), autoencoder.encode_sr(sr)):
+        assert latents.shape == (2, 16, 16, 7)
+        assert autoencoder.positions is not None
+        assert torch.equal(latents[..., 4:], autoencoder.positions(sr[:, 3:]).movedim(1, -1))
+    moved = torch.cat([sr[:, :3], sr[:, 3:] + 1], dim=1)
+    change = autoencoder.encode_sr(moved) - autoencoder.encode_sr(sr)
+    assert change[..., :4].abs().max() == 0 and change[..., 4:].min() > 1
+
+
+def test_an_image_is_decoded_from_features_alone():
+    autoencoder = make_positioned()
+    latents = torch.randn(2, 16, 16, 7)
+    elsewhere = torch.cat([latents[..., :4], torch.randn(2, 16, 16, 3)], dim=-1)
+    torch.testing.assert_close(autoencoder.decode(latents), autoencoder.decode(elsewhere))
+    assert autoencoder.decode(latents).image.std() > 0
+
+
+def test_the_start_places_codes_in_the_scene():
+    """K-means sees positions: codes of a scene of two places lie at both, and nowhere else."""
+    config = CodebookConfig(size=16, dim=4, position_weight=2.0, kmeans_init=True)
+    autoencoder = VQAutoencoder(LightEncoder(4), LightDecoder(4), config)
+    sr, high_res = draw_pair()
+    sr[0, 3:], sr[1, 3:] = 0.2, 0.6
+    autoencoder.start_from(Views(sr.split(1), high_res.split(1), [0, 0], []))
+    assert autoencoder.positions is not None
+    ends = autoencoder.positions(torch.tensor([0.2, 0.6])[:, None, None, None].expand(2, 3, 1, 1))
+    codes = autoencoder.quantizer.codes()[:, 4:]
+    distances = torch.cdist(codes, ends[..., 0, 0])
+    assert distances.min(1).values.max() < 1e-3 * distances.max()
+    assert {0, 1} == set(distances.argmin(1).tolist())
+
+
+def test_scalars_ignore_positions():
+    config = CodebookConfig(kind="fsq", size=64, position_weight=2.0)
+    dim = config.feature_dim
+    autoencoder = VQAutoencoder(LightEncoder(dim), LightDecoder(dim), config)
+    sr, high_res = draw_pair()
+    assert autoencoder.positions is None
+    assert autoencoder.encode_sr(sr).shape == (2, 16, 16, dim)
+    moved = torch.cat([sr[:, :3], sr[:, 3:] + 1], dim=1)
+    found, elsewhere = autoencoder(sr, high_res), autoencoder(moved, high_res)
+    assert torch.equal(found.sr_indices, elsewhere.sr_indices)
 
 
 def test_only_the_hr_patch_is_reconstructed():

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from cbnerf.data.patches import PatchSampler
+from cbnerf.data.patches import PatchBatch, PatchSampler
+from cbnerf.data.renders import Renders
 from cbnerf.rng import Rng
 
 CPU = torch.device("cpu")
@@ -15,14 +16,32 @@ def photographs() -> torch.Tensor:
     return torch.stack(places, dim=-1).byte()
 
 
-def draw(photographs: torch.Tensor, number: int, size: int = SIZE):
-    sampler = PatchSampler(photographs + 100, photographs, size, CPU)
+def draw(
+    photographs: torch.Tensor, number: int, size: int = SIZE, *, turned: bool = True
+) -> PatchBatch:
+    """From renders that are brighter by 100, and positions that are lower by 50."""
+    renders = Renders(photographs + 100, photographs.half() - 50)
+    sampler = PatchSampler(renders, photographs, size, CPU, turned=turned)
     return sampler.draw(number, Rng(0, 0, CPU))
 
 
-def test_render_and_photograph_are_cut_and_turned_alike(photographs):
-    batch = draw(photographs, 200)
-    torch.testing.assert_close(batch.sr * 255 - 100, batch.high_res * 255, atol=1e-3, rtol=0)
+@pytest.mark.parametrize("turned", [True, False])
+def test_render_positions_and_photograph_are_cut_and_turned_alike(photographs, turned: bool):
+    batch = draw(photographs, 200, turned=turned)
+    render, positions = batch.sr.split(3, dim=1)
+    torch.testing.assert_close(render * 255 - 100, batch.high_res * 255, atol=1e-3, rtol=0)
+    torch.testing.assert_close(positions + 50, batch.high_res * 255, atol=1e-3, rtol=0)
+
+
+def test_without_turns_patches_are_cuts_of_one_place(photographs):
+    batch = draw(photographs, 300, turned=False)
+    parts = *batch.sr.split(3, dim=1), batch.high_res
+    for render, positions, photograph in zip(*parts, strict=True):
+        view, top, left = (int(number) for number in photograph[:, 0, 0].mul(255).round())
+        cut = photographs[view, top : top + SIZE, left : left + SIZE].movedim(-1, 0).float()
+        assert torch.equal(photograph, cut / 255)
+        assert torch.equal(render, (cut + 100) / 255)
+        assert torch.equal(positions, cut - 50)
 
 
 def test_patches_are_squares_of_one_view_in_all_eight_symmetries(photographs):
@@ -43,8 +62,9 @@ def test_patches_are_squares_of_one_view_in_all_eight_symmetries(photographs):
     assert seen == expected
 
 
-def test_every_place_of_every_view_is_reached(photographs):
-    patches = (draw(photographs, 3000).high_res * 255).round().long()
+@pytest.mark.parametrize("turned", [True, False])
+def test_every_place_of_every_view_is_reached(photographs, turned: bool):
+    patches = (draw(photographs, 3000, turned=turned).high_res * 255).round().long()
     corners = {tuple(corner) for corner in patches.amin((2, 3)).tolist()}
     tops, lefts = range(HEIGHT - SIZE + 1), range(WIDTH - SIZE + 1)
     assert corners == {(v, top, left) for v in range(VIEWS) for top in tops for left in lefts}

@@ -5,7 +5,13 @@ import torch
 from torch import Tensor
 
 from cbnerf.nerf.rays import Cameras, make_rays, make_world_rays
-from cbnerf.nerf.warp import find_visible, follow_pixels, sample, warping_error
+from cbnerf.nerf.warp import (
+    find_positions,
+    find_visible,
+    follow_pixels,
+    sample,
+    warping_error,
+)
 
 HEIGHT, WIDTH = 24, 32
 
@@ -114,3 +120,40 @@ def test_content_behind_the_next_camera_is_not_seen():
     points = follow_pixels(cameras, depth, 0, 1)
     assert points.isnan().all()
     assert not find_visible(points, depth, depth).any()
+
+
+def test_positions_are_normalised_device_coordinates():
+    cameras = make_cameras((0.0, 0.0, 0.0))
+    t = torch.rand(HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
+    x, y, depth = find_positions(cameras, t, 0).unbind(-1)
+    # Seen from the origin, x and y do not depend on depth: 40 * 2 / 32 of the slope of the ray.
+    u = (torch.arange(WIDTH) + 0.5 - 15) / 40
+    v = (11 - torch.arange(HEIGHT) - 0.5) / 40
+    torch.testing.assert_close(x, (80 / WIDTH * u).expand(HEIGHT, -1))
+    torch.testing.assert_close(y, (80 / HEIGHT * v)[:, None].expand(-1, WIDTH))
+    assert torch.equal(depth, t)
+
+
+def test_positions_from_elsewhere_in_closed_form():
+    cameras = make_cameras((0.3, -0.2, 0.5))
+    x, y, _ = find_positions(cameras, torch.full((HEIGHT, WIDTH), 0.75), 0)[4, 7].tolist()
+    # The plane z = -4 is 4.5 before the camera.
+    assert x == pytest.approx(80 / WIDTH * (0.3 + 4.5 * (7.5 - 15) / 40) / 4, abs=1e-5)
+    assert y == pytest.approx(80 / HEIGHT * (-0.2 + 4.5 * (11 - 4.5) / 40) / 4, abs=1e-5)
+
+
+def test_a_scene_point_has_one_position_whichever_camera_sees_it():
+    cameras = make_cameras(*MOVING, turn=0.1)
+    t = torch.full((HEIGHT, WIDTH), 0.75)  # the plane z = -4
+    here, there = (find_positions(cameras, t, view) for view in (0, 2))
+    seen = follow_pixels(cameras, t, 0, 2)
+    inside = find_visible(seen, t, t)
+    assert inside.float().mean() > 0.3
+    # Positions on a plane are not linear in pixels where the camera is turned: 32 pixels span 2.
+    torch.testing.assert_close(sample(there, seen)[inside], here[inside], atol=1e-3, rtol=0)
+    assert (there - here)[inside].abs().amax(0)[:2].min() > 0.05
+
+
+def test_positions_at_infinity_are_finite():
+    positions = find_positions(make_cameras(*MOVING), torch.ones(HEIGHT, WIDTH), 1)
+    assert positions.half().isfinite().all() and positions.abs().max() < 2

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from cbnerf.data.renders import Renders, save_renders
 from cbnerf.search import estimate
-from cbnerf.search.estimate import largest, measure_share, part_of_gpu
+from cbnerf.search.estimate import bytes_needed, largest, measure_share, part_of_gpu
 from cbnerf.search.plan import Plan
 
 pytestmark = pytest.mark.search
@@ -21,6 +22,18 @@ pytestmark = pytest.mark.search
 def test_trainings_that_share_a_gpu_fit_into_it_with_room_to_spare(share: float, part: float):
     assert part_of_gpu(share) == part
     assert share > 0.5 or share / part <= 1 / 1.2
+
+
+def test_the_renders_of_a_view_take_the_space_of_their_file(
+    tiny_plan: Callable[..., Plan], tmp_path: Path
+):
+    plan = tiny_plan()
+    one, two = (bytes_needed(plan, {"arcade": 9, "blinds": count}) for count in (1, 2))
+    height, width = 48, plan.base.data.width
+    colours = torch.zeros(1, height, width, 3, dtype=torch.uint8)
+    save_renders(Renders(colours, colours.half()), tmp_path / "renders.npz")
+    size = (tmp_path / "renders.npz").stat().st_size
+    assert (two - one) / 2 == pytest.approx(size, rel=0.03)  # one for MLflow
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU to measure")

@@ -103,12 +103,12 @@ def test_pictures_and_videos(tiny_scene: Scene, tiny_renders: Renders, tmp_path:
             field = train_field(config, tiny_scene, device=device, report=ignore)
             refiner = train_refiner(config, tiny_scene, tiny_renders, device=device, report=ignore)
             assert refiner.autoencoder is not None
-            images = tiny_renders.rgb[:2], tiny_scene.images[:2]
+            images = tiny_renders.of([0, 1]), tiny_scene.images[:2]
             health = inspect_codebook(refiner.autoencoder, *images, folder, device)
             cameras = tiny_scene.cameras(device)
             path = cameras._replace(camera_to_world=cameras.camera_to_world[:2])
             videos = write_videos(field, path, tiny_scene.scale, refiner, folder, fps=2)
-            tiles = refine_views(refiner, tiny_renders.rgb[:1], device, tile=16)
+            tiles = refine_views(refiner, tiny_renders.of([0]), device, tile=16)
         for video in folder.glob("*.mp4"):
             video.unlink()
         written.append((health, videos, tiles))

@@ -7,6 +7,7 @@ from cbnerf.data.scene import Scene
 from cbnerf.metrics import psnr, ssim, to_8bit
 from cbnerf.nerf.model import build_field, render_image
 from cbnerf.nerf.rays import Cameras
+from cbnerf.nerf.warp import find_positions
 from cbnerf.training.evaluation import (
     Score,
     image_strip,
@@ -14,6 +15,7 @@ from cbnerf.training.evaluation import (
     mean_scores,
     refine_views,
     render_views,
+    sr_views,
 )
 from cbnerf.training.models import build_refiner
 
@@ -48,17 +50,35 @@ def test_views_are_refined_one_by_one_and_stay_8_bit(tiny_config: Config, tiny_r
     refiner = build_refiner(tiny_config).eval()
     with torch.no_grad():
         refiner.get_parameter("tail.0.weight").normal_(std=0.1)
-    odd = tiny_renders.rgb[:2, :47, :63].contiguous()
+        refiner.get_parameter("filters.table").normal_(std=0.02)
+    odd = Renders(*(part[:2, :47, :63].contiguous() for part in tiny_renders))
     refined = refine_views(refiner, odd, CPU)
-    assert refined.dtype == torch.uint8 and refined.shape == odd.shape
-    assert not torch.equal(refined, odd)
-    alone = refiner.refine(odd[1].movedim(-1, 0)[None].float() / 255)[0].movedim(0, -1)
+    assert refined.dtype == torch.uint8 and refined.shape == odd.rgb.shape
+    assert not torch.equal(refined, odd.rgb)
+    second = torch.cat([odd.rgb[1].float() / 255, odd.positions[1].float()], dim=-1)
+    alone = refiner.refine(second.movedim(-1, 0)[None])[0].movedim(0, -1)
     assert torch.equal(refined[1], to_8bit(alone))
+
+
+def test_no_views_are_refined_to_none(tiny_config: Config, tiny_renders: Renders):
+    refined = refine_views(build_refiner(tiny_config), tiny_renders.of([]), CPU)
+    assert refined.shape == (0, 48, 64, 3)
+
+
+def test_views_are_colours_and_then_positions(tiny_renders: Renders):
+    views = sr_views(tiny_renders, CPU)
+    assert len(views) == len(tiny_renders.rgb)
+    for view in (0, 7):
+        assert views[view].shape == (1, 6, 48, 64) and views[view].dtype == torch.float32
+        colours, positions = views[view][0].movedim(0, -1).split(3, dim=-1)
+        assert torch.equal((colours * 255).round().byte(), tiny_renders.rgb[view])
+        assert torch.equal(positions.half(), tiny_renders.positions[view])
 
 
 def test_an_untrained_refiner_gives_the_render_back_bit_by_bit(tiny_config, tiny_renders: Renders):
     refiner = build_refiner(tiny_config).eval()
-    assert torch.equal(refine_views(refiner, tiny_renders.rgb[:1], CPU), tiny_renders.rgb[:1])
+    some = tiny_renders.of([0])
+    assert torch.equal(refine_views(refiner, some, CPU), some.rgb)
 
 
 def test_rendered_views_stand_in_the_order_asked_for(tiny_config: Config, tiny_cameras: Cameras):
@@ -69,3 +89,5 @@ def test_rendered_views_stand_in_the_order_asked_for(tiny_config: Config, tiny_c
         rgb, depth = render_image(model, tiny_cameras, view, 2)
         assert torch.equal(renders.rgb[index], to_8bit(rgb))
         assert torch.equal(renders.depth[index], depth.half())
+        positions = find_positions(tiny_cameras, depth, view)
+        assert torch.equal(renders.positions[index], positions.half())

@@ -35,7 +35,7 @@ def test_a_code_of_a_pixel_is_the_patch_that_it_leaves_in_an_empty_image():
     autoencoder = build_refiner(with_overrides(METHODS["cb-nerf"], SMALL)).autoencoder
     sheet = draw_codes(autoencoder, torch.arange(10), zoom=1)
     assert sheet.shape == (3 * 9, 4 * 9, 3)
-    field = torch.zeros(1, 11, 11, 4)
+    field = torch.zeros(1, 11, 11, 4 + 3)  # features, and the position that it ignores
     field[0, 5, 5] = autoencoder.quantizer.codes()[0]
     patch = autoencoder.decode(field).image[0, :, 2:9, 2:9].detach().flatten().double()
     both = torch.stack([patch, sheet[1:8, 1:8].movedim(-1, 0).flatten().double()])

@@ -89,10 +89,10 @@ def test_a_resumed_run_ends_with_the_same_bits(kind: str, train, keep):
 def test_a_loaded_refiner_refines_the_same(kind: str, train, keep, tiny_scene, tiny_renders):
     refiner = train(make_config(kind))
     loaded = load_refiner(keep.folder / "6.pt", CPU)
-    images = tiny_renders.rgb[:1]
+    renders = tiny_renders.of([0])
     references = find_references(make_config(kind), tiny_scene, tiny_renders, [0])
-    refined = refine_views(refiner, images, CPU, references)
-    assert torch.equal(refine_views(loaded, images, CPU, references), refined)
+    refined = refine_views(refiner, renders, CPU, references)
+    assert torch.equal(refine_views(loaded, renders, CPU, references), refined)
 
 
 def test_gain_is_the_change_against_stage_one(train, keep, tiny_scene, tiny_renders):
@@ -140,7 +140,7 @@ def mirror_blocks(scene: Scene) -> Scene:
 def sources(tiny_scene, tiny_renders) -> Pairs:
     wide = replace(tiny_scene, name="wide", images=tiny_scene.images.flip(2))
     smaller = replace(tiny_scene, name="smaller", images=tiny_scene.images[:, :40])
-    cut = Renders(tiny_renders.rgb[:, :40], tiny_renders.depth[:, :40])
+    cut = Renders(*(part[:, :40] for part in tiny_renders))
     return [(wide, tiny_renders), (smaller, cut)]
 
 
@@ -190,7 +190,7 @@ def test_refined_views_of_an_unseen_scene_agree_with_its_low_res_photographs(
         refiner = train_refiner(
             config, tiny_scene, tiny_renders, device=CPU, report=keep, sources=sources
         )
-        refined = refine_views(refiner, tiny_renders.rgb[views], CPU)
+        refined = refine_views(refiner, tiny_renders.of(views), CPU)
         shrunk = downsample(refined, tiny_scene.scale, kernel).float()
         errors.append(float((shrunk - low_res).square().mean()))
     assert errors[1] < 0.9 * errors[0]
@@ -201,7 +201,7 @@ def test_scenes_that_share_a_refiner_teach_it_and_are_scored_together(
 ):
     config = make_config("residual", **{"codebook.shared": True})
     smaller = replace(tiny_scene, name="smaller", images=tiny_scene.images[:, :40].flip(2))
-    cut = Renders(tiny_renders.rgb[:, :40].flip(2), tiny_renders.depth[:, :40])
+    cut = Renders(*(part[:, :40].flip(2) for part in tiny_renders))
     weights = []
     for views in ([], [0, 4, 8], [1]):  # test and validation views are 0, 8 and 4
         joint = [(blacken(smaller, views), cut)]
@@ -211,7 +211,7 @@ def test_scenes_that_share_a_refiner_teach_it_and_are_scored_together(
         weights.append(refiner.state_dict()["filters.table"])
         pairs = [(tiny_scene, tiny_renders), *joint]
         scores = [
-            mean_scores(refine_views(refiner, r.rgb[[4]], CPU), s.images[[4]], "val")
+            mean_scores(refine_views(refiner, r.of([4]), CPU), s.images[[4]], "val")
             for s, r in pairs
         ]
         before = [mean_scores(r.rgb[[4]], s.images[[4]], "val") for s, r in pairs]
@@ -241,10 +241,17 @@ def test_without_validation_views_nothing_is_scored(train, keep):
 
 
 def test_codebook_health_covers_the_whole_interval(train, keep):
-    # One patch of 16 pixels has 16 codes: no single step can use more.
-    train(make_config("residual", **{"refiner.optim.batch_size": 1}))
-    for metrics in keep.metrics.values():
-        assert 16 < metrics["codebook/perplexity"] <= 32 * metrics["codebook/used"]
+    # The patch of a step shows a part of the scene, and codes of other parts are not used.
+    by_step = []
+    for evaluations in (6, 1):
+        changes = {"refiner.optim.batch_size": 1, "refiner.optim.evaluations": evaluations}
+        train(make_config("residual", **changes))
+        by_step.append([metrics["codebook/used"] for metrics in keep.metrics.values()])
+        for metrics in keep.metrics.values():
+            assert 1 < metrics["codebook/perplexity"] <= 32 * metrics["codebook/used"]
+        keep.metrics.clear()
+    single, (whole,) = by_step
+    assert len(single) == 6 and whole > max(single)
 
 
 def test_several_scenes_are_folds_of_their_own_and_one_scene_has_two(tiny_scene, tiny_renders):
@@ -265,23 +272,38 @@ def test_ridge_strengths_are_chosen_on_held_out_folds(
     asked: list[list[int]] = []
     fit = ResidualRefiner.fit
 
-    def ask(refiner: ResidualRefiner, views: Views, low_res: Views | None) -> dict[str, float]:
+    def ask(refiner: ResidualRefiner, views: Views, low_res: Views | None) -> None:
         asked.append(list(views.held_out))
-        return fit(refiner, views, low_res)
+        fit(refiner, views, low_res)
 
     monkeypatch.setattr(ResidualRefiner, "fit", ask)
     pair = (tiny_scene, tiny_renders)
     config = make_config("residual")
     train_refiner(config, *pair, device=CPU, report=keep, sources=[pair] * sources)
-    assert asked == [expected] * 2
+    assert asked == [expected]  # once, before the first step
 
 
-def test_reported_refiners_have_their_filters(train, keep):
+def test_reported_refiners_have_the_filters_of_the_start(train, keep):
     refiner = train(make_config("residual"))
+    solved = refiner.state_dict()["filters.table"]
+    assert solved.abs().max() > 1e-3
     for step in (3, 6):
         state = torch.load(keep.folder / f"{step}.pt", weights_only=True)["model"]
-        assert state["filters.table"].abs().max() > 1e-3
-    assert torch.equal(state["filters.table"], refiner.state_dict()["filters.table"])
+        assert torch.equal(state["filters.table"], solved)
+
+
+@pytest.mark.parametrize("consistency, steps", [(0.0, [3, 6]), (10.0, [6])])
+def test_an_unseen_scene_with_low_res_photographs_is_solved_and_not_trained(
+    consistency: float, steps: list[int], sources, tiny_scene, tiny_renders, keep
+):
+    config = make_config("residual", **{"refiner.consistency": consistency})
+    refiner = train_refiner(
+        config, tiny_scene, tiny_renders, device=CPU, report=keep, sources=sources
+    )
+    assert list(keep.metrics) == steps
+    assert (refiner.get_parameter("tail.0.weight").abs().max() == 0) == (steps == [6])
+    if steps == [6]:
+        assert set(keep.metrics[6]) == {"val/psnr", "val/ssim", "val/gain"}
 
 
 def test_codes_and_filters_count_as_parameters():
@@ -289,4 +311,4 @@ def test_codes_and_filters_count_as_parameters():
         count_parameters(with_overrides(METHODS["cb-nerf"], {"codebook.size": size}))
         for size in (64, 1024)
     )
-    assert large - small == (1024 - 64) * (32 + (3 * 7 * 7 + 1) * 3)
+    assert large - small == (1024 - 64) * (32 + 3 + (3 * 7 * 7 + 1) * 3)

@@ -1,0 +1,105 @@
+import pytest
+import torch
+
+from cbnerf.codebook.quantizer import _find_least_several, find_nearest, find_neighbours
+
+
+def draw(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("max_distances", [1, 100, 2**24])
+def test_search_finds_the_explicit_minimum(max_distances: int):
+    latents, codes = draw(53, 5), draw(31, 5, seed=2)
+    obvious = [min(range(31), key=lambda i: ((z - codes[i]) ** 2).sum().item()) for z in latents]
+    assert find_nearest(latents, codes, max_distances).tolist() == obvious
+
+
+def test_search_in_chunks_is_exact():
+    latents, codes = draw(3000, 64), draw(700, 64, seed=2)
+    distances = torch.cdist(latents.double(), codes.double())
+    indices = find_nearest(latents, codes, 10_000)
+    chosen = distances.gather(1, indices[:, None])[:, 0]
+    # Where two codes lie equally far in float32, either will do.
+    torch.testing.assert_close(chosen, distances.min(1).values, rtol=1e-6, atol=0)
+    assert torch.equal(indices, find_nearest(latents, codes, 10**9))
+
+
+@pytest.mark.parametrize("max_distances", [1, 100, 2**24])
+@pytest.mark.parametrize("number", [1, 3, 30])
+def test_neighbours_are_the_nearest_by_an_explicit_search(number: int, max_distances: int):
+    latents, codes = draw(53, 5), draw(31, 5, seed=2)
+    found = find_neighbours(latents, codes, number, max_distances)
+    for latent, indices, shares in zip(latents, *found, strict=True):
+        distances = [((latent - code) ** 2).sum().item() for code in codes]
+        nearest = sorted(range(31), key=distances.__getitem__)
+        assert indices.tolist() == nearest[:number]
+        nearness = torch.tensor([distances[nearest[number]] - distances[i] for i in indices])
+        torch.testing.assert_close(shares, nearness / nearness.sum(), rtol=1e-3, atol=1e-5)
+
+
+def test_one_neighbour_is_the_nearest_code_alone():
+    latents, codes = draw(200, 8), draw(64, 8, seed=2)
+    indices, shares = find_neighbours(latents, codes, 1)
+    assert torch.equal(indices[:, 0], find_nearest(latents, codes))
+    assert torch.equal(shares, torch.ones(200, 1))
+
+
+def test_no_code_comes_or_goes_at_once():
+    codes, values = draw(64, 4), draw(64, seed=2)
+    between = torch.linspace(0, 1, 5000)[:, None]
+    path = torch.lerp(draw(4, seed=3), draw(4, seed=4), between)
+
+    def greatest_jump(number: int) -> float:
+        indices, shares = find_neighbours(path, codes, number)
+        return float((values[indices] * shares).sum(1).diff().abs().max())
+
+    assert greatest_jump(3) < 0.02 < 0.3 < greatest_jump(1)
+
+
+def test_codes_that_lie_equally_far_share_equally():
+    codes = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+    assert find_neighbours(torch.zeros(1, 2), codes, 2).shares.tolist() == [[0.5, 0.5]]
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_gradients_of_shares_match_finite_differences(number: int):
+    latents, codes = (draw(*shape).double().requires_grad_() for shape in ((7, 3), (9, 3)))
+    indices = find_neighbours(latents, codes, number).indices
+
+    def shares(latents: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        found = find_neighbours(latents, codes, number)
+        assert torch.equal(found.indices, indices)  # steps are small
+        return found.shares
+
+    assert torch.autograd.gradcheck(shares, (latents, codes))
+    if number > 1:
+        (torch.arange(number) * shares(latents, codes)).sum().backward()
+        assert latents.grad.abs().amax(1).min() > 0 and codes.grad.abs().max() > 0
+
+
+def test_gradients_of_shares_are_finite_where_codes_coincide():
+    codes = torch.zeros(5, 3, requires_grad=True)
+    latents = torch.zeros(2, 3, requires_grad=True)
+    found = find_neighbours(latents, codes, 3)
+    torch.testing.assert_close(found.shares, torch.full((2, 3), 1 / 3))
+    found.shares[:, 0].sum().backward()
+    assert latents.grad.isfinite().all() and codes.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("columns", [31, 256, 2047, 2048, 4096])
+@pytest.mark.parametrize("number", [1, 4, 17])
+def test_the_least_of_many_columns_are_those_of_a_sort(number: int, columns: int):
+    # Integers are distinct in a row, so there is one right order.
+    values = torch.rand(50, columns, generator=torch.Generator().manual_seed(1)).argsort(1).float()
+    found = _find_least_several(values, number)
+    assert torch.equal(found, values.argsort(dim=1)[:, :number])
+
+
+def test_the_least_columns_may_lie_in_one_group():
+    """Groups are every 256th column of 4096."""
+    values = torch.ones(1, 4096)
+    values[0, 5::256] = torch.arange(-16.0, 0.0)
+    values[0, 6] = -0.5
+    expected = [*range(5, 4096, 256), 6]
+    assert _find_least_several(values, 17)[0].tolist() == expected
