@@ -9,7 +9,7 @@ from cbnerf.presets import METHODS, RESOLUTIONS, preset
 
 ALL = [
     "nerf", "nerf bicubic", "nerf lanczos", "nerf-sr stage 1", "nerf-sr", "cb-nerf-paper",
-    "vq-vae of cb-nerf-paper", "cb-nerf stage 1", "cb-nerf", "vq-vae of cb-nerf", "residual-cnn",
+    "vq-vae of cb-nerf-paper", "cb-nerf stage 1", "cb-nerf", "vq-vae of cb-nerf", "cnn",
     "linear",
 ]  # fmt: skip
 
@@ -28,8 +28,8 @@ def test_without_a_photograph_there_is_no_reference_to_look_into(protocol: Proto
 
 
 def test_the_control_without_codes_has_no_ceiling_of_codes():
-    names = [row.name for row in make_rows({"residual-cnn": METHODS["residual-cnn"]}, "holdout")]
-    assert names == ["residual-cnn stage 1", "residual-cnn"]
+    names = [row.name for row in make_rows({"cnn": METHODS["cnn"]}, "holdout")]
+    assert names == ["cnn stage 1", "cnn"]
 
 
 @pytest.mark.parametrize("kernel", ["bicubic", "lanczos"])

@@ -14,7 +14,7 @@ WITHOUT_SPACE = "method: cb-nerf\n"
 def test_a_specification_is_read_with_the_types_of_its_knobs(tmp_path: Path):
     file = tmp_path / "good.yaml"
     file.write_text(
-        "method: residual-cnn\nresolution: x2-252\ntrials: 5\nseed: 3\n"
+        "method: cnn\nresolution: x2-252\ntrials: 5\nseed: 3\n"
         "objectives: [val/ssim, seconds]\nlimits: {parameters: 300000}\n"
         "stopping: {rule: asha, rungs: 2, eta: 4, threshold: 0.1}\n"
         "fixed: {refiner.optim.lr: 1e-3}\n"  # PyYAML reads this one as text
@@ -28,7 +28,7 @@ def test_a_specification_is_read_with_the_types_of_its_knobs(tmp_path: Path):
         encoding="utf-8",
     )
     spec = load_spec(file)
-    assert (spec.method, spec.resolution) == ("residual-cnn", "x2-252")
+    assert (spec.method, spec.resolution) == ("cnn", "x2-252")
     assert (spec.objectives, spec.limits) == (("val/ssim", "seconds"), {"parameters": 300_000.0})
     assert spec.stopping == Stopping(rule="asha", rungs=2, eta=4, threshold=0.1)
     assert (spec.trials, spec.seed) == (5, 3)

@@ -37,7 +37,7 @@ UNORDERED = {
     "median", "kthvalue", "grid_sampler_2d_backward", "grid_sampler_3d_backward",
 }  # fmt: skip
 METHODS = {
-    "nerf-sr": {}, "cb-nerf-paper": {}, "cb-nerf": {}, "residual-cnn": {}, "linear": {},
+    "nerf-sr": {}, "cb-nerf-paper": {}, "cb-nerf": {}, "cnn": {}, "linear": {},
     "cb-nerf with fsq": {"codebook.kind": "fsq", "codebook.imitation": "feature"},
     "cb-nerf with gradients": {"codebook.ema": False, "codebook.imitation": "vq"},
 }  # fmt: skip

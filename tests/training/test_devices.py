@@ -84,7 +84,7 @@ def test_stage_2(method: str, tiny_scene: Scene, tiny_renders: Renders):
     check_training(method, lambda config, **how: train_refiner(config, *pair, **how))
 
 
-@pytest.mark.parametrize("method", ["linear", "residual-cnn"])
+@pytest.mark.parametrize("method", ["linear", "cnn"])
 def test_stage_2_of_other_scenes(method: str, tiny_scene: Scene, tiny_renders: Renders):
     config, pair = make_steps(method, 2), (tiny_scene, tiny_renders)
     refiners = []

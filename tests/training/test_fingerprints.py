@@ -56,7 +56,7 @@ def test_each_knob_of_stage_1_changes_the_fingerprint(scene: Scene, name: str):
 def test_knobs_of_stage_2_share_a_field(scene: Scene):
     changes = {
         "codebook.size": 64, "codebook.beta": 1.0, "codebook.imitation": "ce", "codebook.dim": 3,
-        "refiner.codes": False, "refiner.optim.steps": 99, "refiner.optim.lr": 1.0,
+        "refiner.kind": "cnn", "refiner.optim.steps": 99, "refiner.optim.lr": 1.0,
         "loss.lambda_recon": 3.0, "loss.lambda_imitation": 0.0,
     }  # fmt: skip
     for name, value in changes.items():

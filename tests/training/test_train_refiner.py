@@ -176,7 +176,7 @@ def test_an_unseen_scene_gives_low_res_photographs_of_training_views_alone(
 
 @pytest.mark.parametrize(
     "method, kernel",
-    [("cb-nerf", "box"), ("residual-cnn", "box"), ("linear", "box"), ("cb-nerf", "lanczos")],
+    [("cb-nerf", "box"), ("linear", "box"), ("cb-nerf", "lanczos")],
 )
 def test_refined_views_of_an_unseen_scene_agree_with_its_low_res_photographs(
     method: str, kernel: Kernel, sources, tiny_scene, tiny_renders, keep
