@@ -1,5 +1,7 @@
 """Small refiners with a codebook, and images for them."""
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 
@@ -9,6 +11,7 @@ from cbnerf.overrides import with_overrides
 from cbnerf.presets import METHODS
 from cbnerf.training.models import build_refiner
 
+Kind = TypeVar("Kind", bound=CodebookRefiner)
 SMALL = {"refiner.channels": 6, "refiner.blocks": 2, "codebook.size": 16, "codebook.dim": 4}
 
 
@@ -26,7 +29,7 @@ def make_residual(method: str = "cb-nerf", **overrides) -> ResidualRefiner:
     return refiner
 
 
-def wake(refiner: CodebookRefiner) -> CodebookRefiner:
+def wake(refiner: Kind) -> Kind:
     """Fill what is initialised with zeros, as training would."""
     with torch.no_grad():
         for parameter in refiner.parameters():

@@ -153,7 +153,7 @@ def test_the_refine_loss_teaches_codes_and_encoder(imitation: str):
     """By the shares of the codes, whatever the weights of the other losses."""
     knobs = {"codebook__ema": False, "codebook__imitation": imitation}
     found, control = (
-        gradients(wake(make_refiner(method, **knobs)), REFINE_ALONE)
+        gradients(wake(make_residual(method, **knobs)), REFINE_ALONE)
         for method in ("cb-nerf", "residual-cnn")
     )
     codes = "autoencoder.quantizer.codebook"
@@ -174,7 +174,7 @@ def test_codes_that_move_by_the_refine_loss_refine_better():
     refiner.filters.table[:, -1] = torch.linspace(-0.5, 0.5, 16)[:, None]
     sr, _ = draw_pair()
     high_res = sr[:, :3] + 0.1 * sr[:, 3:4]  # the brighter the further to the right
-    optimizer = torch.optim.Adam([refiner.autoencoder.quantizer.codebook], lr=0.02)
+    optimizer = torch.optim.Adam([refiner.get_parameter("autoencoder.quantizer.codebook")], lr=0.02)
     losses = []
     for _ in range(20):
         optimizer.zero_grad()

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cbnerf.codebook.refiner import CodebookRefiner
 from cbnerf.codebook.residual import ResidualRefiner
 from cbnerf.codebook.views import Views
 from cbnerf.config import Config
@@ -292,18 +293,39 @@ def test_reported_refiners_have_the_filters_of_the_start(train, keep):
         assert torch.equal(state["filters.table"], solved)
 
 
+@pytest.mark.parametrize("kind, turned", [("residual", False), ("paper", True)])
+def test_patches_with_positions_are_not_turned(kind: str, turned: bool, train, monkeypatch):
+    """To the right, x grows; downwards, y falls."""
+    grows: list[bool] = []
+    losses = CodebookRefiner.losses
+
+    def look(refiner: CodebookRefiner, forward, sr: Tensor, *rest: Tensor) -> dict[str, Tensor]:
+        x, y = sr[:, 3].mean(1), sr[:, 4].mean(2)
+        grows.extend(((x[:, -1] > x[:, 0]) & (y[:, -1] < y[:, 0])).tolist())
+        return losses(refiner, forward, sr, *rest)
+
+    monkeypatch.setattr(CodebookRefiner, "losses", look)
+    train(make_config(kind))
+    assert len(grows) == 12 and all(grows) != turned
+
+
 @pytest.mark.parametrize("consistency, steps", [(0.0, [3, 6]), (10.0, [6])])
 def test_an_unseen_scene_with_low_res_photographs_is_solved_and_not_trained(
     consistency: float, steps: list[int], sources, tiny_scene, tiny_renders, keep
 ):
     config = make_config("residual", **{"refiner.consistency": consistency})
-    refiner = train_refiner(
-        config, tiny_scene, tiny_renders, device=CPU, report=keep, sources=sources
+    is_solved = consistency > 0
+    refiner, other = (
+        train_refiner(config, tiny_scene, tiny_renders, device=CPU, report=keep, sources=some)
+        for some in (sources, sources[:1])
     )
     assert list(keep.metrics) == steps
-    assert (refiner.get_parameter("tail.0.weight").abs().max() == 0) == (steps == [6])
-    if steps == [6]:
+    assert (refiner.get_parameter("tail.0.weight").abs().max() == 0) == is_solved
+    if is_solved:
         assert set(keep.metrics[6]) == {"val/psnr", "val/ssim", "val/gain"}
+    # Codes are then those of its own renders, whatever the sources.
+    codes = [r.state_dict()["autoencoder.quantizer.codebook"] for r in (refiner, other)]
+    assert torch.equal(*codes) == is_solved
 
 
 def test_codes_and_filters_count_as_parameters():
