@@ -6,14 +6,13 @@ import torch.nn.functional as F
 from refiners import draw_pair, make_refiner, make_residual, place, wake
 
 from cbnerf.baselines.linear import LinearRefiner
-from cbnerf.codebook.refiner import refiner_losses
+from cbnerf.codebook.refiner import Refiner, refiner_losses
 from cbnerf.codebook.residual import ResidualRefiner
 from cbnerf.codebook.views import Views
 from cbnerf.config import LossConfig
 from cbnerf.downsampling import REACH, Kernel, downsample
 from cbnerf.presets import METHODS
 
-both = pytest.mark.parametrize("method", ["cb-nerf", "residual-cnn"])
 REFINE_ALONE = LossConfig(lambda_recon=0.0, lambda_vq=0.0, lambda_imitation=0.0)
 
 
@@ -23,17 +22,15 @@ def views_of(renders: torch.Tensor, photographs: torch.Tensor) -> Views:
     return Views(renders.split(1), photographs.split(1), folds, [1])
 
 
-@both
-def test_residual_refiner_starts_as_the_identity(method: str):
-    refiner = make_refiner(method)
+def test_residual_refiner_starts_as_the_identity():
+    refiner = make_refiner()
     sr, high_res = draw_pair()
     torch.testing.assert_close(refiner(sr, high_res).refined, sr[:, :3])
     torch.testing.assert_close(refiner.refine(sr), sr[:, :3])
 
 
-@both
-def test_a_filter_of_the_render_is_added_whatever_the_code(method: str):
-    refiner = make_residual(method)
+def test_a_filter_of_the_render_is_added_whatever_the_code():
+    refiner = make_residual()
     refiner.filters.table.normal_(std=1e-3)
     sr, _ = draw_pair()
     sr[:, :3] = 0.4 + 0.2 * sr[:, :3]
@@ -47,16 +44,15 @@ def test_a_filter_of_the_render_is_added_whatever_the_code(method: str):
     torch.testing.assert_close(refiner.refine(sr), before + added.filter(sr[:, :3]).detach())
 
 
-@both
-def test_the_network_corrects_the_filtered_image_and_sees_the_render_too(method: str):
-    refiner = make_residual(method)
-    torch.nn.init.normal_(refiner.get_parameter("tail.0.weight"), std=0.05)
+def test_the_network_corrects_the_filtered_image_and_sees_the_render_too():
+    refiner = make_residual()
+    torch.nn.init.normal_(refiner.get_parameter("network.tail.0.weight"), std=0.05)
     sr, _ = draw_pair()
     sr[:, :3] = 0.4 + 0.2 * sr[:, :3]
 
     def network(render: torch.Tensor, filtered: torch.Tensor) -> torch.Tensor:
         both = torch.cat([render, filtered], dim=1) * 2 - 1
-        return refiner.tail(refiner.blocks(refiner.head(both))).detach() / 2
+        return refiner.network(both).detach() / 2
 
     render = filtered = sr[:, :3]
     expected = filtered + network(render, filtered)
@@ -75,12 +71,11 @@ def test_first_steps_open_the_tail():
         optimizer.zero_grad()
         refiner_losses(refiner(sr, high_res), high_res, LossConfig()).loss.backward()
         optimizer.step()
-    assert refiner.get_parameter("tail.0.weight").abs().min() > 0
+    assert refiner.get_parameter("network.tail.0.weight").abs().min() > 0
 
 
-@both
-def test_steps_leave_the_filters_as_they_were_solved(method: str):
-    refiner = make_residual(method)
+def test_steps_leave_the_filters_as_they_were_solved():
+    refiner = make_residual()
     sr, high_res = draw_pair()
     refiner.fit(views_of(sr, high_res))
     solved = refiner.filters.table.clone()
@@ -89,19 +84,6 @@ def test_steps_leave_the_filters_as_they_were_solved(method: str):
     refiner.losses(refiner, sr, high_res)["train/loss"].backward()
     optimizer.step()
     assert torch.equal(refiner.filters.table, solved)
-
-
-def test_the_control_is_the_same_network_with_one_filter():
-    refiner, control = make_refiner("cb-nerf"), make_refiner("residual-cnn")
-    shapes = [{n: tuple(p.shape) for n, p in r.named_parameters()} for r in (refiner, control)]
-    codes = refiner.autoencoder.quantizer.num_codes
-    assert [shape.pop("filters.table") for shape in shapes] == [(codes, 148, 3), (1, 148, 3)]
-    assert shapes[0] == shapes[1]
-    sr, _ = draw_pair()
-    for network, ignores in ((refiner, False), (control, True)):
-        before = wake(network).refine(sr)
-        network.autoencoder.quantizer.codebook.mul_(-1)
-        assert torch.equal(network.refine(sr), before) == ignores
 
 
 def test_neighbours_join_the_nearest_code():
@@ -125,42 +107,15 @@ def gradients(refiner: ResidualRefiner, weights: LossConfig) -> dict[str, torch.
     return {n: p.grad.clone() for n, p in refiner.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("weights", [LossConfig(), REFINE_ALONE])
-def test_control_gets_the_same_gradients_while_codes_correct_alike(weights: LossConfig):
-    """Shares sum to one, so they do not matter where the filters of all codes are one."""
-    filter = 0.02 * torch.randn(148, 3, generator=torch.Generator().manual_seed(2))
-    for common in (torch.zeros(148, 3), filter):
-        found: list[dict[str, torch.Tensor]] = []
-        for method in ("cb-nerf", "residual-cnn"):
-            refiner = make_residual(method).eval()
-            torch.nn.init.normal_(
-                refiner.get_parameter("tail.0.weight"), std=0.05,
-                generator=torch.Generator().manual_seed(4),
-            )  # fmt: skip
-            refiner.filters.table.copy_(common)
-            found.append(gradients(refiner, weights))
-        shared = found[0].keys() & found[1].keys()
-        assert {"head.1.weight", "tail.0.weight", "blocks.0.0.weight"} <= shared
-        for name in shared:
-            torch.testing.assert_close(found[0][name], found[1][name], atol=1e-6, rtol=1e-4)
-        # What the control lacks is no gradient at all.
-        for name in found[0].keys() - shared:
-            assert found[0][name].abs().max() < 1e-6, name
-
-
 @pytest.mark.parametrize("imitation", ["vq", "ce"])
 def test_the_refine_loss_teaches_codes_and_encoder(imitation: str):
     """By the shares of the codes, whatever the weights of the other losses."""
     knobs = {"codebook__ema": False, "codebook__imitation": imitation}
-    found, control = (
-        gradients(wake(make_residual(method, **knobs)), REFINE_ALONE)
-        for method in ("cb-nerf", "residual-cnn")
-    )
+    found = gradients(wake(make_residual(**knobs)), REFINE_ALONE)
     codes = "autoencoder.quantizer.codebook"
     encoder = "encoder" if imitation == "vq" else "sr_encoder"
     for name in (codes, f"autoencoder.{encoder}.features.weight"):
         assert found[name].abs().max() > 1e-5
-        assert name not in control or control[name].abs().max() == 0
     by_coordinate = found[codes].abs().amax(0)
     assert by_coordinate.shape == (4 + 3,) and by_coordinate.min() > 1e-6  # positions, too
     if imitation == "ce":
@@ -205,7 +160,7 @@ def draw_texture(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def remaining_error(
-    refiner: ResidualRefiner, train: tuple[torch.Tensor, ...], test: tuple[torch.Tensor, ...]
+    refiner: Refiner, train: tuple[torch.Tensor, ...], test: tuple[torch.Tensor, ...]
 ) -> float:
     """Squared error of a fitted refiner on unseen views, as a part of that of their renders."""
     views = views_of(*train)
@@ -221,14 +176,11 @@ def test_codes_correct_each_kind_of_texture_in_its_own_way():
     """What is right for one kind is wrong for the other: no common filter can do both."""
     torch.manual_seed(0)
     train, test = draw_texture(16), draw_texture(16)
-    left = {
-        method: remaining_error(
-            make_residual(method, codebook__dim=16, codebook__position_weight=0.0), train, test
-        )
-        for method in ("cb-nerf", "residual-cnn")
-    }
-    assert left["residual-cnn"] > 0.9
-    assert left["cb-nerf"] < 0.1
+    linear, codes = LinearRefiner(METHODS["linear"]), make_residual(
+        codebook__dim=16, codebook__position_weight=0.0
+    )
+    assert remaining_error(linear, train, test) > 0.9
+    assert remaining_error(codes, train, test) < 0.1
 
 
 def draw_halves(count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -49,7 +49,7 @@ def test_views_are_refined_one_by_one_and_stay_8_bit(tiny_config: Config, tiny_r
     torch.manual_seed(0)
     refiner = build_refiner(tiny_config).eval()
     with torch.no_grad():
-        refiner.get_parameter("tail.0.weight").normal_(std=0.1)
+        refiner.get_parameter("network.tail.0.weight").normal_(std=0.1)
         refiner.get_parameter("filters.table").normal_(std=0.02)
     odd = Renders(*(part[:2, :47, :63].contiguous() for part in tiny_renders))
     refined = refine_views(refiner, odd, CPU)

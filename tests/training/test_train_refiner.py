@@ -320,7 +320,7 @@ def test_an_unseen_scene_with_low_res_photographs_is_solved_and_not_trained(
         for some in (sources, sources[:1])
     )
     assert list(keep.metrics) == steps
-    assert (refiner.get_parameter("tail.0.weight").abs().max() == 0) == is_solved
+    assert (refiner.get_parameter("network.tail.0.weight").abs().max() == 0) == is_solved
     if is_solved:
         assert set(keep.metrics[6]) == {"val/psnr", "val/ssim", "val/gain"}
     # Codes are then those of its own renders, whatever the sources.
