@@ -173,8 +173,8 @@ def test_positions_are_refused_where_codes_cannot_hold_them():
 
 def test_codes_hold_positions_in_the_presets_that_filter_by_code():
     weights = {name: config.codebook.position_weight for name, config in METHODS.items()}
-    assert {name for name, weight in weights.items() if weight} == {"cb-nerf", "residual-cnn"}
-    assert weights["cb-nerf"] == weights["residual-cnn"] == 2
+    assert {name for name, weight in weights.items() if weight} == {"cb-nerf"}
+    assert weights["cb-nerf"] == 2
 
 
 def test_a_knob_knows_its_type():

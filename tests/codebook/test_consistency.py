@@ -36,7 +36,7 @@ def sharpener(strength: float) -> Tensor:
         kernel[channel, channel, 2:5, 2:5] = -strength / 9
         kernel[channel, channel, 3, 3] += strength
     constant = torch.tensor([[0.01, 0.0, -0.01]])
-    return torch.cat([kernel.flatten(1).T, constant])
+    return torch.cat([kernel.movedim(1, -1).flatten(1).T, constant])
 
 
 def shrink(image: Tensor, kernel: Kernel) -> Tensor:

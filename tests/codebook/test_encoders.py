@@ -8,7 +8,7 @@ from cbnerf.codebook.encoders import (
     VQAutoencoder,
 )
 from cbnerf.codebook.views import Views
-from cbnerf.config import CodebookConfig
+from cbnerf.config import CodebookConfig, LossConfig
 
 
 @pytest.mark.parametrize("imitation", ["vq", "feature", "ce"])
@@ -16,7 +16,7 @@ def test_imitation_leaves_the_hr_encoder_alone_if_renders_have_their_own(imitati
     config = CodebookConfig(size=16, dim=4, imitation=imitation)
     for separate in (True, False):
         own = LightEncoder(4) if separate else None
-        autoencoder = VQAutoencoder(LightEncoder(4), LightDecoder(4), config, own)
+        autoencoder = VQAutoencoder(LightEncoder(4), LightDecoder(4), config, LossConfig(), own)
         autoencoder(torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)).imitation_loss.backward()
         untouched = [parameter.grad is None for parameter in autoencoder.encoder.parameters()]
         assert set(untouched) == {separate}
@@ -34,7 +34,9 @@ def draw_pair(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 def make_positioned() -> VQAutoencoder:
     torch.manual_seed(0)
-    return VQAutoencoder(LightEncoder(4), LightDecoder(4), POSITIONED, LightEncoder(4))
+    return VQAutoencoder(
+        LightEncoder(4), LightDecoder(4), POSITIONED, LossConfig(), LightEncoder(4)
+    )
 
 
 def test_latents_end_with_the_position_of_their_pixel():
@@ -60,7 +62,7 @@ def test_an_image_is_decoded_from_features_alone():
 def test_the_start_places_codes_in_the_scene():
     """K-means sees positions: codes of a scene of two places lie at both, and nowhere else."""
     config = CodebookConfig(size=16, dim=4, position_weight=2.0, kmeans_init=True)
-    autoencoder = VQAutoencoder(LightEncoder(4), LightDecoder(4), config)
+    autoencoder = VQAutoencoder(LightEncoder(4), LightDecoder(4), config, LossConfig())
     sr, high_res = draw_pair()
     sr[0, 3:], sr[1, 3:] = 0.2, 0.6
     autoencoder.start_from(Views(sr.split(1), high_res.split(1), [0, 0], []))
@@ -75,7 +77,7 @@ def test_the_start_places_codes_in_the_scene():
 def test_scalars_ignore_positions():
     config = CodebookConfig(kind="fsq", size=64, position_weight=2.0)
     dim = config.feature_dim
-    autoencoder = VQAutoencoder(LightEncoder(dim), LightDecoder(dim), config)
+    autoencoder = VQAutoencoder(LightEncoder(dim), LightDecoder(dim), config, LossConfig())
     sr, high_res = draw_pair()
     assert autoencoder.positions is None
     assert autoencoder.encode_sr(sr).shape == (2, 16, 16, dim)
@@ -85,10 +87,25 @@ def test_scalars_ignore_positions():
 
 
 def test_only_the_hr_patch_is_reconstructed():
-    autoencoder = VQAutoencoder(LightEncoder(4), LightDecoder(4), CodebookConfig(size=16, dim=4))
+    config = CodebookConfig(size=16, dim=4)
+    autoencoder = VQAutoencoder(LightEncoder(4), LightDecoder(4), config, LossConfig())
     sr, high_res = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
     expected = autoencoder(high_res, high_res).reconstruction
     torch.testing.assert_close(autoencoder(sr, high_res).reconstruction, expected)
+
+
+def test_what_only_losses_without_weight_read_is_not_computed():
+    config = CodebookConfig(size=16, dim=4, imitation="ce")
+    weights = LossConfig(lambda_recon=0.0, lambda_imitation=0.0)
+    autoencoder = VQAutoencoder(LightEncoder(4), LightDecoder(4), config, weights, LightEncoder(4))
+    autoencoder.decoder.register_forward_hook(lambda *_: pytest.fail("decoded"))
+    sr, high_res = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
+    found = autoencoder(sr, high_res)
+    assert torch.equal(found.reconstruction, high_res) and found.imitation_loss == 0
+    # DistributedDataParallel waits for a gradient of each parameter that is trained.
+    assert not any(parameter.requires_grad for parameter in autoencoder.decoder.parameters())
+    found.vq_loss.backward()
+    assert autoencoder.quantizer.codebook.grad is not None
 
 
 def test_the_codebook_learns_from_the_hr_patch_alone():
@@ -98,7 +115,7 @@ def test_the_codebook_learns_from_the_hr_patch_alone():
     high_res = torch.rand(2, 3, 16, 16)
     for _ in range(2):
         torch.manual_seed(1)
-        autoencoder = VQAutoencoder(LightEncoder(4), LightDecoder(4), config)
+        autoencoder = VQAutoencoder(LightEncoder(4), LightDecoder(4), config, LossConfig())
         torch.seed()
         autoencoder(torch.rand(2, 3, 16, 16), high_res)
         states.append(autoencoder.quantizer.state_dict())

@@ -52,7 +52,7 @@ def test_filters_correct_by_the_pixels_around(neighbours: int):
     corrected = filters(sr, codes)
     padded = F.pad(sr[None], (3,) * 4, mode="replicate")[0]
     for row, column in ((0, 0), (4, 7), (8, 10)):
-        around = padded[:, row : row + 7, column : column + 7].flatten()
+        around = padded[:, row : row + 7, column : column + 7].movedim(0, -1).flatten()
         expected = torch.zeros(3)
         for index, share in zip(codes.indices[row, column], codes.shares[row, column], strict=True):
             own = filters.table[index]
@@ -103,7 +103,7 @@ def test_fit_is_ridge_regression_towards_the_common_filter(neighbours: int):
 def unfold(view: Corrections) -> tuple[Tensor, Tensor, Tensor]:
     """Of each pixel what is around it, the share of each of three codes, what is wanted."""
     padded = F.pad(view.sr[None], (3,) * 4, mode="replicate")
-    rows = F.unfold(padded, 7)[0].T.double()
+    rows = F.unfold(padded, 7)[0].unflatten(0, (3, 49)).movedim(0, 1).flatten(0, 1).T.double()
     rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
     indices, shares = (part.flatten(0, 1) for part in view.codes)
     dense = torch.zeros(len(rows), 3).scatter(1, indices, shares).double()

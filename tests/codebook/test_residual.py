@@ -38,7 +38,9 @@ def test_a_filter_of_the_render_is_added_whatever_the_code():
     for parameter in added.parameters():
         torch.nn.init.normal_(parameter, std=1e-3)
     assert added.filter.bias is not None
-    weights = torch.cat([added.filter.weight.flatten(1).T, added.filter.bias[None]]).detach()
+    weights = torch.cat(
+        [added.filter.weight.movedim(1, -1).flatten(1).T, added.filter.bias[None]]
+    ).detach()
     before = refiner.refine(sr)
     refiner.add_filter(weights)
     torch.testing.assert_close(refiner.refine(sr), before + added.filter(sr[:, :3]).detach())
@@ -176,8 +178,9 @@ def test_codes_correct_each_kind_of_texture_in_its_own_way():
     """What is right for one kind is wrong for the other: no common filter can do both."""
     torch.manual_seed(0)
     train, test = draw_texture(16), draw_texture(16)
-    linear, codes = LinearRefiner(METHODS["linear"]), make_residual(
-        codebook__dim=16, codebook__position_weight=0.0
+    linear, codes = (
+        LinearRefiner(METHODS["linear"]),
+        make_residual(codebook__dim=16, codebook__position_weight=0.0),
     )
     assert remaining_error(linear, train, test) > 0.9
     assert remaining_error(codes, train, test) < 0.1

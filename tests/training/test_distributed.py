@@ -59,8 +59,8 @@ def train_on_rank(rank: int, folder: str, *job) -> None:
 def test_two_processes_train_as_one(
     tiny_config: Config, tiny_scene: Scene, tiny_renders: Renders, tmp_path: Path
 ):
-    config = with_overrides(tiny_config, SCHEDULE)
-    assert config.codebook.ema and config.codebook.kmeans_init and config.refiner.skips == "mixed"
+    config = with_overrides(tiny_config, SCHEDULE | {"codebook.ema": True})
+    assert config.codebook.kmeans_init and config.refiner.skips == "mixed"
     job = config, tiny_scene, tiny_renders
     spawn(train_on_rank, (str(tmp_path), *job), nprocs=2)
     (first, reports), (second, silent) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
