@@ -40,14 +40,16 @@ def load_renders(path: Path) -> Renders:
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file of stage-1 renders") from None
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a file of stage-1 renders ({error})") from None
+        raise _unreadable(path, str(error)) from None
     types = (rgb.dtype, positions.dtype) == (np.uint8, np.float16)
     if not types or rgb.shape[3:] != (3,) or rgb.shape != positions.shape:
-        raise ValueError(
-            f"{path}: not a file of stage-1 renders (holds {rgb.dtype} {rgb.shape} and "
-            f"{positions.dtype} {positions.shape})"
-        )
+        held = f"it holds {rgb.dtype} {rgb.shape} and {positions.dtype} {positions.shape}"
+        raise _unreadable(path, held)
     return Renders(torch.from_numpy(rgb), torch.from_numpy(positions))
+
+
+def _unreadable(path: Path, why: str) -> ValueError:
+    return ValueError(f"{path}: not a file of stage-1 renders ({why}); train stage 1 again")
 
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
