@@ -28,7 +28,7 @@ if importlib.util.find_spec("ray") is None:
 SPACE = {
     "codebook.size": {"choices": [64, 128, 1024]},
     "codebook.beta": {"low": 0.05, "high": 2.0, "log": True},
-    "loss.lambda_recon": {"low": 0.3, "high": 30.0, "log": True},
+    "loss.lambda_recon": {"low": 0.001, "high": 30.0, "log": True},
 }
 
 

@@ -169,7 +169,7 @@ def test_more_trials_extend_a_finished_search(tiny_plan):
 def test_the_preset_comes_first_then_the_initial_points(tiny_plan):
     plan = tiny_plan("arcade", trials=3, initial=[{"codebook.size": 128}, {"codebook.beta": 0.25}])
     units = live(StudyState(plan))
-    base = {"codebook.size": 64, "codebook.beta": 0.25, "loss.lambda_recon": 10.0}
+    base = {"codebook.size": 64, "codebook.beta": 0.25, "loss.lambda_recon": 0.01}
     assert units[0].overrides == base
     assert units[1].overrides == base | {"codebook.size": 128}
     # The second point of the file is the preset again, so the third is the sampler's.
