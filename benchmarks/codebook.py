@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import stage_1
 import torch
 import tyro
 from provenance import provenance
 from scipy.stats import t as student
-from stage_1 import render_stage_1
 from torch import Tensor
 
 from cbnerf.config import Config
@@ -44,15 +44,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(kw_only=True)
-class Options:
-    data: Path
-    """Folder of LLFF scene folders."""
-    cache: Path
-    """Receives the stage-1 fields and renders, which later runs use again."""
-    scenes: tuple[str, ...] = ("fern", "flower", "room")
-    resolution: str = "x2-128"
-    field_steps: int = 1500
-    """Updates of stage 1."""
+class Options(stage_1.Options):
     seeds: int = 3
     views: str = "test"
     """`test`, or `val` to select on."""
@@ -60,7 +52,6 @@ class Options:
     """As in `cbnerf compare`."""
     shared: bool = False
     """One refiner, and one codebook, for all scenes."""
-    threads: int = 1
     name: str = ""
     """Of the files; the default says resolution and protocol."""
     output: Path = Path("benchmarks/results/codebook")
@@ -88,12 +79,13 @@ def main(options: Options) -> None:
     schedule = {"field.optim.steps": options.field_steps, "refiner.optim.evaluations": 1}
     config = with_overrides(preset("cb-nerf", options.resolution), schedule | parsed)
     pairs = {
-        name: render_stage_1(config, options.data, name, options.cache) for name in options.scenes
+        name: stage_1.render_stage_1(config, options.data, name, options.cache)
+        for name in options.scenes
     }
     below = {}
     if options.protocol == "low-res-only":
         below = {
-            name: render_stage_1(config, options.data, name, options.cache, below=True)
+            name: stage_1.render_stage_1(config, options.data, name, options.cache, below=True)
             for name in options.scenes
         }
     trials: list[Trial] = []

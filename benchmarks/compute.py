@@ -15,12 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import stage_1
 import torch
 import tyro
 from clock import clock
 from codebook import interval
 from provenance import provenance
-from stage_1 import render_stage_1
 
 from cbnerf.config import Config
 from cbnerf.data.renders import Renders
@@ -45,21 +45,12 @@ _TIMED = 20
 
 
 @dataclass(kw_only=True)
-class Options:
-    data: Path
-    """Folder of LLFF scene folders."""
-    cache: Path
-    """Receives the stage-1 fields and renders, which later runs use again."""
-    scenes: tuple[str, ...] = ("fern", "flower", "room")
-    resolution: str = "x2-128"
-    field_steps: int = 1500
-    """Updates of stage 1."""
+class Options(stage_1.Options):
     budgets: tuple[float, ...] = (10, 30, 100, 300, 1000)
     """Seconds."""
     seeds: int = 3
     views: str = "test"
     """`test`, or `val` to select on."""
-    threads: int = 1
     overrides: tuple[str, ...] = ()
     """KNOB=VALUE of `cb-nerf`."""
     output: Path = Path("benchmarks/results/codebook")
@@ -83,7 +74,7 @@ def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
     trials: list[Trial] = []
     for name in options.scenes:
-        scene, renders = render_stage_1(
+        scene, renders = stage_1.render_stage_1(
             _config(options, "cb-nerf", 0), options.data, name, options.cache
         )
         for method in SIZES:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import stage_1
 import torch
 import tyro
 from codebook import interval
 from provenance import provenance
-from stage_1 import render_stage_1
 from torch import Tensor
 
 from cbnerf.data.renders import Renders
@@ -42,21 +42,12 @@ PAPER = {"loss.lambda_recon": 10.0, "loss.lambda_vq": 1.0, "loss.lambda_imitatio
 
 
 @dataclass(kw_only=True)
-class Options:
-    data: Path
-    """Folder of LLFF scene folders."""
-    cache: Path
-    """Receives the stage-1 fields and renders, which later runs use again."""
-    scenes: tuple[str, ...] = ("fern", "flower", "room")
-    resolution: str = "x2-128"
-    field_steps: int = 1500
-    """Updates of stage 1."""
+class Options(stage_1.Options):
     steps: int = 300
     """Updates of the refiner."""
     batch_size: int = 8
     """Its patches per update."""
     seeds: int = 3
-    threads: int = 1
     output: Path = Path("benchmarks/results/codebook")
     """Receives RESOLUTION-sensitivity.md."""
 
@@ -72,7 +63,8 @@ def main(options: Options) -> None:
         preset("cb-nerf", options.resolution), {"field.optim.steps": options.field_steps}
     )
     pairs = {
-        name: render_stage_1(config, options.data, name, options.cache) for name in options.scenes
+        name: stage_1.render_stage_1(config, options.data, name, options.cache)
+        for name in options.scenes
     }
     before = _gains(options, pairs, {})
     lines = [

@@ -1,5 +1,6 @@
-"""The stage-1 renders that benchmarks of refiners share."""
+"""The stage-1 renders that benchmarks of refiners share, and the options for them."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from cbnerf.config import Config
@@ -8,6 +9,19 @@ from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene, make_scene
 from cbnerf.training.distributed import choose_device
 from cbnerf.training.stages import RENDERS_FILE, run_field
+
+
+@dataclass(kw_only=True)
+class Options:
+    data: Path
+    """Folder of LLFF scene folders."""
+    cache: Path
+    """Receives the stage-1 fields and renders, which later runs use again."""
+    scenes: tuple[str, ...] = ("fern", "flower", "room")
+    resolution: str = "x2-128"
+    field_steps: int = 1500
+    """Updates of stage 1."""
+    threads: int = 1
 
 
 def render_stage_1(
