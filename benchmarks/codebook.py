@@ -3,8 +3,8 @@
     python benchmarks/codebook.py --data ../shared/llff --cache runs/codebook
 
 Trains stage 1 of each scene once, then for each scene and seed the refiner with codes and its
-control: the same parameters, steps, seeds and patches, but one code everywhere. Beside them stand
-stage 1 and the fitted filter `linear`. Prints and writes mean scores of held-out views and paired
+control, `cnn`: the same network, steps, seeds and patches without codes. Beside them stand stage 1
+and the fitted filter `linear`. Prints and writes mean scores of held-out views and paired
 differences: means over views, each of which is the mean over seeds, with intervals of 95 %
 (Student's t over views, and a bootstrap that draws scenes, then views). `--protocol unseen-scene`
 trains refiners on the other scenes alone, `low-res-only` a scale below, `--shared` one on all.

@@ -162,16 +162,9 @@ class FieldConfig:
 
 
 FSQ_LEVELS: dict[int, tuple[int, ...]] = {
-    64: (8, 8),
-    256: (8, 6, 5),
-    512: (8, 8, 8),
-    1024: (8, 5, 5, 5),
-    2048: (8, 8, 6, 5),
-    4096: (7, 5, 5, 5, 5),
-    8192: (8, 8, 5, 5, 5),
-    16384: (8, 8, 8, 6, 5),
-    65536: (8, 8, 8, 5, 5, 5),
-}
+    64: (8, 8), 256: (8, 6, 5), 512: (8, 8, 8), 1024: (8, 5, 5, 5), 2048: (8, 8, 6, 5),
+    4096: (7, 5, 5, 5, 5), 8192: (8, 8, 5, 5, 5), 16384: (8, 8, 8, 6, 5), 65536: (8, 8, 8, 5, 5, 5),
+}  # fmt: skip
 """Levels of `codebook.kind=fsq` by nominal size: 64 and 512 are exact, 256, 1024, 4096, 16384 and
 65536 rounded as in table 1 of the FSQ paper, 2048 and 8192 rounded by the same rules."""
 
@@ -206,19 +199,17 @@ class CodebookConfig:
     revive_below: float = 0.0
     """Replace codes whose average number of uses per step falls below this; 0 disables it."""
     position_weight: float = 0.0
-    """How far the positions of pixels in the scene spread in latents, as a multiple of how far
-    features do; 0 leaves positions out. `vq` with the `residual` refiner only."""
+    """How far positions of pixels in the scene spread in latents, relative to features; 0 leaves
+    positions out. `vq` with the `residual` refiner only."""
     shared: bool = False
     """Train one refiner with one codebook on all scenes, instead of one per scene."""
 
     def __post_init__(self):
         _check(self.size >= 2, "codebook.size", self.size, "at least 2")
         _check(self.dim >= 1, "codebook.dim", self.dim, "at least 1")
-        _check(self.beta >= 0, "codebook.beta", self.beta, "at least 0")
         _check(0 < self.ema_decay < 1, "codebook.ema_decay", self.ema_decay, "in (0, 1)")
-        _check(self.revive_below >= 0, "codebook.revive_below", self.revive_below, "at least 0")
-        weight = self.position_weight
-        _check(weight >= 0, "codebook.position_weight", weight, "at least 0")
+        for name in ("beta", "revive_below", "position_weight"):
+            _check(getattr(self, name) >= 0, f"codebook.{name}", getattr(self, name), "at least 0")
         if self.kind == "fsq":
             sizes = ", ".join(map(str, FSQ_LEVELS))
             _check(self.size in FSQ_LEVELS, "codebook.size", self.size, f"one of {sizes} with fsq")
@@ -276,14 +267,10 @@ class RefinerConfig:
 
     def __post_init__(self):
         self.optim.check("refiner")
-        _check(
-            self.patch_size >= 8 and self.patch_size % 4 == 0,
-            "refiner.patch_size", self.patch_size, "a multiple of 4, at least 8",
-        )  # fmt: skip
-        _check(
-            self.kind != "reference" or self.patch_size % 8 == 0,
-            "refiner.patch_size", self.patch_size, "a multiple of 8 for the reference refiner",
-        )  # fmt: skip
+        name, size = "refiner.patch_size", self.patch_size
+        _check(size >= 8 and size % 4 == 0, name, size, "a multiple of 4, at least 8")
+        rule = "a multiple of 8 for the reference refiner"
+        _check(self.kind != "reference" or size % 8 == 0, name, size, rule)
         for name in ("channels", "blocks", "references", "neighbours"):
             _check(getattr(self, name) >= 1, f"refiner.{name}", getattr(self, name), "at least 1")
         _check(self.consistency >= 0, "refiner.consistency", self.consistency, "at least 0")
@@ -347,16 +334,11 @@ class Config:
                 _check(is_small, name, value, "finite, < 2^63")
         # Random generators are seeded by the product of seed and step.
         _check(0 <= self.seed < 2**32, "seed", self.seed, "at least 0 and less than 2^32")
-        kind = self.refiner.kind
-        weight = self.codebook.position_weight
-        _check(
-            not weight or kind != "paper", "codebook.position_weight", weight,
-            "0 with refiner.kind = paper",
-        )  # fmt: skip
-        _check(
-            not self.codebook.shared or kind not in ("reference", "none"),
-            "codebook.shared", True, f"false with refiner.kind = {kind}",
-        )  # fmt: skip
+        kind, weight = self.refiner.kind, self.codebook.position_weight
+        rule = "0 with refiner.kind = paper"
+        _check(not weight or kind != "paper", "codebook.position_weight", weight, rule)
+        can_share, rule = kind not in ("reference", "none"), f"false with refiner.kind = {kind}"
+        _check(can_share or not self.codebook.shared, "codebook.shared", True, rule)
 
 
 FIELD_KNOBS = ("data.", "field.", "seed", "deterministic")

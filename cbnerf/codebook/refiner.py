@@ -73,7 +73,7 @@ class Refiner(nn.Module, ABC):
     def refine(
         self, sr: SRBatch, references: Tensor | None = None, *, tile: int = DEFAULT_TILE
     ) -> ImageBatch:
-        """Refine whole images of any size; those with a codebook take `tile` pixels per side at a
+        """Refine whole images of any size; a `TiledRefiner` takes `tile` pixels per side at a
         time."""
 
 

@@ -54,12 +54,11 @@ class PatchSampler:
             channels = torch.arange(images.shape[1], device=device)[None, :, None, None]
             return images[view[:, None, None, None], channels, rows, columns].float()
 
-        colours, positions = cut(self._colours) / 255, cut(self._positions)
-        joined = torch.cat([colours, positions], dim=1)
+        render, photograph = (cut(self._colours) / 255).split(3, dim=1)
+        joined = torch.cat([render, cut(self._positions), photograph], dim=1)
         if self._turned:
             joined = _turn(joined, rng.integers(8, batch_size))
-        render, photograph, positions = joined.split(3, dim=1)
-        return PatchBatch(torch.cat([render, positions], dim=1), photograph)
+        return PatchBatch(*joined.split([6, 3], dim=1))
 
 
 def check_patch_size(patch_size: int, images: UInt8[Tensor, "*views height width 3"]) -> None:

@@ -62,18 +62,19 @@ def train_refiner(
     validation = _Validation(config, served)
     seen, target, folds = _training_views(config, sources or served, by_scene=bool(sources))
     views = _views(seen, target, folds, len(sources), device)
-    is_consistent = sources and config.refiner.consistency
-    low_res = _low_res_views(config, scene, renders, device) if is_consistent else None
+    low_res = _low_res_views(config, scene, renders, device) if sources else None
+
+    def evaluate() -> dict[str, float]:
+        return refiner.metrics() | validation.scores(refiner, device)
 
     scenes = trained_on(scene, joint, sources)
-    is_solved = low_res is not None and refiner.solves_unseen
-    is_solved |= not any(parameter.requires_grad for parameter in refiner.parameters())
+    first = _self_taught(low_res) if low_res and refiner.solves_unseen else views
+    is_solved = first is not views or not any(p.requires_grad for p in refiner.parameters())
     if is_solved or resume_from is None:
-        refiner.start_from(views if low_res is None else _self_taught(low_res))
+        refiner.start_from(first)
         refiner.fit(views, low_res)
     if is_solved:
-        metrics = refiner.metrics() | validation.scores(refiner, device)
-        step = config.refiner.optim.steps
+        step, metrics = config.refiner.optim.steps, evaluate()
         solved = refiner.eval().state_dict()
         checkpoint = Checkpoint("refiner", scenes, step, config, "float32", solved, {}, {}, metrics)
         report(step, metrics, checkpoint)
@@ -81,9 +82,7 @@ def train_refiner(
     if refiner.needs_references:
         patches = _reference_patches(config, scene, renders, device)
     else:
-        patches = PatchSampler(
-            seen, target, config.refiner.patch_size, device, turned=refiner.turns_patches
-        )
+        patches = _patches(config, refiner, seen, target, device)
 
     def losses(wrapped: nn.Module, batch_size: int, rng: Rng) -> Losses:
         parts = refiner.losses(wrapped, *patches.draw(batch_size, rng))
@@ -98,7 +97,7 @@ def train_refiner(
         model=refiner,
         param_groups=[{"params": list(refiner.parameters()), "lr": config.refiner.optim.lr}],
         losses=losses,
-        evaluate=lambda: refiner.metrics() | validation.scores(refiner, device),
+        evaluate=evaluate,
         cameras={},
     )
     fit(task, device=device, report=report, resume_from=resume_from, until=until)
@@ -109,6 +108,13 @@ def trained_on(scene: Scene, joint: Pairs, sources: Pairs) -> str:
     """The scenes that a refiner is trained on, in words that tell it from others."""
     names = ", ".join([scene.name, *(one.name for one, _ in joint)])
     return f"{names} from {', '.join(one.name for one, _ in sources)}" if sources else names
+
+
+def _patches(
+    config: Config, refiner: Refiner, seen: Renders, target: Images, device: torch.device
+) -> PatchSampler:
+    size = config.refiner.patch_size
+    return PatchSampler(seen, target, size, device, turned=refiner.turns_patches)
 
 
 def _reference_patches(
@@ -175,8 +181,13 @@ def _training_views(
     return joined, torch.cat(target), folds
 
 
-def _low_res_views(config: Config, scene: Scene, renders: Renders, device: torch.device) -> Views:
-    """Renders and low-res photographs of the training views of a scene without high-res ones."""
+def _low_res_views(
+    config: Config, scene: Scene, renders: Renders, device: torch.device
+) -> Views | None:
+    """Renders and low-res photographs of the training views of a scene without high-res ones; None
+    if the refiner is not to be consistent with these."""
+    if not config.refiner.consistency:
+        return None
     views = split_views(scene.num_views, config.data).train
     low_res = scene.low_res(config.data.low_res_kernel, views)
     return _views(renders.of(views), low_res, _folds(len(views)), 0, device)
