@@ -51,8 +51,6 @@ class Options(stage_1.Options):
     seeds: int = 3
     views: str = "test"
     """`test`, or `val` to select on."""
-    overrides: tuple[str, ...] = ()
-    """KNOB=VALUE of `cb-nerf`."""
     output: Path = Path("benchmarks/results/codebook")
     """Receives RESOLUTION-compute-VIEWS.md and .json."""
 
@@ -93,9 +91,6 @@ def main(options: Options) -> None:
 def _config(options: Options, method: str, budget: float) -> Config:
     size = CODES[max(start for start in CODES if start <= budget)]
     knobs = {"codebook.size": size, "field.optim.steps": options.field_steps} | SIZES[method]
-    if method == "cb-nerf":
-        given = dict(item.split("=", 1) for item in options.overrides)
-        knobs |= {name: json.loads(value) for name, value in given.items()}
     return with_overrides(preset(method, options.resolution), knobs)
 
 
@@ -141,17 +136,16 @@ def _mean(values: list[float]) -> float:
 
 
 def _write(options: Options, trials: list[Trial]) -> None:
-    def of(method: str, budget: float, scene: str) -> list[Trial]:
-        key = (method, budget, scene)
-        return [trial for trial in trials if (trial.method, trial.budget, trial.scene) == key]
+    def of(method: str, budget: float) -> list[Trial]:
+        return [t for t in trials if (t.method, t.budget) == (method, budget)]
 
     def by_view(method: str, budget: float) -> dict[str, torch.Tensor]:
-        return {
-            scene: torch.tensor(
-                [[t.psnr, t.ssim] for t in of(method, budget, scene)], dtype=torch.float64
-            ).mean(0).T
-            for scene in options.scenes
-        }  # fmt: skip
+        """For each scene the gains of each view in PSNR and SSIM, means over seeds."""
+        own = of(method, budget)
+        gains = {
+            name: [[t.psnr, t.ssim] for t in own if t.scene == name] for name in options.scenes
+        }
+        return {name: torch.tensor(seeds).double().mean(0).T for name, seeds in gains.items()}
 
     lines = [
         f"# Codes and network at equal compute: {options.resolution}, {options.views} views\n",
@@ -164,7 +158,7 @@ def _write(options: Options, trials: list[Trial]) -> None:
     ]  # fmt: skip
     for budget in options.budgets:
         for method in SIZES:
-            own = [t for t in trials if (t.method, t.budget) == (method, budget)]
+            own = of(method, budget)
             gains = by_view(method, budget)
             means = [gain[:, 0].mean().item() for gain in gains.values()]
             cells = [
