@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from ranks import on_two_ranks
 from sklearn.cluster import KMeans
-from torch.multiprocessing.spawn import spawn
 from vector_quantize_pytorch import VectorQuantize
 
 from cbnerf.codebook.quantizer import (
@@ -275,7 +275,7 @@ def test_two_processes_learn_the_codebook_of_one(tmp_path: Path):
     by_gradient = CodebookConfig(size=16, dim=4, ema_decay=0.8, revive_below=0.3)
     configs = [HEALTHY, by_gradient]
     batches = draw(6, 24, 4)
-    spawn(learn_on_rank, (str(tmp_path), configs, batches), nprocs=2)
+    on_two_ranks(learn_on_rank, str(tmp_path), configs, batches)
     halves = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for config, *states in zip(configs, *halves, strict=True):
         alone = learn_alone(config, batches)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from drivers import finish, rays_processes, wait_for
 from mlflow import MlflowClient
-from torch.multiprocessing.spawn import spawn
+from ranks import on_two_ranks
 
 from cbnerf.config import Config
 from cbnerf.data.llff import read_capture
@@ -146,7 +146,7 @@ def test_a_group_that_loses_processes_ends_as_one_that_does_not(
     storage: Path, job: Job, tmp_path: Path
 ):
     """Bit for bit as two processes without Ray."""
-    spawn(train_on_rank, (tmp_path, job), nprocs=2)
+    on_two_ranks(train_on_rank, tmp_path, job)
     (cached,) = storage.glob(FIELD)
     quiet = scores(tmp_path / "field", tmp_path / "refiner")
     assert quiet == scores(cached, storage / REFINER)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from ranks import on_two_ranks
 
 from cbnerf.config import KnobError
 from cbnerf.search import worker
@@ -131,7 +131,7 @@ def test_workers_take_scenes_and_fields_from_the_view_of_rank_0(
     told = tmp_path / "told"
     told.mkdir()
     blind = replace(plan, storage=tmp_path / "blind")
-    spawn(look_on_rank, ([plan, blind], told), nprocs=2)
+    on_two_ranks(look_on_rank, [plan, blind], told)
     assert {(told / rank).read_text(encoding="utf-8") for rank in "01"} == {"True"}
     assert (plan.trial_folder(0, "arcade") / "metrics.json").exists()
     assert not blind.storage.exists()

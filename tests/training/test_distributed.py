@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from ranks import on_two_ranks
 
 from cbnerf.config import Config, KnobError
 from cbnerf.data.renders import Renders
@@ -62,7 +62,7 @@ def test_two_processes_train_as_one(
     config = with_overrides(tiny_config, SCHEDULE | {"codebook.ema": True})
     assert config.codebook.kmeans_init and config.refiner.skips == "mixed"
     job = config, tiny_scene, tiny_renders
-    spawn(train_on_rank, (str(tmp_path), *job), nprocs=2)
+    on_two_ranks(train_on_rank, str(tmp_path), *job)
     (first, reports), (second, silent) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     alone, expected_reports = train_both(*job)
     for stage, state in alone.items():
@@ -112,7 +112,7 @@ def test_processes_go_by_what_rank_0_sees(
         views = [tmp_path / look for look in looks]
         for view in views:
             view.mkdir(exist_ok=True)
-        spawn(resume_on_rank, (views, config, tiny_scene, tiny_renders), nprocs=2)
+        on_two_ranks(resume_on_rank, views, config, tiny_scene, tiny_renders)
     assert not list((tmp_path / "nothing").iterdir())
     for stage in ("field", "refiner"):
         seen, hidden = (
@@ -144,5 +144,5 @@ def fail_on_rank(rank: int, folder: Path) -> None:
 
 
 def test_what_rank_0_cannot_find_out_is_an_error_of_all(tmp_path: Path):
-    spawn(fail_on_rank, (tmp_path,), nprocs=2)
+    on_two_ranks(fail_on_rank, tmp_path)
     assert from_rank_0(lambda: "alone") == "alone"
