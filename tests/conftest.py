@@ -1,13 +1,15 @@
 import os
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
 import torch
 from comparing import shorten
+from drawings import draw
 
 from cbnerf.config import Config
-from cbnerf.data.library import make_capture
+from cbnerf.data import library
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Capture, Scene, make_scene
 from cbnerf.nerf.rays import Cameras
@@ -19,6 +21,18 @@ torch.set_num_threads(1)
 if find_spec("ray") is None:  # the core is tested without the search extra, too
     collect_ignore = ["search", "test_tune_configs.py"]
 
+LONGEST = [
+    "test_ray_up.py", "test_study.py", "test_faults.py",
+    "test_distributed_trial.py", "test_command.py",
+    "test_tasks.py", "test_machines.py", "test_cli.py",
+    "test_train_refiner.py", "test_scenes.py",
+    "test_worker.py", "test_spec_sweep.py",
+    "test_searcher.py", "test_compare.py", "test_readme.py",
+    "test_divergence.py", "test_devices.py",
+    "test_precision.py", "test_stages.py",
+]  # fmt: skip
+"""Files that take long, the longest first."""
+
 EXIT_STATUS = pytest.StashKey[int]()
 
 
@@ -26,6 +40,16 @@ def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str]
     """Print the sizes and hashes of unequal files, not their bytes."""
     short = [shorten(left), shorten(right)]
     return [f"{short[0]!r} {op} {short[1]!r}"] if short != [left, right] else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # pytest-xdist would start files with many tests first.
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the files that take long first, so that no worker waits for another one at the end."""
+    places = {file: place for place, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -45,6 +69,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         os._exit(config.stash[EXIT_STATUS])
 
 
+@pytest.fixture(scope="session", autouse=True)
+def scenes_are_drawn_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "make_capture", draw)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_config() -> Config:
     return preset("cb-nerf", "tiny")
@@ -53,7 +84,7 @@ def tiny_config() -> Config:
 @pytest.fixture(scope="session")
 def tiny_capture() -> Capture:
     """Ten photographs of 64x48 pixels."""
-    return make_capture("mosaic", width=64, num_views=10)
+    return draw("mosaic", width=64, num_views=10)
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
+from drawings import draw
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ray.cluster_utils import Cluster
 
 from cbnerf.commands.storage import Report
-from cbnerf.data.library import make_capture
 from cbnerf.data.llff import write_capture
 from cbnerf.search import command
 from cbnerf.search.plan import Plan
@@ -47,7 +46,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 def photograph(folder: Path, *, num_views: int = 10) -> Path:
     """LLFF data of one scene."""
-    write_capture(folder / "fern", make_capture("mosaic", width=64, num_views=num_views))
+    write_capture(folder / "fern", draw("mosaic", width=64, num_views=num_views))
     return folder
 
 
@@ -221,22 +220,18 @@ def test_an_odd_command_line_is_a_plan_or_one_line(
             assert len(errors.splitlines()) == 1
 
 
-def test_a_cluster_of_another_version_is_refused_in_one_line(tmp_path: Path):
+def test_a_cluster_of_another_version_is_refused_in_one_line(ray_address: str):
     code = (
         "import sys; import ray; ray.__version__ = '2.1.0'; from pathlib import Path; "
         "from cbnerf.search import command; command.main(Path(sys.argv.pop()))"
     )
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code, "--address", address := cluster.address, str(SMOKE)],
-            capture_output=True, encoding="utf-8",
-        )  # fmt: skip
-    finally:
-        cluster.shutdown()
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--address", ray_address, str(SMOKE)],
+        capture_output=True, encoding="utf-8",
+    )  # fmt: skip
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"tune.py: --address {address}: ") and "2.1.0" in line
+    assert line.startswith(f"tune.py: --address {ray_address}: ") and "2.1.0" in line
 
 
 @pytest.fixture(scope="module")

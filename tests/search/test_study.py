@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from drawings import draw
 from drivers import PATIENCE, plan_of, search_without_ray
 from mlflow import MlflowClient
 
 from cbnerf.commands.storage import Report
-from cbnerf.data.library import make_capture
 from cbnerf.data.llff import write_capture
 from cbnerf.nerf.model import AUTO_PRECISION
 from cbnerf.overrides import load_config
@@ -422,7 +422,7 @@ def test_a_broken_scene_folder_is_named_before_anything_is_trained(
 def test_too_few_photographs_are_refused_with_what_a_search_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    write_capture(tmp_path / "photos" / "mine", make_capture("mosaic", width=64, num_views=4))
+    write_capture(tmp_path / "photos" / "mine", draw("mosaic", width=64, num_views=4))
     assert call(monkeypatch, "--config", str(SMOKE), "--data", "photos") == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert "mine: of 4 photographs" in line
@@ -476,7 +476,7 @@ def test_scenes_that_come_later_are_no_part_of_a_study(
     capfd: pytest.CaptureFixture[str],
 ):
     def add(scene: str) -> None:
-        write_capture(tmp_path / "data" / scene, make_capture("mosaic", width=64, num_views=10))
+        write_capture(tmp_path / "data" / scene, draw("mosaic", width=64, num_views=10))
 
     add("fern")
     add("room")
@@ -496,9 +496,12 @@ def test_scenes_that_come_later_are_no_part_of_a_study(
 
 
 def test_a_dry_run_prices_the_study_and_leaves_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    ray_address: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ):
-    assert call(monkeypatch, *COMMAND, "--dry-run") == 0
+    assert call(monkeypatch, *COMMAND, "--dry-run", "--address", ray_address) == 0
     output, errors = capfd.readouterr()
     assert errors == ""
     assert f"study      {NAME}" in output and "2 configurations x 2 scenes over" in output
