@@ -210,7 +210,7 @@ def test_a_study_runs_on_the_machines_that_ray_up_starts(hosts: Hosts):
     # Few and long units, one for each machine at a time: Tune gives a unit whose worker is starting
     # to one that is free, so a machine that starts last gets none while they are short.
     smoke = (ROOT / "tune_configs" / "smoke.yaml").read_text(encoding="utf-8")
-    longer = smoke.replace("trials: 2", "trials: 3") + "fixed: {refiner.optim.steps: 600}\n"
+    longer = smoke.replace("trials: 2", "trials: 3") + "fixed: {refiner.optim.steps: 150}\n"
     longer += f"resources: {{cpus_per_worker: {os.cpu_count()}}}\n"
     (hosts.folder / "shared" / "search.yaml").write_text(longer, encoding="utf-8")
     output = run(ray, "up", "-y", "--no-config-cache", cluster, env=environment)

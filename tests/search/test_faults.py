@@ -87,7 +87,8 @@ def outcome(state: StudyState) -> list[tuple[dict[str, Any], float]]:
 @contextmanager
 def machines(*cpus: int) -> Iterator[Cluster]:
     """A head without CPUs and machines with some; nobody is at work there when a test has ended."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    head = {"num_cpus": 0, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         for count in cpus:
             cluster.add_node(num_cpus=count)
