@@ -71,6 +71,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def scenes_are_drawn_once() -> Iterator[None]:
+    """Where the package itself draws a built-in scene, take that of `drawings`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "make_capture", draw)
         yield

@@ -496,12 +496,9 @@ def test_scenes_that_come_later_are_no_part_of_a_study(
 
 
 def test_a_dry_run_prices_the_study_and_leaves_none(
-    tmp_path: Path,
-    ray_address: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    assert call(monkeypatch, *COMMAND, "--dry-run", "--address", ray_address) == 0
+    assert call(monkeypatch, *COMMAND, "--dry-run") == 0
     output, errors = capfd.readouterr()
     assert errors == ""
     assert f"study      {NAME}" in output and "2 configurations x 2 scenes over" in output
