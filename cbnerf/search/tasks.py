@@ -63,6 +63,7 @@ def call(plan: Plan, function: Callable[..., Any], *arguments: Any) -> Any:
     return ray.get(_remote(plan, function, trains=False).remote(plan, *arguments))
 
 
+_NEVER_RAN = "The actor never ran"  # a line that Ray adds after the cause
 _MEMORY = re.compile(r"low on memory\. .*?IP: ([^,]+).*? was (.*? limit)")
 
 
@@ -79,7 +80,8 @@ def reason(trouble: str) -> str:
             f"the memory of {machine} was nearly full ({memory}), so Ray ended the process; "
             "with more resources.cpus_per_worker fewer trainings run at a time"
         )
-    return " ".join(trouble.strip().splitlines()[-1].split())[-300:]
+    lines = [line for line in trouble.strip().splitlines() if not line.startswith(_NEVER_RAN)]
+    return " ".join(lines[-1].split())[-300:]
 
 
 def _remote(plan: Plan, function: Callable[..., Any], *, trains: bool) -> Any:

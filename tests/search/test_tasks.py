@@ -14,6 +14,8 @@ import pytest
 import ray
 from optuna.trial import TrialState
 from ray import cloudpickle, tune
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
+from ray.exceptions import ActorDiedError
 
 from cbnerf.search import driver
 from cbnerf.search.plan import Plan
@@ -119,3 +121,12 @@ def test_any_other_reason_is_the_last_line():
     assert (
         reason("Traceback:\n  File x\nValueError:   no such\tfile\n") == "ValueError: no such file"
     )
+
+
+def test_the_cause_is_named_when_an_actor_never_ran():
+    cause = ActorDiedErrorContext(
+        error_message="No space left.", actor_id=bytes(16), never_started=True
+    )
+    error = ActorDiedError(cause)
+    assert str(error).splitlines()[-1].startswith("The actor never ran")
+    assert reason(str(error)) == "No space left."
