@@ -61,7 +61,7 @@ def test_tune_runs_every_unit_and_books_its_last_report(tiny_plan, connected, wa
         state.record(unit, metrics)
         ended.append(unit[:2])
 
-    tune.Tuner(
+    results = tune.Tuner(
         quadratic,
         tune_config=tune.TuneConfig(
             search_alg=TuneSearcher(state, record, limit=lambda: 2, walk=walk),
@@ -70,6 +70,7 @@ def test_tune_runs_every_unit_and_books_its_last_report(tiny_plan, connected, wa
         ),
         run_config=tune.RunConfig(storage_path=str(plan.folder), verbose=0),
     ).fit()
+    assert all("this one breaks" in str(error) for error in results.errors)
     whole = [(n, scene) for n in (0, 1, 3) for scene in plan.scenes]
     assert sorted(pair for pair in ended if pair[0] != 2) == whole
     assert len(ended) == len(set(ended)) and (2, "arcade") in ended
