@@ -108,7 +108,7 @@ def _read_folder(folder: Path, width: int) -> tuple[_Cameras, Photographs]:
 def _read_cameras(file: Path) -> _Cameras:
     rows = _read_rows(file)
     matrices, bounds = rows[:, :15].reshape(-1, 3, 5), rows[:, 15:]
-    with np.errstate(over="ignore"):  # Scenes are float32, where 1e39 is not finite.
+    with np.errstate(over="ignore", invalid="ignore"):  # Scenes are float32: 1e39 is not finite.
         finite = np.isfinite(rows.astype(np.float32).sum(axis=1))
     _check_rows(file, finite, "holds values that are not finite")
     in_order = (bounds[:, 0] > 0) & (bounds[:, 1] > bounds[:, 0])
@@ -140,10 +140,10 @@ def _read_rows(file: Path) -> Float[np.ndarray, "views 17"]:
     except Exception as error:  # a damaged header can raise anything
         what = " ".join(str(error).split())
         raise ValueError(f"{file}: not a NumPy array file ({what})") from None
-    if rows.ndim != 2 or rows.shape[1] != 17 or rows.dtype.kind != "f" or rows.dtype.itemsize < 4:
+    if rows.ndim != 2 or rows.shape[1] != 17 or rows.dtype.kind not in "fiu":
         raise ValueError(
-            f"{file}: expected N x 17 floats of 32 or 64 bits, found {rows.dtype} {rows.shape}; "
-            "write it with LLFF's imgs2poses"
+            f"{file}: expected N x 17 real numbers, found {rows.dtype} {rows.shape}; write it with "
+            "LLFF's imgs2poses"
         )
     if not len(rows):
         raise ValueError(f"{file}: holds no cameras")

@@ -4,6 +4,7 @@ Pixels are read as in COLMAP: EXIF orientation and colour profiles are ignored. 
 ambiguous as RGB (transparency, 32-bit values, printing inks, several frames) are refused.
 """
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -99,6 +100,11 @@ def _open(file: Path, *, decode: bool = False) -> Image.Image:
                 return image
     except _Refused:
         raise
+    except Image.DecompressionBombError as error:
+        found = " ".join(re.findall(r"\d+ pixels", str(error))[:1])
+        raise ValueError(
+            f"{file}: {found or 'its pixels'} are more than {MAX_PIXELS:,}; shrink it"
+        ) from None
     except UnidentifiedImageError:
         raise ValueError(f"{file}: not an image of a format that is read") from None
     except Exception as error:  # decoders can raise anything

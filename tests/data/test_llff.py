@@ -42,6 +42,17 @@ def test_a_written_scene_reads_back(folder: Path, tiny_capture: Capture):
     assert len(find_photographs(folder, 64).files) == 4
 
 
+@pytest.mark.parametrize("kind", ["i1", "<i4", ">i8", "f2", ">f2", ">f4", ">f8", "longdouble"])
+def test_numbers_of_any_type_and_byte_order_are_read(folder: Path, kind: str):
+    """Of four cameras in a row, which are exact in all types."""
+    rows = np.array([[0, 1, 0, x, 6, -1, 0, 0, 0, 8, 0, 0, 1, 0, 9, 2, 7] for x in range(4)])
+    rows[:, :15].reshape(4, 3, 5)[:, :, 4] = [48, 64, 99]
+    np.save(folder / "poses_bounds.npy", rows.astype(kind))
+    capture = read_capture(folder, 64)
+    assert capture.camera_to_world[:, 0, 3].tolist() == [0, 1, 2, 3]
+    assert (capture.focal, capture.bounds[0].tolist()) == (99, [2, 7])
+
+
 def test_axes_of_the_file_are_down_right_backward(folder: Path):
     matrix = np.load(folder / "poses_bounds.npy")[0, :15].reshape(3, 5)
     pose = read_capture(folder, 64).camera_to_world[0].numpy()
@@ -236,9 +247,10 @@ MALFORMED = {
         "poses_bounds.npy: not a NumPy array file",
     ),
     "16 columns": (change_rows(lambda rows: rows[:, 1:]), r"expected N x 17 .* \(4, 16\)"),
-    "integers": (change_rows(lambda rows: rows.astype(int)), "32 or 64 bits, found int64"),
-    "half precision": (
-        change_rows(lambda rows: rows.astype(np.float16)), "of 32 or 64 bits, found float16"
+    "complex": (change_rows(lambda rows: rows.astype(complex)), "real numbers, found complex128"),
+    "rotations cut to integers": (
+        change_rows(lambda rows: np.concatenate([rows[:, :15].astype(int), rows[:, 15:]], axis=1)),
+        "poses_bounds.npy: the pose of row 0 .* is no rotation",
     ),
     "no rows": (change_rows(lambda rows: rows[:0]), "poses_bounds.npy: holds no cameras"),
     "NaN": (set_to(1, 3, np.nan), r"poses_bounds.npy: row 1 \(counted from 0\): .* not finite"),
