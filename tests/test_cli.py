@@ -279,8 +279,7 @@ def test_a_mistake_ends_in_one_line_and_nothing_half_done(
                "spoilt": spoil(runs, tmp_path), "namesake": tmp_path / "namesake",
                "few": tmp_path / "few"}  # fmt: skip
     capture = read_capture(runs / "scene", 64)
-    write_capture(tmp_path / "few", Capture("few", capture.images[:4], capture.camera_to_world[:4],
-                                            capture.focal, capture.bounds[:4]))  # fmt: skip
+    write_capture(tmp_path / "few", Capture("few", *(part[:4] for part in capture[1:])))
     with pytest.raises(SystemExit) as stop:
         main([argument.format(**folders) for argument in arguments])
     assert stop.value.code == 2

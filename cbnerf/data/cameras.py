@@ -1,6 +1,7 @@
 """Checks of cameras, for readers of all formats."""
 
 import math
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -37,21 +38,24 @@ def check_rotations(rotations: Float[np.ndarray, "views 3 3"], file: Path) -> No
 
 def check_forward_facing(
     camera_to_world: Float[np.ndarray, "views 3 4"],
-    focal: float,
+    intrinsics: Float[np.ndarray, "views 4"],
     size: tuple[float, float],
     file: Path,
 ) -> None:
     """ValueError for cameras with rays beyond `MAX_ANGLE` from the axis of the average camera.
 
-    `focal` and `size`, height and width, are in pixels.
+    `size` is height and width in pixels.
     """
     height, width = size
-    x, y = width / 2 / focal, height / 2 / focal
+    fx, fy, cx, cy = intrinsics.T
     # Rays within an angle of an axis form a convex cone, so the corners of the image suffice.
-    rays = np.array([[0, 0, -1], [-x, -y, -1], [x, -y, -1], [-x, y, -1], [x, y, -1]])
-    rays /= np.linalg.norm(rays, axis=1, keepdims=True)
+    points = [(cx, cy), *product((0, width), (0, height))]
+    rays = np.stack(
+        [np.stack([(u - cx) / fx, (cy - v) / fy, -np.ones_like(cx)], axis=1) for u, v in points]
+    )
+    rays /= np.linalg.norm(rays, axis=2, keepdims=True)
     backward = recenter(torch.from_numpy(camera_to_world))[:, 2, :3].double().numpy()
-    angles = np.degrees(np.arccos(np.clip(-backward @ rays.T, -1, 1)))
+    angles = np.degrees(np.arccos(np.clip(-(backward * rays).sum(2).T, -1, 1)))
     widest = angles[:, 1:].max(axis=1)
     row = int(widest.argmax())
     if widest[row] > MAX_ANGLE:

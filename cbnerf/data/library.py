@@ -25,6 +25,7 @@ from cbnerf.data.llff import (
 from cbnerf.data.scene import Capture, Scene, make_scene
 from cbnerf.data.splits import check_views
 from cbnerf.files import atomic_write, expand_home
+from cbnerf.nerf.rays import centred_intrinsics
 from cbnerf.scenes import BUILT_IN_SCENES, make_camera, make_world, place_cameras
 from cbnerf.scenes.raycasting import render
 
@@ -182,6 +183,8 @@ def make_capture(name: str, *, width: int, num_views: int = NUM_VIEWS) -> Captur
         name=name,
         images=torch.stack([(view.rgb * 255).round().to(torch.uint8) for view in views]),
         camera_to_world=poses,
-        focal=cameras[0].focal,
+        intrinsics=centred_intrinsics(
+            num_views, cameras[0].focal, cameras[0].width, cameras[0].height
+        ),
         bounds=torch.tensor([[0.98 * near, 1.02 * far] for near, far in (v.bounds for v in views)]),
     )

@@ -27,6 +27,7 @@ from cbnerf.data.photographs import (
     read_photograph,
 )
 from cbnerf.data.scene import Capture
+from cbnerf.nerf.rays import centred_intrinsics
 
 POSES_FILE = "poses_bounds.npy"
 _IMAGE_FOLDER = re.compile(r"images(_\d+(x\d+)?)?")
@@ -57,7 +58,7 @@ def read_capture(folder: Path, width: int) -> Capture:
         name=Path(os.path.abspath(folder)).name,  # also for `.`; a link keeps its name
         images=torch.from_numpy(images),
         camera_to_world=torch.from_numpy(cameras.poses).float(),
-        focal=cameras.focal * width / cameras.width,
+        intrinsics=centred_intrinsics(len(images), cameras.focal * width / cameras.width, *size),
         bounds=torch.from_numpy(cameras.bounds).float(),
     )
 
@@ -77,14 +78,22 @@ def fingerprint(folder: Path, width: int) -> str:
 
 
 def write_capture(folder: Path, capture: Capture) -> None:
-    """Write a capture as an LLFF scene folder that `read_capture` reads back."""
+    """Write a capture as an LLFF scene folder that `read_capture` reads back.
+
+    LLFF has one focal length for both axes, and the principal point in the middle of the image.
+    """
     views, height, width, _ = capture.images.shape
+    fx, fy, cx, cy = capture.intrinsics.T
+    if not (fx.equal(fy) and (cx == width / 2).all() and (cy == height / 2).all()):
+        raise ValueError(
+            f"{folder}: LLFF holds one focal length and a centred principal point only"
+        )
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for view, image in enumerate(capture.images.numpy()):
         iio.imwrite(folder / "images" / f"image{view:03d}.png", image)
     poses = capture.camera_to_world.double().numpy()
     right, up, backward, origin = np.moveaxis(poses, 2, 0)
-    intrinsics = np.broadcast_to([height, width, capture.focal], (views, 3))
+    intrinsics = np.stack(np.broadcast_arrays(height, width, fx.numpy()), axis=1)
     matrices = np.stack([-up, right, backward, origin, intrinsics], axis=2)
     rows = np.concatenate([matrices.reshape(views, 15), capture.bounds.double().numpy()], axis=1)
     np.save(folder / POSES_FILE, rows)
@@ -125,7 +134,8 @@ def _read_cameras(file: Path) -> _Cameras:
     poses = np.stack([right, -down, backward, origin], axis=2)
     check_rotations(poses[:, :, :3], file)
     height, width, focal = (float(value) for value in intrinsics[0])
-    check_forward_facing(poses, focal, (height, width), file)
+    intrinsics = centred_intrinsics(len(poses), focal, width, height).numpy()
+    check_forward_facing(poses, intrinsics, (height, width), file)
     return _Cameras(poses, height, width, focal, bounds)
 
 

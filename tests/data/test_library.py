@@ -121,6 +121,7 @@ def test_scenes_are_checked_without_their_pixels(tiny_capture: Capture, tmp_path
     few = tiny_capture._replace(
         images=tiny_capture.images[:4],
         camera_to_world=tiny_capture.camera_to_world[:4],
+        intrinsics=tiny_capture.intrinsics[:4],
         bounds=tiny_capture.bounds[:4],
     )
     write_capture(tmp_path / "few", few)

@@ -26,6 +26,7 @@ def folder(tiny_capture: Capture, tmp_path: Path) -> Path:
     capture = tiny_capture._replace(
         images=tiny_capture.images[views],
         camera_to_world=tiny_capture.camera_to_world[views],
+        intrinsics=tiny_capture.intrinsics[views],
         bounds=tiny_capture.bounds[views],
     )
     write_capture(tmp_path / "scene", capture)
@@ -38,7 +39,7 @@ def test_a_written_scene_reads_back(folder: Path, tiny_capture: Capture):
     assert torch.equal(capture.images, tiny_capture.images[:4])
     assert torch.equal(capture.camera_to_world, tiny_capture.camera_to_world[:4])
     assert torch.equal(capture.bounds, tiny_capture.bounds[:4])
-    assert capture.focal == tiny_capture.focal
+    assert torch.equal(capture.intrinsics, tiny_capture.intrinsics[:4])
     assert len(find_photographs(folder, 64).files) == 4
 
 
@@ -50,7 +51,8 @@ def test_numbers_of_any_type_and_byte_order_are_read(folder: Path, kind: str):
     np.save(folder / "poses_bounds.npy", rows.astype(kind))
     capture = read_capture(folder, 64)
     assert capture.camera_to_world[:, 0, 3].tolist() == [0, 1, 2, 3]
-    assert (capture.focal, capture.bounds[0].tolist()) == (99, [2, 7])
+    assert capture.intrinsics[0].tolist() == [99, 99, 32, 24]
+    assert capture.bounds[0].tolist() == [2, 7]
 
 
 def test_axes_of_the_file_are_down_right_backward(folder: Path):
@@ -155,7 +157,7 @@ def test_the_folder_at_hand_has_a_name(folder: Path, monkeypatch: pytest.MonkeyP
 
 def test_focal_scales_with_the_width_and_resizing_keeps_the_picture(folder: Path):
     full, half = read_capture(folder, 64), read_capture(folder, 32)
-    assert half.focal == pytest.approx(full.focal / 2)
+    torch.testing.assert_close(half.intrinsics, full.intrinsics / 2)
     box = full.images.float().unflatten(1, (24, 2)).unflatten(3, (32, 2)).mean((2, 4))
     assert (half.images.float() - box).abs().mean() < 0.2 * box.std()
 
