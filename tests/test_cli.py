@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from cbnerf.cli import main
-from cbnerf.data.llff import read_capture, write_capture
+from cbnerf.data.captures import read_capture
+from cbnerf.data.llff import write_capture
 from cbnerf.data.scene import Capture
 from cbnerf.overrides import load_config, with_overrides
 from cbnerf.presets import preset

@@ -27,15 +27,18 @@ _WHITE_IS_ZERO, _PHOTOMETRIC = 0, 262  # of TIFF; Pillow honours it in 8 bits on
 
 
 class Photographs(NamedTuple):
-    """The photographs of a scene: one folder, one size, sorted by file name."""
+    """The photographs of a scene, sorted by file name; the size is that of the smallest."""
 
     files: list[Path]
     width: int
     height: int
+    note: str = ""
+    """What is not heeded, in words."""
 
     def __str__(self) -> str:
         folder = self.files[0].parent
-        return f"{folder.parent.name}/{folder.name} ({self.width}x{self.height})"
+        note = f"; {self.note}" if self.note else ""
+        return f"{folder.parent.name}/{folder.name} ({self.width}x{self.height}){note}"
 
 
 def list_photographs(folder: Path) -> list[Path]:
@@ -48,6 +51,19 @@ def list_photographs(folder: Path) -> list[Path]:
             "as PNG or JPEG (WebP, TIFF and BMP are read, too; HEIC and raw files are not)"
         )
     return found
+
+
+def find_photograph(path: Path, named_in: Path) -> Path:
+    """The file of this name, or the only one that differs in its suffix; a name may lack one."""
+    if path.is_file():
+        return path
+    stem = path.stem if path.suffix.lower() in SUFFIXES else path.name
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    named = [file for file in beside if file.stem == stem and file.suffix.lower() in SUFFIXES]
+    if len(named) == 1 and named[0] != path:
+        return named[0]
+    problem = "not a file" if named else "no such photograph"
+    raise ValueError(f"{path}: {problem}, which {named_in.name} names")
 
 
 def describe_unread(folder: Path) -> str:

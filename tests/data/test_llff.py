@@ -8,14 +8,9 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
+from cbnerf.data.captures import find_photographs, find_scenes, fingerprint, read_capture
 from cbnerf.data.library import make_capture
-from cbnerf.data.llff import (
-    find_photographs,
-    find_scenes,
-    fingerprint,
-    read_capture,
-    write_capture,
-)
+from cbnerf.data.llff import write_capture
 from cbnerf.data.scene import Capture
 
 
@@ -260,11 +255,12 @@ MALFORMED = {
     "far before near": (set_to(2, 16, 0.01), "poses_bounds.npy: row 2 .*bounds must satisfy"),
     "behind the camera": (set_to(0, 15, -1.0), "poses_bounds.npy: row 0 .*bounds must satisfy"),
     "no focal": (set_to(0, 14, 0.0), "poses_bounds.npy: row 0 .* focal must be positive"),
-    "two focal lengths": (
-        change_rows(lambda rows: rows.__setitem__((3, 14), 1.001 * rows[3, 14])),
-        "poses_bounds.npy: row 3 .* has another height, width or focal length than row 0",
+    "another size": (
+        set_to(2, 9, 63),
+        "image002.png: 64x48, but image000.png is 64x48; all .* as large as poses_bounds.npy says",
     ),
-    "two sizes": (set_to(2, 9, 63), "poses_bounds.npy: row 2 .* has another height, width"),
+    "a telescope": (set_to(1, 14, 1e5), "poses_bounds.npy: row 1 .* sees less than 1 degree"),
+    "a wide lens": (set_to(3, 14, 5), "poses_bounds.npy: the camera of row 3 .* as far as 8"),
     "mirrored": (mirror, r"poses_bounds.npy: the pose of row 0 \(counted from 0\) mirrors space"),
     "scaled": (scale(1.01), "poses_bounds.npy: the pose of row 2 .* lengths 1.01, 1.01, 1.01"),
     "all zero": (scale(0), "poses_bounds.npy: the pose of row 2 .* lengths 0, 0, 0"),
