@@ -7,6 +7,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 
 from cbnerf.cli import main
 from cbnerf.data.captures import read_capture
@@ -25,7 +26,9 @@ SHORT = [
 def runs(tiny_capture: Capture, tmp_path_factory) -> Path:
     """A folder with a scene of 64x47 pixels, a field and a refiner; names as the flags'."""
     folder = tmp_path_factory.mktemp("runs")
-    write_capture(folder / "scene", tiny_capture._replace(images=tiny_capture.images[:, :47]))
+    middle = tiny_capture.intrinsics - torch.tensor([0, 0, 0, 0.5])
+    cropped = tiny_capture._replace(images=tiny_capture.images[:, :47], intrinsics=middle)
+    write_capture(folder / "scene", cropped)
     main(["train-field", f"--scene={folder}/scene", f"--output={folder}/field", *SHORT])
     main(["train-refiner", f"--scene={folder}/scene", f"--field={folder}/field",
           f"--output={folder}/refiner", *SHORT])  # fmt: skip
@@ -182,7 +185,8 @@ def test_a_field_of_all_views_has_none_left_to_score(tiny_capture: Capture, tmp_
 
 
 def test_videos_of_odd_sizes_are_cut_even(tiny_capture: Capture, tmp_path: Path):
-    odd = tiny_capture._replace(images=tiny_capture.images[:, :47, :63])
+    middle = tiny_capture.intrinsics - torch.tensor([0, 0, 0.5, 0.5])
+    odd = tiny_capture._replace(images=tiny_capture.images[:, :47, :63], intrinsics=middle)
     write_capture(tmp_path / "scene", odd)
     odd_knobs = ["--data.width=63", "--data.scale=1", "--refiner.patch-size=32"]
     main(["train-field", f"--scene={tmp_path}/scene", f"--output={tmp_path}/field", *SHORT,

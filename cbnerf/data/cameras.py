@@ -1,7 +1,7 @@
 """What the files of a scene folder say of its cameras, and the checks of it for all formats."""
 
 import math
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,20 +40,24 @@ class Registration(NamedTuple):
         """A view, in words."""
         return self.names[view] if self.names else f"row {view} (counted from 0)"
 
+    def of(self, views: list[int]) -> "Registration":
+        """The cameras of some of the views, in this order."""
+        return self._replace(
+            names=[self.names[view] for view in views] if self.names else None,
+            camera_to_world=self.camera_to_world[views],
+            lenses=[self.lenses[view] for view in views],
+            bounds=self.bounds[views],
+        )
+
     def sorted(self) -> "Registration":
         """In the order of the photographs' names; ValueError for two cameras of one photograph."""
         if self.names is None:
             return self
-        order = sorted(range(len(self.names)), key=self.names.__getitem__)
-        names = [self.names[view] for view in order]
-        twice = [name for name, other in zip(names, names[1:], strict=False) if name == other]
-        if twice:
-            raise ValueError(f"{self.files[0]}: {twice[0]} has two cameras")
-        lenses = [self.lenses[view] for view in order]
-        return self._replace(
-            names=names, camera_to_world=self.camera_to_world[order], lenses=lenses,
-            bounds=self.bounds[order],
-        )  # fmt: skip
+        ordered = self.of(sorted(range(len(self.names)), key=self.names.__getitem__))
+        for name, after in pairwise(ordered.names or []):
+            if name == after:
+                raise ValueError(f"{self.files[0]}: {name} has two cameras")
+        return ordered
 
 
 def check_registration(cameras: Registration) -> None:

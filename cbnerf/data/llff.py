@@ -10,6 +10,7 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
+import torch
 
 from cbnerf.data.cameras import Registration
 from cbnerf.data.lenses import Lens
@@ -17,6 +18,8 @@ from cbnerf.data.scene import Capture
 
 POSES_FILE = "poses_bounds.npy"
 _NEX_LENS_FILE = "hwf_cxcy.npy"
+_ROUNDING = 1e-6
+"""In pixels."""
 
 
 def read_cameras(file: Path) -> Registration:
@@ -65,20 +68,24 @@ def _read_array(file: Path) -> np.ndarray:
         return array.astype(np.float64)
 
 
-def write_capture(folder: Path, capture: Capture) -> None:
+def write_capture(folder: Path, capture: Capture, names: list[str] | None = None) -> None:
     """Write a capture as an LLFF scene folder that `read_capture` reads back.
+
+    `names` are those of the photographs without suffix, in their order.
 
     LLFF has one focal length for both axes, and the principal point in the middle of the image.
     """
     views, height, width, _ = capture.images.shape
     fx, fy, cx, cy = capture.intrinsics.T
-    if not (fx.equal(fy) and (cx == width / 2).all() and (cy == height / 2).all()):
+    off = torch.stack([fx - fy, cx - width / 2, cy - height / 2])
+    if off.abs().max() > _ROUNDING:
         raise ValueError(
             f"{folder}: LLFF holds one focal length and a centred principal point only"
         )
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    for view, image in enumerate(capture.images.numpy()):
-        iio.imwrite(folder / "images" / f"image{view:03d}.png", image)
+    names = names or [f"image{view:03d}" for view in range(views)]
+    for name, image in zip(names, capture.images.numpy(), strict=True):
+        iio.imwrite(folder / "images" / f"{name}.png", image)
     poses = capture.camera_to_world.double().numpy()
     right, up, backward, origin = np.moveaxis(poses, 2, 0)
     intrinsics = np.stack(np.broadcast_arrays(height, width, fx.numpy()), axis=1)

@@ -116,7 +116,7 @@ def test_suffixes_that_cannot_be_read_are_named(folder: Path):
         file.rename(file.with_suffix(".HEIC"))
     with pytest.raises(ValueError, match=r"images: no photograph .* only .heic \(4\)") as error:
         find_photographs(folder, 64)
-    assert "HEIC and raw files are not" in str(error.value)
+    assert "HEIC by `cbnerf import` only" in str(error.value)
 
 
 def test_a_photograph_is_read_as_it_is_stored(folder: Path):
