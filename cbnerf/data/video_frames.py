@@ -29,8 +29,6 @@ def write_sharp_frames(video: Path, folder: Path, count: int) -> None:
     except Exception as error:  # ffmpeg can raise anything
         raise ValueError(f"{video}: not a video ({' '.join(str(error).split())[-200:]})") from None
     if len(best) < count:
-        raise ValueError(
-            f"{video}: has frames for {len(best)} photographs; give --frames {len(best)}"
-        )
+        raise ValueError(f"{video}: has only {len(best)} frames; give --frames {len(best)}")
     for part, (_, image) in best.items():
         image.save(folder / f"frame{part:03d}.png")
