@@ -22,7 +22,7 @@ from clock import TimeIsUp, clock
 from provenance import provenance
 
 from cbnerf.config import Config
-from cbnerf.data.llff import read_capture
+from cbnerf.data.captures import read_capture
 from cbnerf.data.scene import Scene, make_scene
 from cbnerf.data.splits import split_views
 from cbnerf.metrics import to_8bit

@@ -18,7 +18,7 @@ import tyro
 from clock import TimeIsUp, clock
 from provenance import provenance
 
-from cbnerf.data.llff import read_capture
+from cbnerf.data.captures import read_capture
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene, make_scene
 from cbnerf.data.splits import split_views

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cbnerf.config import Config
-from cbnerf.data.llff import read_capture
+from cbnerf.data.captures import read_capture
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene, make_scene
 from cbnerf.training.distributed import choose_device

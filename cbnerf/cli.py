@@ -1,5 +1,6 @@
-"""The command line of the core: `cbnerf train-field`, `train-refiner`, `evaluate`, `inspect`,
-`compare`, `render`, `cache`, `report`, `make-scenes`. Works without ray, optuna and mlflow.
+"""The command line of the core: `cbnerf import`, `train-field`, `train-refiner`, `evaluate`,
+`inspect`, `compare`, `render`, `cache`, `report`, `make-scenes`. Works without ray, optuna and
+mlflow.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from typing import Annotated
 
 import tyro
 
+from cbnerf.commands.photographs import Import
 from cbnerf.commands.scene import Evaluate, Inspect, MakeScenes, Render, TrainField, TrainRefiner
 from cbnerf.commands.storage import Cache, Compare, Report
 from cbnerf.config import KnobError
@@ -21,7 +23,16 @@ from cbnerf.presets import DEFAULT_METHOD, DEFAULT_RESOLUTION, preset
 from cbnerf.training.distributed import is_launched
 
 Command = (
-    TrainField | TrainRefiner | Evaluate | Inspect | Compare | Render | Cache | Report | MakeScenes
+    TrainField
+    | TrainRefiner
+    | Evaluate
+    | Inspect
+    | Compare
+    | Render
+    | Cache
+    | Report
+    | MakeScenes
+    | Import
 )
 
 
@@ -61,7 +72,7 @@ def parse_command(arguments: Sequence[str]) -> Command:
     commands = (
         Annotated[TrainField, tyro.conf.subcommand(default=field)]
         | Annotated[TrainRefiner, tyro.conf.subcommand(default=refiner)]
-        | (Evaluate | Inspect | Compare | Render | Cache | Report | MakeScenes)
+        | (Evaluate | Inspect | Compare | Render | Cache | Report | MakeScenes | Import)
     )
     boxed = io.StringIO()
     try:

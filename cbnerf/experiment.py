@@ -22,7 +22,7 @@ class Experiment:
 
     scenes: tuple[str, ...]
     data: Path | None
-    """Folder of LLFF scene folders; None means the built-in scenes."""
+    """Folder of scene folders; None means the built-in scenes."""
     storage: Path
     """Holds studies, cache and MLflow's files; shared by all machines of a cluster."""
     cache_store: str | None = None
@@ -47,7 +47,7 @@ class Experiment:
         return self.scenes if training == ALL_SCENES else (training,)
 
     def scene_folder(self, name: str, width: int) -> Path:
-        """The LLFF folder of a scene; a built-in scene has one for each image width."""
+        """The folder of a scene; a built-in scene has one for each image width."""
         return scene_folder(name, self.data, self.storage, width)
 
     def load_scene(self, name: str, data: DataConfig) -> Scene:

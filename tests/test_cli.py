@@ -7,9 +7,11 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 
 from cbnerf.cli import main
-from cbnerf.data.llff import read_capture, write_capture
+from cbnerf.data.captures import read_capture
+from cbnerf.data.llff import write_capture
 from cbnerf.data.scene import Capture
 from cbnerf.overrides import load_config, with_overrides
 from cbnerf.presets import preset
@@ -24,7 +26,9 @@ SHORT = [
 def runs(tiny_capture: Capture, tmp_path_factory) -> Path:
     """A folder with a scene of 64x47 pixels, a field and a refiner; names as the flags'."""
     folder = tmp_path_factory.mktemp("runs")
-    write_capture(folder / "scene", tiny_capture._replace(images=tiny_capture.images[:, :47]))
+    middle = tiny_capture.intrinsics - torch.tensor([0, 0, 0, 0.5])
+    cropped = tiny_capture._replace(images=tiny_capture.images[:, :47], intrinsics=middle)
+    write_capture(folder / "scene", cropped)
     main(["train-field", f"--scene={folder}/scene", f"--output={folder}/field", *SHORT])
     main(["train-refiner", f"--scene={folder}/scene", f"--field={folder}/field",
           f"--output={folder}/refiner", *SHORT])  # fmt: skip
@@ -181,7 +185,8 @@ def test_a_field_of_all_views_has_none_left_to_score(tiny_capture: Capture, tmp_
 
 
 def test_videos_of_odd_sizes_are_cut_even(tiny_capture: Capture, tmp_path: Path):
-    odd = tiny_capture._replace(images=tiny_capture.images[:, :47, :63])
+    middle = tiny_capture.intrinsics - torch.tensor([0, 0, 0.5, 0.5])
+    odd = tiny_capture._replace(images=tiny_capture.images[:, :47, :63], intrinsics=middle)
     write_capture(tmp_path / "scene", odd)
     odd_knobs = ["--data.width=63", "--data.scale=1", "--refiner.patch-size=32"]
     main(["train-field", f"--scene={tmp_path}/scene", f"--output={tmp_path}/field", *SHORT,
@@ -279,8 +284,7 @@ def test_a_mistake_ends_in_one_line_and_nothing_half_done(
                "spoilt": spoil(runs, tmp_path), "namesake": tmp_path / "namesake",
                "few": tmp_path / "few"}  # fmt: skip
     capture = read_capture(runs / "scene", 64)
-    write_capture(tmp_path / "few", Capture("few", capture.images[:4], capture.camera_to_world[:4],
-                                            capture.focal, capture.bounds[:4]))  # fmt: skip
+    write_capture(tmp_path / "few", Capture("few", *(part[:4] for part in capture[1:])))
     with pytest.raises(SystemExit) as stop:
         main([argument.format(**folders) for argument in arguments])
     assert stop.value.code == 2

@@ -11,8 +11,9 @@ import tyro
 
 from cbnerf.codebook.refiner import DEFAULT_TILE
 from cbnerf.config import Config
+from cbnerf.data.captures import find_photographs, is_scene_folder, read_capture
 from cbnerf.data.library import NUM_VIEWS, make_capture
-from cbnerf.data.llff import find_photographs, is_scene_folder, read_capture, write_capture
+from cbnerf.data.llff import write_capture
 from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene, make_scene
@@ -44,7 +45,7 @@ class TrainField:
     """Train stage 1 on the low-res photographs of a scene."""
 
     scene: str
-    """LLFF scene folder or name of a built-in scene."""
+    """Scene folder or name of a built-in scene."""
     output: Path
     """Folder for field.pt, renders.npz, config.yaml and metrics.json; unfinished training in it is
     resumed."""
@@ -68,7 +69,7 @@ class TrainRefiner:
     """Train stage 2 on the photographs of a scene and the renders of its field."""
 
     scene: tuple[str, ...]
-    """LLFF scene folder or name of a built-in scene; several with --codebook.shared."""
+    """Scene folder or name of a built-in scene; several with --codebook.shared."""
     field: tuple[Path, ...]
     """Output folder of `train-field` for each scene."""
     output: Path
@@ -108,7 +109,7 @@ class Evaluate:
     """Evaluate stage 1 and, if given, a refiner on the test views of a scene."""
 
     scene: str
-    """LLFF scene folder or name of a built-in scene."""
+    """Scene folder or name of a built-in scene."""
     field: Path
     """Output folder of `train-field`."""
     refiner: Path | None = None
@@ -138,7 +139,7 @@ class Inspect:
     """Draw the codebook of a refiner: its codes, a histogram of their use, and a map of them."""
 
     scene: str
-    """LLFF scene folder or name of a built-in scene."""
+    """Scene folder or name of a built-in scene."""
     field: Path
     """Output folder of `train-field`."""
     refiner: Path

@@ -38,7 +38,7 @@ class Request:
     resolution: str | None = None
     """Image size and schedule; default: x2-504 with a GPU, else x2-128."""
     data: Path | None = None
-    """Folder of LLFF scene folders; default: $CBNERF_DATA, else data/nerf_llff_data, else `data` in
+    """Folder of scene folders; default: $CBNERF_DATA, else data/nerf_llff_data, else `data` in
     $CBNERF_STORAGE, else the built-in scenes."""
     storage: Path = field(default_factory=default_storage)
     """Folder for the cache of trained stages; default: $CBNERF_STORAGE or `runs`."""

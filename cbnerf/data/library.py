@@ -1,4 +1,4 @@
-"""Scenes by name: LLFF folders if there are any, else the built-in scenes.
+"""Scenes by name: folders of photographs if there are any, else the built-in scenes.
 
 A built-in scene is rendered once for each image width and kept as an LLFF folder in the storage.
 """
@@ -14,17 +14,13 @@ import torch
 from filelock import FileLock
 
 from cbnerf.config import DataConfig
-from cbnerf.data.llff import (
-    POSES_FILE,
-    find_photographs,
-    find_scenes,
-    is_scene_folder,
-    read_capture,
-    write_capture,
-)
+from cbnerf.data.captures import find_photographs, find_scenes, is_scene_folder, read_capture
+from cbnerf.data.llff import POSES_FILE, write_capture
 from cbnerf.data.scene import Capture, Scene, make_scene
 from cbnerf.data.splits import check_views
+from cbnerf.data.transforms import TRANSFORMS_FILE
 from cbnerf.files import atomic_write, expand_home
+from cbnerf.nerf.rays import centred_intrinsics
 from cbnerf.scenes import BUILT_IN_SCENES, make_camera, make_world, place_cameras
 from cbnerf.scenes.raycasting import render
 
@@ -59,7 +55,8 @@ def locate_data(data: Path | None) -> tuple[Path | None, list[str]]:
         )
     if asked:
         raise ValueError(
-            f"{asked}: no LLFF scenes; expected folders such as fern/{POSES_FILE} below it"
+            f"{asked}: no scenes; expected folders with {POSES_FILE}, {TRANSFORMS_FILE} or "
+            "sparse/0 below it"
         )
     return None, list(BUILT_IN_SCENES)
 
@@ -72,7 +69,7 @@ def _folder_of_scenes(place: Path) -> Path:
     inner = sorted(one for one in visible if find_scenes(one))
     if len(inner) > 1:
         raise ValueError(
-            f"{place}: no LLFF scenes, but {', '.join(one.name for one in inner)} in it hold some; "
+            f"{place}: no scenes, but {', '.join(one.name for one in inner)} in it hold some; "
             "give one of them as --data"
         )
     return inner[0] if inner else place
@@ -147,7 +144,7 @@ def describe_photographs(names: Iterable[str], data: Path | None, width: int) ->
 
 
 def scene_folder(name: str, data: Path | None, storage: Path, width: int) -> Path:
-    """The LLFF folder of a scene of `data`; without `data`, of a built-in scene."""
+    """The folder of a scene of `data`; without `data`, of a built-in scene."""
     return data / name if data else storage / f"scenes/{width}/{name}"
 
 
@@ -182,6 +179,8 @@ def make_capture(name: str, *, width: int, num_views: int = NUM_VIEWS) -> Captur
         name=name,
         images=torch.stack([(view.rgb * 255).round().to(torch.uint8) for view in views]),
         camera_to_world=poses,
-        focal=cameras[0].focal,
+        intrinsics=centred_intrinsics(
+            num_views, cameras[0].focal, cameras[0].width, cameras[0].height
+        ),
         bounds=torch.tensor([[0.98 * near, 1.02 * far] for near, far in (v.bounds for v in views)]),
     )

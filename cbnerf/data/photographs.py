@@ -4,6 +4,7 @@ Pixels are read as in COLMAP: EXIF orientation and colour profiles are ignored. 
 ambiguous as RGB (transparency, 32-bit values, printing inks, several frames) are refused.
 """
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -19,34 +20,62 @@ MAX_PIXELS = 500_000_000
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"}
+HEIC_SUFFIXES = {".heic", ".heif"}
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
 _EIGHT_BIT = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "YCbCr"}
 _SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N"}
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its EXIF orientation."""
 _WHITE_IS_ZERO, _PHOTOMETRIC = 0, 262  # of TIFF; Pillow honours it in 8 bits only
 
 
 class Photographs(NamedTuple):
-    """The photographs of a scene: one folder, one size, sorted by file name."""
+    """The photographs of a scene, sorted by file name; the size is that of the smallest."""
 
     files: list[Path]
     width: int
     height: int
+    note: str = ""
+    """What is not heeded, in words."""
 
     def __str__(self) -> str:
         folder = self.files[0].parent
-        return f"{folder.parent.name}/{folder.name} ({self.width}x{self.height})"
+        note = f"; {self.note}" if self.note else ""
+        return f"{folder.parent.name}/{folder.name} ({self.width}x{self.height}){note}"
 
 
-def list_photographs(folder: Path) -> list[Path]:
+def list_photographs(folder: Path, suffixes: set[str] = SUFFIXES) -> list[Path]:
     """Files with the suffix of a photograph, sorted by name, without hidden ones."""
     files = _visible(folder)
-    found = sorted(file for file in files if file.suffix.lower() in SUFFIXES)
+    found = sorted(file for file in files if file.suffix.lower() in suffixes)
     if files and not found:
         raise ValueError(
             f"{folder}: no photograph that can be read, only {_count_suffixes(files)}; save them "
-            "as PNG or JPEG (WebP, TIFF and BMP are read, too; HEIC and raw files are not)"
+            "as PNG or JPEG (WebP, TIFF and BMP are read, too; raw files are not, and HEIC by "
+            "`cbnerf import` only)"
         )
     return found
+
+
+def find_photograph(path: Path, named_in: Path) -> Path:
+    """The file of this name, or the only one that differs in its suffix; a name may lack one."""
+    if path.is_file():
+        return path
+    stem = path.stem if path.suffix.lower() in SUFFIXES else path.name
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    named = [file for file in beside if file.stem == stem and file.suffix.lower() in SUFFIXES]
+    if len(named) == 1 and named[0] != path:
+        return named[0]
+    problem = "not a file" if named else "no such photograph"
+    raise ValueError(f"{path}: {problem}, which {named_in.name} names")
 
 
 def describe_unread(folder: Path) -> str:
@@ -62,10 +91,43 @@ def read_header(file: Path) -> tuple[int, int]:
 
 def is_turned(file: Path) -> bool:
     """Whether the EXIF orientation turns the photograph by a quarter."""
+    return _orientation(file) >= 5
+
+
+def read_upright(file: Path) -> Image.Image:
+    """The pixels as `read_photograph` returns them, turned as the EXIF orientation says."""
+    if file.suffix.lower() in HEIC_SUFFIXES:
+        _prepare_heic()
+    image = read_photograph(file)
+    turn = _TURNS.get(_orientation(file))
+    return image if turn is None else image.transpose(turn)
+
+
+def read_focal(file: Path) -> float | None:
+    """The focal length over the longer side of the image, as EXIF tells it; None if it does not."""
     try:
-        return _open(file).getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        details = _open(file).getexif().get_ifd(ExifTags.IFD.Exif)
+        millimetres = float(details.get(ExifTags.Base.FocalLengthIn35mmFilm, 0))
     except Exception:  # unreadable EXIF data
-        return False
+        return None
+    return millimetres / 36 if millimetres > 0 else None
+
+
+def _orientation(file: Path) -> int:
+    """1 for upright, to 8."""
+    try:
+        return _open(file).getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # unreadable EXIF data
+        return 1
+
+
+def _prepare_heic() -> None:
+    """Let Pillow open HEIC files; ValueError without pillow-heif."""
+    try:
+        from pillow_heif import register_heif_opener  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ValueError("HEIC needs pillow-heif; pip install 'cbnerf[photos]'") from None
+    register_heif_opener()
 
 
 def read_photograph(file: Path) -> Image.Image:
@@ -90,7 +152,8 @@ def _open(file: Path, *, decode: bool = False) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # mostly of metadata; `MAX_PIXELS` is checked below
-            with Image.open(file, formats=_FORMATS) as image:
+            formats = [*_FORMATS, "HEIF"] if "HEIF" in Image.OPEN else _FORMATS
+            with Image.open(file, formats=formats) as image:
                 # MPO, of phones: a JPEG with more pictures after the photograph.
                 frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
                 _check_kind(file, image, frames)
@@ -99,6 +162,11 @@ def _open(file: Path, *, decode: bool = False) -> Image.Image:
                 return image
     except _Refused:
         raise
+    except Image.DecompressionBombError as error:
+        found = " ".join(re.findall(r"\d+ pixels", str(error))[:1])
+        raise ValueError(
+            f"{file}: {found or 'its pixels'} are more than {MAX_PIXELS:,}; shrink it"
+        ) from None
     except UnidentifiedImageError:
         raise ValueError(f"{file}: not an image of a format that is read") from None
     except Exception as error:  # decoders can raise anything

@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float64, UInt8
 from PIL import Image
 from torch import Tensor
 
 from cbnerf import downsampling
 from cbnerf.config import DataConfig
 from cbnerf.downsampling import Kernel
-from cbnerf.nerf.rays import Cameras
+from cbnerf.nerf.rays import Cameras, make_cameras
 
 # Nearest content at depth 1 / 0.75, as in LLFF and NeRF, so that the near plane of NDC, at depth 1,
 # clips nothing.
@@ -31,8 +31,8 @@ class Capture(NamedTuple):
     name: str
     images: UInt8[Tensor, "views height width 3"]
     camera_to_world: Float[Tensor, "views 3 4"]
-    focal: float
-    """In pixels of `images`."""
+    intrinsics: Float64[Tensor, "views 4"]
+    """Focal lengths and principal point (fx, fy, cx, cy), in pixels of `images`."""
     bounds: Float[Tensor, "views 2"]
     """Depth of the nearest and farthest content of each view, along its optical axis."""
 
@@ -45,17 +45,15 @@ class Scene:
     images: UInt8[Tensor, "views height width 3"]
     """High-res photographs."""
     camera_to_world: Float[Tensor, "views 3 4"]
-    focal: float
-    """In high-res pixels."""
-    center: tuple[float, float]
-    """Principal point (u, v) in high-res pixels."""
+    intrinsics: Float64[Tensor, "views 4"]
+    """Focal lengths and principal point (fx, fy, cx, cy), in high-res pixels."""
     scale: int
     """High-res over low-res pixels per side."""
 
     def cameras(self, device: torch.device | str = "cpu") -> Cameras:
         """The cameras of all views."""
-        poses = self.camera_to_world.to(device)
-        return Cameras(poses, self.focal, self.center, (self.height, self.width))
+        size = self.height, self.width
+        return make_cameras(self.camera_to_world, self.intrinsics, size).to(device)
 
     def low_res(
         self, kernel: Kernel, views: Sequence[int] | slice = slice(None)
@@ -70,8 +68,7 @@ class Scene:
         return replace(
             self,
             images=low_res[:, :height, :width].contiguous(),
-            focal=self.focal / self.scale,
-            center=(self.center[0] / self.scale, self.center[1] / self.scale),
+            intrinsics=self.intrinsics / self.scale,
         )
 
     @property
@@ -99,8 +96,7 @@ def make_scene(capture: Capture, data: DataConfig) -> Scene:
         name=capture.name,
         images=cropped,
         camera_to_world=camera_to_world,
-        focal=capture.focal,
-        center=(width / 2, height / 2),
+        intrinsics=capture.intrinsics,
         scale=data.scale,
     )
 

@@ -11,8 +11,8 @@ def spiral_path(cameras: Cameras, num_frames: int, *, focus_depth: float = 3.5) 
     """One turn of a spiral around the average camera; all frames look at one point.
 
     The radii are 0.7 times the 90th percentile of the cameras' distances along each axis; the focus
-    lies `focus_depth` scene units in front of the average camera. Intrinsics are kept. (After the
-    videos of NeRF and LLFF.)
+    lies `focus_depth` scene units in front of the average camera. Intrinsics are the median. (After
+    the videos of NeRF and LLFF.)
     """
     positions = cameras.camera_to_world[:, :, 3]
     # Stay between the photographs: the field is unconstrained elsewhere.
@@ -28,4 +28,5 @@ def spiral_path(cameras: Cameras, num_frames: int, *, focus_depth: float = 3.5) 
         right = torch.nn.functional.normalize(right, dim=0)
         up = torch.linalg.cross(backward, right)
         poses.append(torch.stack([right, up, backward, origin], dim=1))
-    return cameras._replace(camera_to_world=torch.stack(poses))
+    intrinsics = cameras.intrinsics.median(0).values.repeat(num_frames, 1)
+    return cameras._replace(camera_to_world=torch.stack(poses), intrinsics=intrinsics)

@@ -1,9 +1,10 @@
 """Rays of pixels, in world coordinates and in normalised device coordinates (NDC).
 
 Conventions: camera axes are OpenGL's (right, up, backward); the centre of the pixel in column i and
-row j is at (u, v) = (i + 0.5, j + 0.5). World lengths are normalised scene units. NDC maps the
-frustum beyond the plane z = -1 of the average camera to the cube [-1, 1]^3 (NeRF, appendix C): a
-ray starts on that near plane at t = 0 and reaches infinity at t = 1; the depth at t is 1 / (1 - t).
+row j is at (u, v) = (i + 0.5, j + 0.5). Intrinsics are (fx, fy, cx, cy): focal lengths along u and
+v, and the principal point (u, v). World lengths are normalised scene units. NDC maps the frustum
+beyond the plane z = -1 of the average camera to the cube [-1, 1]^3 (NeRF, appendix C): a ray starts
+on that near plane at t = 0 and reaches infinity at t = 1; the depth at t is 1 / (1 - t).
 """
 
 from typing import NamedTuple
@@ -21,13 +22,41 @@ class Rays(NamedTuple):
 
 
 class Cameras(NamedTuple):
-    """Pinhole cameras of one scene that share their intrinsics, in high-res pixels."""
+    """Pinhole cameras of one scene, in high-res pixels."""
 
     camera_to_world: Float[Tensor, "views 3 4"]
-    focal: float
-    center: tuple[float, float]
+    intrinsics: Float[Tensor, "views 4"]
     size: tuple[int, int]
     """Height and width."""
+    frustum: tuple[float, float, float, float]
+    """Of NDC: (scale_x, scale_y, shift_x, shift_y). The average camera sees the direction
+    (x, y, -1) at `scale_x * x + shift_x`, `scale_y * y + shift_y`."""
+
+    def to(self, device: torch.device | str) -> "Cameras":
+        """The same cameras on a device."""
+        return self._replace(
+            camera_to_world=self.camera_to_world.to(device), intrinsics=self.intrinsics.to(device)
+        )
+
+
+def make_cameras(
+    camera_to_world: Float[Tensor, "views 3 4"],
+    intrinsics: Float[Tensor, "views 4"],
+    size: tuple[int, int],
+) -> Cameras:
+    """Cameras with the NDC of the frustum that their median intrinsics see."""
+    height, width = size
+    fx, fy, cx, cy = intrinsics.median(0).values.tolist()
+    frustum = (2 * fx / width, 2 * fy / height, 2 * cx / width - 1, 1 - 2 * cy / height)
+    return Cameras(camera_to_world, intrinsics.float(), size, frustum)
+
+
+def centred_intrinsics(
+    views: int, focal: float, width: float | int, height: float | int
+) -> Float[Tensor, "views 4"]:
+    """One focal length, and principal points in the middle of the image."""
+    row = torch.tensor([focal, focal, width / 2, height / 2], dtype=torch.float64)
+    return row.repeat(views, 1)
 
 
 def make_rays(
@@ -47,8 +76,8 @@ def make_world_rays(
     v: Float[Tensor, "*rays"],
 ) -> Rays:
     """World rays through image points (u, v): from the camera centre, one unit of depth per t."""
-    x = (u - cameras.center[0]) / cameras.focal
-    y = (cameras.center[1] - v) / cameras.focal
+    fx, fy, cx, cy = cameras.intrinsics[views].unbind(-1)
+    x, y = (u - cx) / fx, (cy - v) / fy
     in_camera = torch.stack([x, y, -torch.ones_like(x)], dim=-1)
     poses = cameras.camera_to_world[views]
     directions = (poses[..., :3] @ in_camera[..., None])[..., 0]
@@ -57,13 +86,14 @@ def make_world_rays(
 
 def to_ndc(rays: Rays, cameras: Cameras) -> Rays:
     """NDC rays of world rays, with the near plane at depth 1 (NeRF, appendix C)."""
-    height, width = cameras.size
-    scale_x, scale_y = 2 * cameras.focal / width, 2 * cameras.focal / height
+    scale_x, scale_y, shift_x, shift_y = cameras.frustum
     origins, directions = rays
     to_near = -(1 + origins[..., 2]) / directions[..., 2]
     x, y, z = (origins + to_near[..., None] * directions).unbind(-1)
     dx, dy, dz = directions.unbind(-1)
-    ndc_origins = torch.stack([-scale_x * x / z, -scale_y * y / z, 1 + 2 / z], dim=-1)
+    ndc_origins = torch.stack(
+        [-scale_x * x / z + shift_x, -scale_y * y / z + shift_y, 1 + 2 / z], dim=-1
+    )
     ndc_directions = torch.stack(
         [-scale_x * (dx / dz - x / z), -scale_y * (dy / dz - y / z), -2 / z], dim=-1
     )
@@ -76,8 +106,9 @@ def project(
     """Image points (u, v), in high-res pixels, of world points in front of the camera `view`."""
     pose = cameras.camera_to_world[view]
     right, up, backward = ((points - pose[:, 3]) @ pose[:, :3]).unbind(-1)
-    slope = cameras.focal / (-backward).clamp(min=1e-6)
-    return torch.stack([cameras.center[0] + slope * right, cameras.center[1] - slope * up], dim=-1)
+    fx, fy, cx, cy = cameras.intrinsics[view]
+    depth = (-backward).clamp(min=1e-6)
+    return torch.stack([cx + fx / depth * right, cy - fy / depth * up], dim=-1)
 
 
 def make_sub_pixel_rays(

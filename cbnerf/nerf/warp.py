@@ -48,9 +48,8 @@ def find_positions(
 ) -> Float[Tensor, "height width 3"]:
     """NDC x and y, and the distance t, of the points that the pixels of a view show."""
     x, y, z = find_points(cameras, depth, view).unbind(-1)
-    height, width = cameras.size
-    ndc_x, ndc_y = -2 * cameras.focal / width * x / z, -2 * cameras.focal / height * y / z
-    return torch.stack([ndc_x, ndc_y, depth], dim=-1)
+    scale_x, scale_y, shift_x, shift_y = cameras.frustum
+    return torch.stack([-scale_x * x / z + shift_x, -scale_y * y / z + shift_y, depth], dim=-1)
 
 
 def follow_pixels(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from cbnerf.config import Config, KnobError, OptimConfig
-from cbnerf.data.llff import find_photographs
+from cbnerf.data.captures import find_photographs
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from cbnerf.data.captures import fingerprint
 from cbnerf.data.library import check_scenes, default_storage
-from cbnerf.data.llff import fingerprint
 from cbnerf.files import atomic_write_text
 from cbnerf.search.plan import Plan, make_plan
 from cbnerf.search.spec import parse_spec
@@ -26,7 +26,7 @@ class Options:
     config: Path | None = None
     """Search specification; default: `tune_configs/default.yaml`."""
     data: Path | None = None
-    """Folder of LLFF scene folders; default: $CBNERF_DATA, else data/nerf_llff_data, else `data` in
+    """Folder of scene folders; default: $CBNERF_DATA, else data/nerf_llff_data, else `data` in
     $CBNERF_STORAGE, else the built-in scenes."""
     trials: int | None = None
     """Number of configurations; a larger number extends a finished study."""

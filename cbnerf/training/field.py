@@ -116,8 +116,7 @@ def _divergence_check(
 def low_res_cameras(cameras: Cameras, scale: int) -> Cameras:
     """The same cameras with low-res pixels."""
     return cameras._replace(
-        focal=cameras.focal / scale,
-        center=(cameras.center[0] / scale, cameras.center[1] / scale),
+        intrinsics=cameras.intrinsics / scale,
         size=(cameras.size[0] // scale, cameras.size[1] // scale),
     )
 

@@ -42,6 +42,8 @@ def count_parameters(config: Config) -> int:
 def load_field(path: Path, device: torch.device) -> tuple[FieldModel, Cameras, Config]:
     """A trained field with its cameras and configuration."""
     checkpoint = load_checkpoint(path, "field", device)
+    if set(checkpoint.cameras) != set(Cameras._fields):
+        raise ValueError(f"{path}: written by another version of cbnerf (cameras)")
     cameras = Cameras(**checkpoint.cameras)
     model = build_field(checkpoint.config, cameras).to(device)
     model.load_state_dict(checkpoint.model)

@@ -79,8 +79,10 @@ def field_fingerprint(config: Config, scene: Scene) -> str:
     digest = hashlib.sha256()
     digest.update(scene.images.numpy().tobytes())
     digest.update(scene.camera_to_world.numpy().tobytes())
-    intrinsics = [scene.focal, scene.center, scene.scale]
-    digest.update(json.dumps([intrinsics, flatten_field(config)], sort_keys=True).encode())
+    intrinsics = scene.intrinsics.tolist()
+    digest.update(
+        json.dumps([intrinsics, scene.scale, flatten_field(config)], sort_keys=True).encode()
+    )
     digest.update(_hash_code(FIELD_CODE).encode())
     return digest.hexdigest()[:16]
 

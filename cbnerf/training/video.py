@@ -43,7 +43,7 @@ def write_videos(
     for name, frames in videos.items():
         write_video(frames, folder, name, fps)
         if num_frames > 1:
-            result = warping_error(frames.float() / 255, renders.depth.float(), _on_cpu(path))
+            result = warping_error(frames.float() / 255, renders.depth.float(), path.to("cpu"))
             metrics |= {f"{name}/warping_error": result.error, "seen": result.seen}
     atomic_write_text(folder / VIDEO_FILE, json.dumps(metrics, indent=1))
     return metrics
@@ -59,7 +59,3 @@ def write_video(
     _, height, width, _ = frames.shape
     even = frames[:, : height // 2 * 2, : width // 2 * 2]
     iio.imwrite(folder / f"{name}.mp4", even.numpy(), plugin="FFMPEG", fps=fps, macro_block_size=2)
-
-
-def _on_cpu(cameras: Cameras) -> Cameras:
-    return cameras._replace(camera_to_world=cameras.camera_to_world.cpu())

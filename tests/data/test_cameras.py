@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from cbnerf.data.cameras import MAX_ANGLE, check_forward_facing, check_rotations
+from cbnerf.data.cameras import MAX_ANGLE, Registration, check_registration
+from cbnerf.data.lenses import Lens
 from cbnerf.data.scene import recenter
-from cbnerf.nerf.rays import Cameras, make_world_rays
+from cbnerf.nerf.rays import make_cameras, make_world_rays
 from cbnerf.scenes import place_cameras
 
 FILE = Path("scene/poses_bounds.npy")
@@ -24,9 +25,13 @@ def turned(degrees: list[float], roll: float = 0.0) -> np.ndarray:
     return poses
 
 
-def focal_of(half_diagonal: float) -> float:
-    """Of an image whose corners stand this many degrees off its middle."""
-    return math.hypot(*SIZE) / 2 / math.tan(math.radians(half_diagonal))
+def registered(
+    poses: np.ndarray, half_diagonal: float = 30.0, middle: tuple[float, float] = (32, 24)
+) -> Registration:
+    """With a lens whose corners stand this many degrees off the middle of the image."""
+    focal = math.hypot(*SIZE) / 2 / math.tan(math.radians(half_diagonal))
+    lens, views = Lens(64, 48, focal, focal, *middle), len(poses)
+    return Registration([FILE], None, poses, [lens] * views, np.tile([1.0, 2.0], (views, 1)))
 
 
 def test_a_ring_is_refused_with_the_angle_of_the_worst_camera():
@@ -34,26 +39,36 @@ def test_a_ring_is_refused_with_the_angle_of_the_worst_camera():
     with pytest.raises(
         ValueError, match=r"row 4 \(counted from 0\) looks 67 degrees beside"
     ) as one:
-        check_forward_facing(turned([0, 0, 0, 0, 80]), 60.0, SIZE, FILE)
+        check_registration(registered(turned([0, 0, 0, 0, 80])))
     assert str(one.value).startswith(f"{FILE}: ") and "within 75 degrees" in str(one.value)
     with pytest.raises(ValueError, match="looks 90 degrees beside"):  # no average at all
-        check_forward_facing(turned([0, 90, 180, 270]), 60.0, SIZE, FILE)
+        check_registration(registered(turned([0, 90, 180, 270])))
 
 
 @pytest.mark.parametrize("roll", [0.0, 0.7, math.pi / 2])
 def test_the_limit_is_what_the_corners_of_photographs_see(roll: float):
     """A camera alone is its own average: its field of view decides."""
-    check_forward_facing(turned([0, 0], roll), focal_of(MAX_ANGLE - 0.1), SIZE, FILE)
+    check_registration(registered(turned([0, 0], roll), MAX_ANGLE - 0.1))
     with pytest.raises(ValueError, match="row 0 .* looks 0 degrees .* as far as 76;"):
-        check_forward_facing(turned([0, 0], roll), focal_of(MAX_ANGLE + 0.1), SIZE, FILE)
+        check_registration(registered(turned([0, 0], roll), MAX_ANGLE + 0.1))
+
+
+def test_a_principal_point_off_the_middle_counts():
+    """With the axis in a corner, the opposite one is twice as far off: at atan(2 tan 60)."""
+    check_registration(registered(turned([0, 0]), 60, middle=(0, 0)))
+    for middle in ((-8, -6), (72, 54)):
+        with pytest.raises(ValueError, match="row 0 .* as far as 76;"):
+            check_registration(registered(turned([0, 0]), 60, middle))
 
 
 def test_within_the_limit_every_ray_goes_ahead():
     """NDC needs that: with d_z >= 0 in the average frame a ray has no end at infinity."""
-    angles, focal = [-33.0, 0.0, 33.0], focal_of(40)
+    angles = [-33.0, 0.0, 33.0]
     poses = turned(angles)
-    check_forward_facing(poses, focal, SIZE, FILE)
-    cameras = Cameras(recenter(torch.from_numpy(poses)), focal, (32.0, 24.0), (48, 64))
+    checked = registered(poses, 40)
+    check_registration(checked)
+    intrinsics = torch.from_numpy(np.stack([lens.matrix for lens in checked.lenses]))
+    cameras = make_cameras(recenter(torch.from_numpy(poses)), intrinsics, (48, 64))
     views, u, v = torch.meshgrid(
         torch.arange(3.0), torch.linspace(0, 64, 9), torch.linspace(0, 48, 9), indexing="ij"
     )
@@ -64,10 +79,9 @@ def test_within_the_limit_every_ray_goes_ahead():
 
 def test_built_in_scenes_are_far_from_the_limit():
     poses = place_cameras(13).double().numpy()
-    check_rotations(poses[:, :, :3], FILE)
     with pytest.raises(ValueError):  # with a lens twice as wide they are not
-        check_forward_facing(poses, focal_of(70), SIZE, FILE)
-    check_forward_facing(poses, focal_of(55), SIZE, FILE)
+        check_registration(registered(poses, 70))
+    check_registration(registered(poses, 55))
 
 
 def test_cameras_turned_about_their_axes_by_all_angles_have_a_frame():
@@ -79,9 +93,9 @@ def test_cameras_turned_about_their_axes_by_all_angles_have_a_frame():
 
 
 def test_rounded_rotations_pass():
-    rotations = place_cameras(13).double().numpy()[:, :, :3]
-    for rounded in (rotations.astype(np.float32).astype(float), rotations.round(5)):
-        check_rotations(rounded, FILE)
+    poses = place_cameras(13).double().numpy()
+    for rounded in (poses.astype(np.float32).astype(float), poses.round(5)):
+        check_registration(registered(rounded))
 
 
 @pytest.mark.parametrize(
@@ -96,10 +110,10 @@ def test_rounded_rotations_pass():
     ],
 )
 def test_what_is_no_rotation_is_refused_with_its_row(change, message: str):
-    rotations = turned([0, 10, 20])[:, :, :3]
-    rotations[1] = change(rotations[1])
+    poses = turned([0, 10, 20])
+    poses[1, :, :3] = change(poses[1, :, :3])
     with pytest.raises(
         ValueError, match=rf"the pose of row 1 \(counted from 0\) .*{message}"
     ) as one:
-        check_rotations(rotations, FILE)
+        check_registration(registered(poses))
     assert str(one.value).startswith(f"{FILE}: ")

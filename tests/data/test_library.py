@@ -83,7 +83,7 @@ def test_an_archive_may_have_unpacked_into_a_folder_of_its_own_name():
 def test_several_folders_of_scenes_are_named():
     add_scenes(Path("all/ours"), "garden")
     add_scenes(Path("all/theirs"), "fern")
-    with pytest.raises(ValueError, match="all: no LLFF scenes, but ours, theirs in it hold some"):
+    with pytest.raises(ValueError, match="all: no scenes, but ours, theirs in it hold some"):
         locate_data(Path("all"))
 
 
@@ -121,6 +121,7 @@ def test_scenes_are_checked_without_their_pixels(tiny_capture: Capture, tmp_path
     few = tiny_capture._replace(
         images=tiny_capture.images[:4],
         camera_to_world=tiny_capture.camera_to_world[:4],
+        intrinsics=tiny_capture.intrinsics[:4],
         bounds=tiny_capture.bounds[:4],
     )
     write_capture(tmp_path / "few", few)

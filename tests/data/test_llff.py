@@ -8,14 +8,9 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
+from cbnerf.data.captures import find_photographs, find_scenes, fingerprint, read_capture
 from cbnerf.data.library import make_capture
-from cbnerf.data.llff import (
-    find_photographs,
-    find_scenes,
-    fingerprint,
-    read_capture,
-    write_capture,
-)
+from cbnerf.data.llff import write_capture
 from cbnerf.data.scene import Capture
 
 
@@ -26,6 +21,7 @@ def folder(tiny_capture: Capture, tmp_path: Path) -> Path:
     capture = tiny_capture._replace(
         images=tiny_capture.images[views],
         camera_to_world=tiny_capture.camera_to_world[views],
+        intrinsics=tiny_capture.intrinsics[views],
         bounds=tiny_capture.bounds[views],
     )
     write_capture(tmp_path / "scene", capture)
@@ -38,8 +34,20 @@ def test_a_written_scene_reads_back(folder: Path, tiny_capture: Capture):
     assert torch.equal(capture.images, tiny_capture.images[:4])
     assert torch.equal(capture.camera_to_world, tiny_capture.camera_to_world[:4])
     assert torch.equal(capture.bounds, tiny_capture.bounds[:4])
-    assert capture.focal == tiny_capture.focal
+    assert torch.equal(capture.intrinsics, tiny_capture.intrinsics[:4])
     assert len(find_photographs(folder, 64).files) == 4
+
+
+@pytest.mark.parametrize("kind", ["i1", "<i4", ">i8", "f2", ">f2", ">f4", ">f8", "longdouble"])
+def test_numbers_of_any_type_and_byte_order_are_read(folder: Path, kind: str):
+    """Of four cameras in a row, which are exact in all types."""
+    rows = np.array([[0, 1, 0, x, 6, -1, 0, 0, 0, 8, 0, 0, 1, 0, 9, 2, 7] for x in range(4)])
+    rows[:, :15].reshape(4, 3, 5)[:, :, 4] = [48, 64, 99]
+    np.save(folder / "poses_bounds.npy", rows.astype(kind))
+    capture = read_capture(folder, 64)
+    assert capture.camera_to_world[:, 0, 3].tolist() == [0, 1, 2, 3]
+    assert capture.intrinsics[0].tolist() == [99, 99, 32, 24]
+    assert capture.bounds[0].tolist() == [2, 7]
 
 
 def test_axes_of_the_file_are_down_right_backward(folder: Path):
@@ -108,7 +116,7 @@ def test_suffixes_that_cannot_be_read_are_named(folder: Path):
         file.rename(file.with_suffix(".HEIC"))
     with pytest.raises(ValueError, match=r"images: no photograph .* only .heic \(4\)") as error:
         find_photographs(folder, 64)
-    assert "HEIC and raw files are not" in str(error.value)
+    assert "HEIC by `cbnerf import` only" in str(error.value)
 
 
 def test_a_photograph_is_read_as_it_is_stored(folder: Path):
@@ -144,7 +152,7 @@ def test_the_folder_at_hand_has_a_name(folder: Path, monkeypatch: pytest.MonkeyP
 
 def test_focal_scales_with_the_width_and_resizing_keeps_the_picture(folder: Path):
     full, half = read_capture(folder, 64), read_capture(folder, 32)
-    assert half.focal == pytest.approx(full.focal / 2)
+    torch.testing.assert_close(half.intrinsics, full.intrinsics / 2)
     box = full.images.float().unflatten(1, (24, 2)).unflatten(3, (32, 2)).mean((2, 4))
     assert (half.images.float() - box).abs().mean() < 0.2 * box.std()
 
@@ -236,9 +244,10 @@ MALFORMED = {
         "poses_bounds.npy: not a NumPy array file",
     ),
     "16 columns": (change_rows(lambda rows: rows[:, 1:]), r"expected N x 17 .* \(4, 16\)"),
-    "integers": (change_rows(lambda rows: rows.astype(int)), "32 or 64 bits, found int64"),
-    "half precision": (
-        change_rows(lambda rows: rows.astype(np.float16)), "of 32 or 64 bits, found float16"
+    "complex": (change_rows(lambda rows: rows.astype(complex)), "real numbers, found complex128"),
+    "rotations cut to integers": (
+        change_rows(lambda rows: np.concatenate([rows[:, :15].astype(int), rows[:, 15:]], axis=1)),
+        "poses_bounds.npy: the pose of row 0 .* is no rotation",
     ),
     "no rows": (change_rows(lambda rows: rows[:0]), "poses_bounds.npy: holds no cameras"),
     "NaN": (set_to(1, 3, np.nan), r"poses_bounds.npy: row 1 \(counted from 0\): .* not finite"),
@@ -246,11 +255,12 @@ MALFORMED = {
     "far before near": (set_to(2, 16, 0.01), "poses_bounds.npy: row 2 .*bounds must satisfy"),
     "behind the camera": (set_to(0, 15, -1.0), "poses_bounds.npy: row 0 .*bounds must satisfy"),
     "no focal": (set_to(0, 14, 0.0), "poses_bounds.npy: row 0 .* focal must be positive"),
-    "two focal lengths": (
-        change_rows(lambda rows: rows.__setitem__((3, 14), 1.001 * rows[3, 14])),
-        "poses_bounds.npy: row 3 .* has another height, width or focal length than row 0",
+    "another size": (
+        set_to(2, 9, 63),
+        "image002.png: 64x48, but image000.png is 64x48; all .* as large as poses_bounds.npy says",
     ),
-    "two sizes": (set_to(2, 9, 63), "poses_bounds.npy: row 2 .* has another height, width"),
+    "a telescope": (set_to(1, 14, 1e5), "poses_bounds.npy: row 1 .* sees less than 1 degree"),
+    "a wide lens": (set_to(3, 14, 5), "poses_bounds.npy: the camera of row 3 .* as far as 8"),
     "mirrored": (mirror, r"poses_bounds.npy: the pose of row 0 \(counted from 0\) mirrors space"),
     "scaled": (scale(1.01), "poses_bounds.npy: the pose of row 2 .* lengths 1.01, 1.01, 1.01"),
     "all zero": (scale(0), "poses_bounds.npy: the pose of row 2 .* lengths 0, 0, 0"),

@@ -28,9 +28,8 @@ def test_content_at_a_depth_is_found_where_a_ray_meets_that_plane(tiny_cameras: 
     places = find_content(tiny_cameras, 3, t, 6)
     pose = tiny_cameras.camera_to_world[3]
     v, u = 20, 31
-    direction = pose[:, :3] @ torch.tensor(
-        [(u + 0.5 - 32) / tiny_cameras.focal, (24 - v - 0.5) / tiny_cameras.focal, -1.0]
-    )
+    focal = tiny_cameras.intrinsics[3, 0]
+    direction = pose[:, :3] @ torch.tensor([(u + 0.5 - 32) / focal, (24 - v - 0.5) / focal, -1.0])
     point = pose[:, 3] + direction * (-depth - pose[2, 3]) / direction[2]
     expected = project(point, tiny_cameras, 6)
     torch.testing.assert_close(places[v, u], expected, atol=0.05, rtol=0)

@@ -54,8 +54,7 @@ def test_nearest_content_lies_at_four_thirds_in_any_unit(
 def test_cropping_keeps_the_principal_point_and_the_top_left_pixels(tiny_capture: Capture):
     scene = make_scene(tiny_capture, DataConfig(width=64, scale=5))
     assert (scene.width, scene.height) == (60, 45)
-    assert scene.center == (32, 24)
-    assert scene.focal == tiny_capture.focal
+    assert torch.equal(scene.intrinsics, tiny_capture.intrinsics)
     assert torch.equal(scene.images, tiny_capture.images[:, :45, :60])
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cbnerf.nerf import rays
 from cbnerf.nerf.rays import Cameras, make_rays, make_world_rays
 from cbnerf.nerf.warp import (
     find_positions,
@@ -23,7 +24,8 @@ def make_cameras(*positions: tuple[float, float, float], turn: float = 0.0) -> C
         cos, sin = math.cos(turn * number), math.sin(turn * number)
         rotation = torch.tensor([[cos, 0.0, sin], [0.0, 1.0, 0.0], [-sin, 0.0, cos]])
         poses.append(torch.cat([rotation, torch.tensor(position)[:, None]], dim=1))
-    return Cameras(torch.stack(poses), focal=40.0, center=(15.0, 11.0), size=(HEIGHT, WIDTH))
+    intrinsics = torch.tensor([40.0, 40.0, 15.0, 11.0]).repeat(len(poses), 1)
+    return rays.make_cameras(torch.stack(poses), intrinsics, (HEIGHT, WIDTH))
 
 
 def see(cameras: Cameras, view: int, z: Tensor) -> Tensor:
@@ -126,11 +128,11 @@ def test_positions_are_normalised_device_coordinates():
     cameras = make_cameras((0.0, 0.0, 0.0))
     t = torch.rand(HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
     x, y, depth = find_positions(cameras, t, 0).unbind(-1)
-    # Seen from the origin, x and y do not depend on depth: 40 * 2 / 32 of the slope of the ray.
-    u = (torch.arange(WIDTH) + 0.5 - 15) / 40
-    v = (11 - torch.arange(HEIGHT) - 0.5) / 40
-    torch.testing.assert_close(x, (80 / WIDTH * u).expand(HEIGHT, -1))
-    torch.testing.assert_close(y, (80 / HEIGHT * v)[:, None].expand(-1, WIDTH))
+    # Seen from the origin, x and y do not depend on depth: the image spans [-1, 1].
+    u = (torch.arange(WIDTH) + 0.5) * 2 / WIDTH - 1
+    v = 1 - (torch.arange(HEIGHT) + 0.5) * 2 / HEIGHT
+    torch.testing.assert_close(x, u.expand(HEIGHT, -1))
+    torch.testing.assert_close(y, v[:, None].expand(-1, WIDTH))
     assert torch.equal(depth, t)
 
 
@@ -138,8 +140,10 @@ def test_positions_from_elsewhere_in_closed_form():
     cameras = make_cameras((0.3, -0.2, 0.5))
     x, y, _ = find_positions(cameras, torch.full((HEIGHT, WIDTH), 0.75), 0)[4, 7].tolist()
     # The plane z = -4 is 4.5 before the camera.
-    assert x == pytest.approx(80 / WIDTH * (0.3 + 4.5 * (7.5 - 15) / 40) / 4, abs=1e-5)
-    assert y == pytest.approx(80 / HEIGHT * (-0.2 + 4.5 * (11 - 4.5) / 40) / 4, abs=1e-5)
+    # The average camera sees its own axis at (15, 11) in an image of 32 x 24.
+    shift_x, shift_y = 15 / 16 - 1, 1 - 11 / 12
+    assert x == pytest.approx(80 / WIDTH * (0.3 + 4.5 * (7.5 - 15) / 40) / 4 + shift_x, abs=1e-5)
+    assert y == pytest.approx(80 / HEIGHT * (-0.2 + 4.5 * (11 - 4.5) / 40) / 4 + shift_y, abs=1e-5)
 
 
 def test_a_scene_point_has_one_position_whichever_camera_sees_it():

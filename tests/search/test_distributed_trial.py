@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from ranks import on_two_ranks
 
 from cbnerf.config import Config
-from cbnerf.data.llff import read_capture
+from cbnerf.data.captures import read_capture
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene, make_scene
 from cbnerf.overrides import load_config

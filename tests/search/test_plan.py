@@ -42,10 +42,10 @@ def test_data_that_was_asked_for_must_hold_scenes(tmp_path: Path, monkeypatch: p
     make_folder(tmp_path / "data" / "nerf_llff_data", "trex")
     (tmp_path / "empty").mkdir()
     for asked in (tmp_path / "empty", tmp_path / "missing"):
-        with pytest.raises(ValueError, match=f"{asked}: no LLFF scenes"):
+        with pytest.raises(ValueError, match=f"{asked}: no scenes"):
             plan_of(asked)
         monkeypatch.setenv("CBNERF_DATA", str(asked))
-        with pytest.raises(ValueError, match=f"{asked}: no LLFF scenes"):
+        with pytest.raises(ValueError, match=f"{asked}: no scenes"):
             plan_of()
         monkeypatch.delenv("CBNERF_DATA")
 

@@ -379,7 +379,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 BAD_LINES = {
     "scene": (["--scenes", "nowhere"], "no scene 'nowhere' in the built-in scenes"),
-    "data": (["--data", "nowhere"], "nowhere: no LLFF scenes"),
+    "data": (["--data", "nowhere"], "nowhere: no scenes"),
     "no file": (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
     "broken file": (["--config", "broken.yaml"], "broken.yaml: not readable as YAML"),
     "method": (["--method", "nerf2"], "method 'nerf2' is not one of nerf, nerf-sr"),

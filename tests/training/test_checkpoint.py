@@ -26,7 +26,7 @@ def checkpoint(tiny_config: Config) -> Checkpoint:
         precision="float32",
         model=layer.state_dict(),
         optimizer=optimizer.state_dict(),
-        cameras={"camera_to_world": torch.eye(3, 4)[None], "center": (1.5, 2.0), "size": (3, 4)},
+        cameras={"camera_to_world": torch.eye(3, 4)[None], "frustum": (1.5, 2.0), "size": (3, 4)},
     )
 
 

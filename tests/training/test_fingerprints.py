@@ -69,8 +69,8 @@ MOVES: dict[str, Callable[[Scene], Scene]] = {
     "pixel": lambda s: replace(s, images=s.images.index_fill(0, torch.tensor([1]), 7)),
     "order": lambda s: replace(s, images=s.images.flip(0)),
     "pose": lambda s: replace(s, camera_to_world=s.camera_to_world + 1e-3),
-    "focal": lambda s: replace(s, focal=s.focal * 1.001),
-    "center": lambda s: replace(s, center=(s.center[0] + 0.5, s.center[1])),
+    "focal": lambda s: replace(s, intrinsics=s.intrinsics * torch.tensor([1.001, 1, 1, 1])),
+    "center": lambda s: replace(s, intrinsics=s.intrinsics + torch.tensor([0, 0, 0.5, 0])),
     "scale": lambda s: replace(s, scale=4),
 }
 

@@ -72,7 +72,8 @@ def test_a_loaded_field_renders_the_same(kind: str, train, keep, tiny_cameras: C
     model = train(config)
     loaded, cameras, stored = load_field(keep.folder / "6.pt", CPU)
     assert stored == config
-    assert cameras._replace(camera_to_world=None) == tiny_cameras._replace(camera_to_world=None)
+    assert (cameras.size, cameras.frustum) == (tiny_cameras.size, tiny_cameras.frustum)
+    assert torch.equal(cameras.intrinsics, tiny_cameras.intrinsics)
     torch.testing.assert_close(cameras.camera_to_world, tiny_cameras.camera_to_world)
     expected = render_views(model, tiny_cameras, [1], 2)
     assert torch.equal(render_views(loaded, cameras, [1], 2).rgb, expected.rgb)

@@ -1,0 +1,51 @@
+"""Depth bounds of photographs whose files hold none."""
+
+import numpy as np
+from jaxtyping import Float
+
+_PERCENTILES = (1, 99)
+"""Of depths. Beyond them are outliers of the matching, of which LLFF's .1 and 99.9 keep some."""
+_FEWEST_POINTS = 20
+_NEAR_SHARE, _FAR_SHARE = 0.25, 4.0
+
+
+def bounds_of_points(
+    camera_to_world: Float[np.ndarray, "views 3 4"],
+    seen: list[Float[np.ndarray, "_ 3"]],
+) -> Float[np.ndarray, "views 2"]:
+    """Robust percentiles of the depths of the points that each view sees.
+
+    Views that see too few take the widest bounds of the others.
+    """
+    bounds = guess_bounds(camera_to_world)
+    enough = np.zeros(len(seen), dtype=bool)
+    for view, (pose, points) in enumerate(zip(camera_to_world, seen, strict=True)):
+        depths = (pose[:, 3] - points) @ pose[:, 2]
+        depths = depths[depths > 0]
+        enough[view] = len(depths) >= _FEWEST_POINTS
+        if enough[view]:
+            bounds[view] = np.percentile(depths, _PERCENTILES)
+    if enough.any():
+        bounds[~enough] = bounds[enough, 0].min(), bounds[enough, 1].max()
+    return bounds
+
+
+def guess_bounds(camera_to_world: Float[np.ndarray, "views 3 4"]) -> Float[np.ndarray, "views 2"]:
+    """Depths between which content may lie, from the cameras alone.
+
+    The subject is taken to be where the optical axes meet (the point nearest to all of them), and
+    the nearest content at a quarter of its distance: what is nearer would be lost, while bounds
+    that are too loose cost little. Content nearer than the cameras are apart is not expected.
+    """
+    axes, origins = -camera_to_world[:, :, 2], camera_to_world[:, :, 3]
+    apart = float(np.linalg.norm(origins[:, None] - origins, axis=2).max()) or 1.0
+    across = np.eye(3) - axes[:, :, None] * axes[:, None]
+    # The small weight of a place ahead keeps the system regular where all axes are parallel.
+    weight, ahead = 1e-6 * len(axes), origins.mean(0) + apart * axes.mean(0)
+    subject = np.linalg.solve(
+        across.sum(0) + weight * np.eye(3),
+        (across @ origins[:, :, None]).sum(0)[:, 0] + weight * ahead,
+    )
+    depths = ((subject - origins) * axes).sum(1)
+    near = max(_NEAR_SHARE * float(depths.min()), 0.5 * apart)
+    return np.stack([np.full(len(axes), near), np.maximum(_FAR_SHARE * depths, 2 * near)], axis=1)
