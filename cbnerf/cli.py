@@ -1,5 +1,6 @@
 """The command line of the core: `cbnerf train-field`, `train-refiner`, `evaluate`, `inspect`,
-`compare`, `render`, `cache`, `report`, `make-scenes`. Works without ray, optuna and mlflow.
+`compare`, `render`, `cache`, `report`, `enqueue`, `suggest`, `make-scenes`. Works without ray,
+optuna and mlflow.
 """
 
 import argparse
@@ -14,15 +15,15 @@ import tyro
 
 from cbnerf.commands.scene import Evaluate, Inspect, MakeScenes, Render, TrainField, TrainRefiner
 from cbnerf.commands.storage import Cache, Compare, Report
+from cbnerf.commands.study import Enqueue, Suggest
 from cbnerf.config import KnobError
 from cbnerf.console import expand_homes, explain_unforeseen, fail, prepare_output
 from cbnerf.data.library import default_storage
 from cbnerf.presets import DEFAULT_METHOD, DEFAULT_RESOLUTION, preset
 from cbnerf.training.distributed import is_launched
 
-Command = (
-    TrainField | TrainRefiner | Evaluate | Inspect | Compare | Render | Cache | Report | MakeScenes
-)
+Untrained = Evaluate | Inspect | Compare | Render | Cache | Report | Enqueue | Suggest | MakeScenes
+Command = TrainField | TrainRefiner | Untrained
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -61,7 +62,7 @@ def parse_command(arguments: Sequence[str]) -> Command:
     commands = (
         Annotated[TrainField, tyro.conf.subcommand(default=field)]
         | Annotated[TrainRefiner, tyro.conf.subcommand(default=refiner)]
-        | (Evaluate | Inspect | Compare | Render | Cache | Report | MakeScenes)
+        | Untrained
     )
     boxed = io.StringIO()
     try:
