@@ -21,6 +21,7 @@ from cbnerf.console import expand_homes, explain_unforeseen, fail, prepare_outpu
 from cbnerf.data.library import default_storage
 from cbnerf.presets import DEFAULT_METHOD, DEFAULT_RESOLUTION, preset
 from cbnerf.training.distributed import is_launched
+from cbnerf.training.preemption import Preempted, leaving_at_sigterm
 
 Untrained = Evaluate | Inspect | Compare | Render | Cache | Report | Enqueue | Suggest | MakeScenes
 Command = TrainField | TrainRefiner | Untrained
@@ -28,7 +29,8 @@ Command = TrainField | TrainRefiner | Untrained
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line. Bad input prints one line and exits with status 2; an unforeseen error
-    prints one line that names a file with the traceback, and exits with status 1."""
+    prints one line that names a file with the traceback, and exits with status 1. At SIGTERM a
+    training writes a checkpoint of its last step."""
     arguments = sys.argv[1:] if arguments is None else arguments
     storage = default_storage()
     prepare_output()
@@ -38,7 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         storage = getattr(command, "storage", storage)
         if is_launched() and not isinstance(command, TrainField | TrainRefiner):
             raise ValueError("torchrun is for train-field and train-refiner; start this without it")
-        command.run()
+        with leaving_at_sigterm():
+            command.run()
+    except Preempted:
+        fail(
+            "cbnerf",
+            "ended by SIGTERM; the same command goes on from its checkpoint",
+            Preempted.status,
+        )
     except KeyboardInterrupt:
         fail("cbnerf", "interrupted; the same command goes on from its checkpoint", 130)
     except (ValueError, OSError, FloatingPointError) as error:

@@ -301,7 +301,7 @@ def test_a_race_survives_kill_and_ctrl_c_and_repeats_no_unit(tmp_path: Path):
     def one_is_queued() -> bool:
         """Once the study runs, another process queues a configuration."""
         if more_than_none():
-            enqueue(tmp_path / "runs", NAME, ["codebook.beta=0.123"])
+            enqueue(tmp_path / "runs", NAME, ["refiner.optim.lr=1.23e-3"])
             return True
         return False
 
@@ -326,7 +326,7 @@ def test_a_race_survives_kill_and_ctrl_c_and_repeats_no_unit(tmp_path: Path):
         assert before.trained.items() <= finished.trained.items()
     trials = StudyState(plan_of(tmp_path / "runs", NAME), adopt=False).study.get_trials()
     assert len(trials) == 6 and all(trial.values is not None for trial in trials)
-    assert [trial.params["codebook.beta"] for trial in trials].count(0.123) == 1
+    assert [trial.params["refiner.optim.lr"] for trial in trials].count(1.23e-3) == 1
     store, experiment = experiment_of(tmp_path)
     runs = MlflowClient(store).search_runs([experiment])
     assert {run.info.status for run in runs} <= {"FINISHED", "KILLED"}
