@@ -1,6 +1,6 @@
 """The command line of the core: `cbnerf import`, `train-field`, `train-refiner`, `evaluate`,
-`inspect`, `compare`, `render`, `cache`, `report`, `make-scenes`. Works without ray, optuna and
-mlflow.
+`inspect`, `compare`, `render`, `cache`, `report`, `enqueue`, `suggest`, `make-scenes`. Works
+without ray, optuna and mlflow.
 """
 
 import argparse
@@ -16,29 +16,24 @@ import tyro
 from cbnerf.commands.photographs import Import
 from cbnerf.commands.scene import Evaluate, Inspect, MakeScenes, Render, TrainField, TrainRefiner
 from cbnerf.commands.storage import Cache, Compare, Report
+from cbnerf.commands.study import Enqueue, Suggest
 from cbnerf.config import KnobError
 from cbnerf.console import expand_homes, explain_unforeseen, fail, prepare_output
 from cbnerf.data.library import default_storage
 from cbnerf.presets import DEFAULT_METHOD, DEFAULT_RESOLUTION, preset
 from cbnerf.training.distributed import is_launched
+from cbnerf.training.preemption import Preempted, leaving_at_sigterm
 
-Command = (
-    TrainField
-    | TrainRefiner
-    | Evaluate
-    | Inspect
-    | Compare
-    | Render
-    | Cache
-    | Report
-    | MakeScenes
-    | Import
+Untrained = (
+    Import | Evaluate | Inspect | Compare | Render | Cache | Report | Enqueue | Suggest | MakeScenes
 )
+Command = TrainField | TrainRefiner | Untrained
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line. Bad input prints one line and exits with status 2; an unforeseen error
-    prints one line that names a file with the traceback, and exits with status 1."""
+    prints one line that names a file with the traceback, and exits with status 1. At SIGTERM a
+    training writes a checkpoint of its last step."""
     arguments = sys.argv[1:] if arguments is None else arguments
     storage = default_storage()
     prepare_output()
@@ -48,7 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         storage = getattr(command, "storage", storage)
         if is_launched() and not isinstance(command, TrainField | TrainRefiner):
             raise ValueError("torchrun is for train-field and train-refiner; start this without it")
-        command.run()
+        with leaving_at_sigterm():
+            command.run()
+    except Preempted:
+        fail(
+            "cbnerf",
+            "ended by SIGTERM; the same command goes on from its checkpoint",
+            Preempted.status,
+        )
     except KeyboardInterrupt:
         fail("cbnerf", "interrupted; the same command goes on from its checkpoint", 130)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -72,7 +74,7 @@ def parse_command(arguments: Sequence[str]) -> Command:
     commands = (
         Annotated[TrainField, tyro.conf.subcommand(default=field)]
         | Annotated[TrainRefiner, tyro.conf.subcommand(default=refiner)]
-        | (Evaluate | Inspect | Compare | Render | Cache | Report | MakeScenes | Import)
+        | Untrained
     )
     boxed = io.StringIO()
     try:

@@ -93,15 +93,19 @@ ONE, WORKER = {"CPU": 1, "GPU": 0.25}, {"CPU": 1, "GPU": 1}
 def test_the_autoscaler_starts_the_machines_that_readme_names(
     kind: str, units: int, groups: list[int], started: dict[str, int]
 ):
-    """By Ray's own scheduler of machines, for single workers and groups of workers."""
     from ray.autoscaler._private.util import prepare_config
+
+    assert machines_to_start(prepare_config(merged(OVERLAYS[kind])), units, groups) == started
+
+
+def machines_to_start(cluster: dict[str, Any], units: int, groups: list[int]) -> dict[str, int]:
+    """By Ray's own scheduler of machines, for single workers and groups of workers."""
     from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
     from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
     from ray.autoscaler.v2.utils import ResourceRequestUtil
     from ray.core.generated.autoscaler_pb2 import GangResourceRequest
 
-    cluster = merged(OVERLAYS[kind])
-    config = AutoscalingConfig(prepare_config(cluster), skip_content_hash=True)
+    config = AutoscalingConfig(cluster, skip_content_hash=True)
     make = ResourceRequestUtil.make
     request = SchedulingRequest(
         node_type_configs=config.get_node_type_configs(),
@@ -113,7 +117,7 @@ def test_the_autoscaler_starts_the_machines_that_readme_names(
         disable_launch_config_check=True,
     )
     reply = ResourceDemandScheduler().schedule(request)
-    assert {launch.instance_type: launch.count for launch in reply.to_launch} == started
+    return {launch.instance_type: launch.count for launch in reply.to_launch}
 
 
 def test_aws_would_understand_its_machines():

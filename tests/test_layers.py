@@ -19,7 +19,7 @@ LEFT_TO_RIGHT = [
 ]  # fmt: skip
 PLACE = {part: place for place, parts in enumerate(LEFT_TO_RIGHT) for part in parts}
 OF_SEARCH_ONLY = {"ray", "optuna", "mlflow", "tqdm", "plotly"}
-LATE = {"cbnerf.search.comparison", "cbnerf.search.command"}
+LATE = {f"cbnerf.search.{name}" for name in ("command", "comparison", "steering")}
 """Modules that commands of the core import inside a function."""
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 import tyro
 
+from cbnerf.commands.study import need_optuna
 from cbnerf.compare.command import Request, report_folder, settle
 from cbnerf.compare.report import write_report
 from cbnerf.compare.run import run_comparison
@@ -98,8 +99,7 @@ class Report:
     """The `--storage` of `tune.py`."""
 
     def run(self) -> None:
-        if importlib.util.find_spec("optuna") is None:
-            raise ValueError("Optuna is not installed; pip install 'cbnerf[search]'")
+        need_optuna()
         from cbnerf.search.command import report_study
 
         print(report_study(self.storage, self.study))

@@ -238,7 +238,7 @@ def _alone(plan: Plan) -> Iterator[None]:
     """Nobody else searches this study meanwhile."""
     plan.folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(plan.folder / "search.lock", timeout=0):
+        with FileLock(plan.lock_file, timeout=1):
             yield
     except Timeout:
         raise ValueError(

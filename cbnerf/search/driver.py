@@ -25,7 +25,13 @@ from cbnerf.search.searcher import Recorder, TuneSearcher
 from cbnerf.search.state import StudyState
 from cbnerf.search.tasks import call, for_each_scene, is_of_memory, reason
 from cbnerf.search.tracking import Tracker, repeated
-from cbnerf.search.worker import MAX_FAILURES, find_precision_here, run_base_field, run_units
+from cbnerf.search.worker import (
+    MAX_FAILURES,
+    UnitTrainable,
+    find_precision_here,
+    run_base_field,
+    run_units_together,
+)
 from cbnerf.training.checkpoint import Stage
 
 _FIRST_WAITING = 8
@@ -151,8 +157,9 @@ def _search(plan: Plan, state: StudyState, concurrency: int | None) -> None:
 
 
 def _tune(plan: Plan, searcher: TuneSearcher, recorder: Recorder) -> None:
+    trainable = UnitTrainable if plan.spec.resources.workers == 1 else run_units_together
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(run_units, plan=plan), _trial_resources(plan)),
+        tune.with_resources(tune.with_parameters(trainable, plan=plan), _trial_resources(plan)),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             num_samples=-1,  # The searcher ends the search.

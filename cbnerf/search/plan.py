@@ -55,6 +55,11 @@ class Plan(Experiment):
         return self.storage / "studies" / self.name
 
     @property
+    def lock_file(self) -> Path:
+        """Held by the driver of the study."""
+        return self.folder / "search.lock"
+
+    @property
     def stage(self) -> Stage:
         """The stage that is searched: stage 2 where the method has one."""
         return "field" if self.base.refiner.kind == "none" else "refiner"

@@ -208,6 +208,15 @@ class Racing:
     def qualities(self) -> list[str]:
         return [name for name in self._objectives if name in QUALITIES]
 
+    def make_room(self, number: int) -> None:
+        """Accept the number of a configuration beyond those that were planned."""
+        more = (number + 1 - len(self._seconds), 0)
+        if more[0] > 0:
+            pad = [more[::-1], (0, 0), (0, 0)]
+            self._seconds = np.pad(self._seconds, pad, constant_values=np.nan)
+            for quality, values in self._values.items():
+                self._values[quality] = np.pad(values, pad, constant_values=np.nan)
+
     def add(self, number: int, pair: SceneRung, metrics: Metrics) -> None:
         """Add the metrics of a finished unit."""
         at = (number, *self._at(pair))
@@ -239,6 +248,14 @@ class Racing:
             for number, point in zip(numbers, points, strict=True)
             if not ((points >= point).all(axis=1) & (points > point).any(axis=1)).any()
         ]
+
+    def verdict(self, number: int) -> Verdict | None:
+        """What is expected of a configuration in the first objective, compared with the best
+        finished one; None for that one, and before a unit has finished."""
+        best = self.best()
+        if best in (None, number) or np.isnan(self._seen(number)).all():
+            return None
+        return self._verdict(self._objectives[0], number, best)
 
     def prune(self, number: int, costs: Metrics) -> Pruned | None:
         """Whether to prune a configuration, compared with the best finished one.

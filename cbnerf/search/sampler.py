@@ -46,6 +46,13 @@ def read_study(plan: Plan) -> optuna.Study:
     raise ValueError(f"study {plan.name}: it has not begun yet")
 
 
+def join_study(plan: Plan) -> optuna.Study:
+    """Open the journal of a begun study for appending, beside the driver that writes to it."""
+    file = _journal_file(plan)
+    storage = _open_journal(file, JournalFileOpenLock(str(file)))
+    return optuna.load_study(study_name=plan.name, storage=storage)
+
+
 def _journal_file(plan: Plan) -> Path:
     return plan.folder / "optuna.journal"
 

@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 from cbnerf.config import KnobError
 from cbnerf.overrides import with_overrides
 from cbnerf.search.plan import Plan, Unit
-from cbnerf.search.racing import Metrics, Pruned, Racing, SceneRung
+from cbnerf.search.racing import Metrics, Pruned, Racing, SceneRung, Verdict
 from cbnerf.search.sampler import make_sampler, open_study, propose, read_study, suggest
 from cbnerf.training.models import count_parameters
 
@@ -144,6 +144,10 @@ class StudyState:
         best = self._racing.best()
         return None if best is None else self.study.get_trials(deepcopy=False)[best]
 
+    def verdict(self, configuration: int) -> Verdict | None:
+        """What the race expects of a configuration; None for the incumbent and without one."""
+        return self._racing.verdict(configuration)
+
     def front(self) -> list[int]:
         """The Pareto front: numbers of finished configurations that no other one dominates."""
         return self._racing.front()
@@ -247,6 +251,7 @@ class StudyState:
         if any(value > 0 for value in excess.values()):
             self.study.tell(trial.number, state=TrialState.PRUNED)
             return None
+        self._racing.make_room(trial.number)  # Others may have queued configurations meanwhile.
         self._running[trial.number] = _Running(trial.number, overrides, costs)
         return self._running[trial.number]
 

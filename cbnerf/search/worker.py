@@ -7,7 +7,7 @@ are folders on the shared storage, so that a killed job resumes from its last ch
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from cbnerf.training.distributed import choose_device, from_rank_0, process_rank
 from cbnerf.training.evaluation import mean_scores, refine_views
 from cbnerf.training.memory import free_gpu_memory
 from cbnerf.training.models import load_refiner
+from cbnerf.training.preemption import leaving_at_sigterm
 from cbnerf.training.stages import RENDERS_FILE, read_metrics, run_field, run_refiner
 from cbnerf.training.store import is_complete
 
@@ -43,33 +44,58 @@ _LASTING = (FloatingPointError, KnobError)
 """Raised by divergence and incompatible knobs; other errors may be the fault of a machine."""
 
 
-def run_units(about: Mapping[str, Any], plan: Plan) -> None:
-    """Tune's trainable: train the units of one configuration, one after the other.
+class UnitTrainable(tune.Trainable):
+    """Trains the units of one configuration in this process, one after the other.
 
-    Reports the start of each as `{unit, begun}` (single processes only), its end as
-    `{unit, ended, metrics}`, and an error that a retry would repeat as `{failure}`.
-    Curves are appended to a file in the trial folder.
+    A step reports the start of one as `{unit, begun}` or its end as `{unit, ended, metrics}`; an
+    error that a retry would repeat is `{failure}`. Tune calls it in the main thread, where SIGTERM
+    can be handled: a machine that goes lets a unit write the checkpoint of its last step.
     """
-    units = [Unit(**unit) for unit in about["units"]]
+
+    def setup(self, config: dict[str, Any], plan: Plan) -> None:
+        self._plan = plan
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take the units of another configuration; processes are reused."""
+        self._results = run_units(new_config["units"], self._plan)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        with leaving_at_sigterm():
+            return next(self._results)
+
+
+def run_units(units: Sequence[Mapping[str, Any]], plan: Plan) -> Iterator[dict[str, Any]]:
+    """Train units; yields what `UnitTrainable` reports. Curves are appended to a file in the trial
+    folder."""
     try:
-        if plan.spec.resources.workers == 1:
-            for index, unit in enumerate(units):
-                tune.report({"unit": index, "begun": True})  # Tune adds the process.
-                _run_unit(plan, index, unit, choose_device(), tune.report)
-                free_gpu_memory()  # The process is reused, and others share its GPU.
-        else:
-            for unit in units if plan.stage == "refiner" else ():
-                for scene in plan.scenes_of(unit.scene):
-                    _complete_field(plan, plan.config_of(unit), scene)
-            callbacks = [TuneReportCallback()]
-            _train_together(plan, "units", _walk_in_worker, {"units": about["units"]}, callbacks)
+        for index, unit in enumerate(units):
+            yield {"unit": index, "begun": True}  # Tune adds the process.
+            metrics = _run_unit(plan, Unit(**unit), choose_device())
+            free_gpu_memory()  # The process is reused, and others share its GPU.
+            is_last = index == len(units) - 1
+            yield {"unit": index, "ended": True, "metrics": metrics, "done": is_last}
+    except _LASTING as error:
+        yield {"failure": str(error), "done": True}
+
+
+def run_units_together(about: Mapping[str, Any], plan: Plan) -> None:
+    """As `UnitTrainable`, with a group of workers; reports ends and failures alone."""
+    try:
+        for unit in about["units"] if plan.stage == "refiner" else ():
+            for scene in plan.scenes_of(unit["scene"]):
+                _complete_field(plan, plan.config_of(Unit(**unit)), scene)
+        callbacks = [TuneReportCallback()]
+        _train_together(plan, "units", _walk_in_worker, {"units": about["units"]}, callbacks)
     except _LASTING as error:
         tune.report({"failure": str(error)})
 
 
 def run_base_field(plan: Plan, scene_name: str) -> tuple[Path, dict[str, float]]:
     """The entry of the field that all configurations share, and its metrics."""
-    entry = _complete_field(plan, plan.base, scene_name)
+    with leaving_at_sigterm():
+        entry = _complete_field(plan, plan.base, scene_name)
     return entry, read_metrics(entry) or {}
 
 
@@ -103,9 +129,8 @@ def score_best(
     return scores
 
 
-def _run_unit(
-    plan: Plan, index: int, unit: Unit, device: torch.device, tell: Callable[[dict], None]
-) -> None:
+def _run_unit(plan: Plan, unit: Unit, device: torch.device) -> dict[str, float]:
+    """The metrics of a trained unit."""
     config, folder = plan.config_of(unit), plan.trial_folder(unit.configuration, unit.scene)
     until = plan.steps(config, unit.rung)
 
@@ -117,16 +142,13 @@ def _run_unit(
         begin_curves(folder)
     if plan.stage == "field":
         scene = from_rank_0(lambda: plan.load_scene(unit.scene, config.data))
-        metrics = run_field(config, scene, folder, device=device, report=report, until=until)
-    else:
-        (scene, renders), *joint = from_rank_0(
-            lambda: [_load_pair(plan, config, name) for name in plan.scenes_of(unit.scene)]
-        )
-        metrics = run_refiner(
-            config, scene, renders, folder,
-            device=device, report=report, joint=joint, until=until,
-        )  # fmt: skip
-    tell({"unit": index, "ended": True, "metrics": metrics})
+        return run_field(config, scene, folder, device=device, report=report, until=until)
+    (scene, renders), *joint = from_rank_0(
+        lambda: [_load_pair(plan, config, name) for name in plan.scenes_of(unit.scene)]
+    )
+    return run_refiner(
+        config, scene, renders, folder, device=device, report=report, joint=joint, until=until
+    )
 
 
 def _load_pair(plan: Plan, config: Config, scene_name: str) -> tuple[Scene, Renders]:
@@ -195,7 +217,8 @@ def _train_together(
 def _walk_in_worker(about: dict[str, Any]) -> None:
     """Train all units with one group of workers, which starts once."""
     for index, unit in enumerate(about["units"]):
-        _run_unit(about["plan"], index, Unit(**unit), device_of_worker(), train.report)
+        metrics = _run_unit(about["plan"], Unit(**unit), device_of_worker())
+        train.report({"unit": index, "ended": True, "metrics": metrics})
 
 
 def _field_in_worker(about: dict[str, Any]) -> None:

@@ -34,6 +34,10 @@ class Checkpoint(NamedTuple):
     """Cameras of the scene as plain values; empty for a refiner."""
     metrics: dict[str, float] = {}
     """Of the evaluation at this step."""
+    sums: dict[str, Any] = {}
+    """Sums of the losses since the last evaluation; empty at an evaluation."""
+    num_summed: int = 0
+    """Number of steps in `sums`."""
 
 
 def knobs_of_stage(config: Config, stage: Stage) -> Config:

@@ -40,6 +40,13 @@ def from_rank_0(ask: Callable[[], Answer]) -> Answer:
     return answer
 
 
+def any_process(answer: bool, device: torch.device) -> bool:
+    """Whether any process answers with yes; all processes must call this."""
+    votes = torch.tensor(int(answer), device=device)
+    dist.all_reduce(votes)
+    return bool(votes)
+
+
 def choose_device() -> torch.device:
     """This process's GPU if there is one, else the CPU."""
     if not torch.cuda.is_available():

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
@@ -25,12 +26,16 @@ from cbnerf.training.checkpoint import (
     is_trained_with,
     load_checkpoint,
 )
-from cbnerf.training.distributed import from_rank_0, num_processes, process_rank
+from cbnerf.training.distributed import any_process, from_rank_0, num_processes, process_rank
+from cbnerf.training.preemption import Preempted, is_noticed, postponed
 
 Report = Callable[[int, dict[str, float], Checkpoint], None]
 """Called with (step, metrics, checkpoint) on every process after every evaluation; metrics are
-those of rank 0."""
+those of rank 0. A process that must end calls it between evaluations, without metrics; its
+checkpoint then has `sums`."""
 
+_STEPS_TO_AGREE = 8
+"""After so many steps processes tell each other whether one of them must end."""
 
 Parameters = ParamSpec("Parameters")
 Trained = TypeVar("Trained")
@@ -77,7 +82,8 @@ def fit(
     """Train `task.model` in place for `task.optim.steps` steps, or for the first `until` of them.
 
     A training that stops early also reports there; resumed from that checkpoint it ends with the
-    same bits as one that never stopped.
+    same bits as one that never stopped. At SIGTERM (`leaving_at_sigterm`) it reports the checkpoint
+    of its last step without an evaluation, and raises `Preempted`.
     """
     rank, world_size = process_rank(), num_processes()
     optim = task.optim
@@ -87,15 +93,14 @@ def fit(
             f"{world_size} processes"
         )
     optimizer = torch.optim.Adam(task.param_groups, fused=True)
-    first_step = _resume(task, optimizer, resume_from, device) if resume_from else 0
+    progress = _resume(task, optimizer, resume_from, device) if resume_from else _Progress()
     model: nn.Module = task.model.train()
     if world_size > 1:
         model = DistributedDataParallel(task.model)
     base_rates = [group["lr"] for group in task.param_groups]
-    sums: dict[str, Tensor] = {}
-    since = first_step
     last_step = min(until or optim.steps, optim.steps)
-    for step in range(first_step, last_step):
+
+    def train_step(step: int) -> None:
         rng = Rng(task.config.seed, step, device, rank=rank, world_size=world_size)
         for group, base in zip(optimizer.param_groups, base_rates, strict=True):
             group["lr"] = base * learning_rate_factor(step, optim)
@@ -104,15 +109,35 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             losses.total.backward()
             optimizer.step()
-        for name, value in losses.parts.items():
-            sums[name] = sums.get(name, 0) + value.detach()
-        if is_evaluation_step(step + 1, optim) or step + 1 == last_step:
-            averages = {name: float(value) / (step + 1 - since) for name, value in sums.items()}
-            _check_finite(averages, task.stage, step + 1)
+        progress.add(losses.parts)
+
+    def report_now(metrics: dict[str, float]) -> None:
+        report(progress.step, metrics, _checkpoint(task, optimizer, progress, metrics))
+
+    def evaluate_if_due() -> None:
+        if progress.num_summed and (
+            is_evaluation_step(progress.step, optim) or progress.step == last_step
+        ):
+            averages = progress.averages()
+            _check_finite(averages, task.stage, progress.step)
             task.check()
-            sums, since = {}, step + 1
             metrics = averages | _evaluate(task) if rank == 0 else {}
-            report(step + 1, metrics, _checkpoint(task, step + 1, optimizer, metrics))
+            progress.clear()
+            report_now(metrics)
+
+    try:
+        evaluate_if_due()  # if it was preempted before it could
+        for step in range(progress.step, last_step):
+            with postponed():
+                train_step(step)
+            if _must_end(progress.step, device):
+                raise Preempted
+            evaluate_if_due()
+    except Preempted:
+        with postponed():
+            if progress.num_summed:
+                report_now({})
+        raise
     task.model.eval()
 
 
@@ -165,6 +190,35 @@ def is_evaluation_step(done: int, optim: OptimConfig) -> bool:
     return done * optim.evaluations // optim.steps > (done - 1) * optim.evaluations // optim.steps
 
 
+@dataclass
+class _Progress:
+    """How far a training is."""
+
+    step: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """Sums of the losses since the last evaluation."""
+    num_summed: int = 0
+
+    def add(self, parts: dict[str, Tensor]) -> None:
+        for name, value in parts.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.step += 1
+        self.num_summed += 1
+
+    def averages(self) -> dict[str, float]:
+        return {name: float(value) / self.num_summed for name, value in self.sums.items()}
+
+    def clear(self) -> None:
+        self.sums, self.num_summed = {}, 0
+
+
+def _must_end(step: int, device: torch.device) -> bool:
+    """Whether this process, or one that trains with it, must end; all agree on the answer."""
+    if num_processes() == 1:
+        return is_noticed()
+    return step % _STEPS_TO_AGREE == 0 and any_process(is_noticed(), device)
+
+
 def _evaluate(task: Task) -> dict[str, float]:
     task.model.eval()
     with torch.no_grad():
@@ -173,8 +227,10 @@ def _evaluate(task: Task) -> dict[str, float]:
     return metrics
 
 
-def _resume(task: Task, optimizer: torch.optim.Optimizer, path: Path, device: torch.device) -> int:
-    """Load the state of a checkpoint; returns its step."""
+def _resume(
+    task: Task, optimizer: torch.optim.Optimizer, path: Path, device: torch.device
+) -> _Progress:
+    """Load the state of a checkpoint; returns how far it is."""
     # A checkpoint that is broadcast must not be on the GPU of rank 0.
     place = device if num_processes() == 1 else torch.device("cpu")
     checkpoint = from_rank_0(lambda: load_checkpoint(path, task.stage, place))
@@ -192,22 +248,25 @@ def _resume(task: Task, optimizer: torch.optim.Optimizer, path: Path, device: to
         )
     task.model.load_state_dict(checkpoint.model)
     optimizer.load_state_dict(checkpoint.optimizer)
-    return checkpoint.step
+    sums = {name: value.to(device) for name, value in checkpoint.sums.items()}
+    return _Progress(checkpoint.step, sums, checkpoint.num_summed)
 
 
 def _checkpoint(
-    task: Task, step: int, optimizer: torch.optim.Optimizer, metrics: dict[str, float]
+    task: Task, optimizer: torch.optim.Optimizer, progress: _Progress, metrics: dict[str, float]
 ) -> Checkpoint:
     return Checkpoint(
         stage=task.stage,
         scene=task.scene,
-        step=step,
+        step=progress.step,
         config=task.config,
         precision=task.precision,
         model=task.model.state_dict(),
         optimizer=optimizer.state_dict(),
         cameras=task.cameras,
         metrics=metrics,
+        sums=progress.sums,
+        num_summed=progress.num_summed,
     )
 
 

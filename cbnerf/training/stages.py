@@ -142,7 +142,8 @@ def _run(
         last = checkpoint._replace(metrics=metrics | {"seconds": time.monotonic() - started})
         if process_rank() == 0:
             save_checkpoint(last, path)
-        report(step, metrics, checkpoint)
+        if not checkpoint.sums:  # else the process ends between evaluations
+            report(step, metrics, checkpoint)
 
     model = train(keep, path if begun else None)
     assert last is not None  # every training reports its last step

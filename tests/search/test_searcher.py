@@ -112,7 +112,7 @@ def test_a_failed_unit_tells_why_and_the_search_goes_on(
             metrics = leave_unit(plan, number, scene, overrides, 20.0)
             tune.report({"metrics": metrics, "unit": 0, "ended": True})
 
-    monkeypatch.setattr(driver, "run_units", run_units)
+    monkeypatch.setattr(driver, "UnitTrainable", run_units)
     monkeypatch.setattr(driver, "MAX_FAILURES", 0)
     state = StudyState(plan)
     driver._search(plan, state, concurrency=2)

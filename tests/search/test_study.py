@@ -21,12 +21,14 @@ from drivers import PATIENCE, plan_of, search_without_ray
 from mlflow import MlflowClient
 
 from cbnerf.commands.storage import Report
+from cbnerf.config import flatten
 from cbnerf.data.llff import write_capture
 from cbnerf.nerf.model import AUTO_PRECISION
 from cbnerf.overrides import load_config
 from cbnerf.search import command
 from cbnerf.search.request import Options, read_request, settle
 from cbnerf.search.state import StudyState
+from cbnerf.search.steering import enqueue
 from cbnerf.strict_yaml import load_yaml
 from cbnerf.training.checkpoint import load_checkpoint
 
@@ -43,6 +45,7 @@ CPU_DEVICE = torch.device("cpu")
 RACE = ["--config", str(CPU), "--scenes", "arcade,blinds", "--resolution", "tiny"]
 OTHERS = sorted({*(ROOT / "tune_configs").glob("*.yaml")} - {SMOKE, CPU})
 NAME = "cb-nerf-tiny-arcade-blinds"
+QUEUED = {"codebook.size": 64, "loss.lambda_imitation": 0.3}
 UNITS = ("0/arcade/0", "0/blinds/0", "1/arcade/0", "1/blinds/0")
 
 
@@ -149,13 +152,12 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     folder = tmp_path_factory.mktemp("story")
     drivers = Drivers(folder)
     try:
-        yield Story(
-            folder,
-            finished=drivers.run(*COMMAND, precision="bfloat16"),
-            # Meanwhile it has moved to another kind of machine.
-            repeated=drivers.run(*COMMAND, precision="float32"),
-            extended=drivers.run("--resume", "--name", NAME, "--trials", "3", precision="float32"),
-        )
+        finished = drivers.run(*COMMAND, precision="bfloat16")
+        # Meanwhile it has moved to another kind of machine.
+        repeated = drivers.run(*COMMAND, precision="float32")
+        enqueue(folder / "runs", NAME, [f"{knob}={value}" for knob, value in QUEUED.items()])
+        more = ["--resume", "--name", NAME, "--trials", "3"]
+        yield Story(folder, finished, repeated, drivers.run(*more, precision="float32"))
     finally:
         drivers.end_all()
 
@@ -223,6 +225,15 @@ def test_more_trials_extend_a_finished_study(story: Story):
     assert new == {"2/arcade/0": 1, "2/blinds/0": 1}
 
 
+def test_a_configuration_that_was_queued_is_trained(story: Story):
+    state = StudyState(plan_of(story.folder / "runs", NAME), adopt=False)
+    trial = state.study.get_trials()[2]
+    assert trial.params == QUEUED and trial.values is not None
+    scenes = ("arcade", "blinds")
+    for config in (load_config(story.study / "trials/0002" / s / "config.yaml") for s in scenes):
+        assert flatten(config).items() >= QUEUED.items()
+
+
 def experiment_of(folder: Path) -> tuple[str, str]:
     """The store in a folder, and the study's experiment in it."""
     store = f"sqlite:///{folder / 'runs' / 'mlflow.db'}"
@@ -287,8 +298,16 @@ def test_a_race_survives_kill_and_ctrl_c_and_repeats_no_unit(tmp_path: Path):
         before = len(drivers.bookings())
         return lambda: len(drivers.bookings()) > before
 
+    def one_is_queued() -> bool:
+        """Once the study runs, another process queues a configuration."""
+        if more_than_none():
+            enqueue(tmp_path / "runs", NAME, ["refiner.optim.lr=1.23e-3"])
+            return True
+        return False
+
+    more_than_none = more_are_booked()
     try:
-        killed = drivers.run(*arguments, until=more_are_booked(), by=signal.SIGKILL)
+        killed = drivers.run(*arguments, until=one_is_queued, by=signal.SIGKILL)
         interrupted = drivers.run(*arguments, until=more_are_booked(), by=signal.SIGINT)
         finished = drivers.run(*arguments)
     finally:
@@ -307,6 +326,7 @@ def test_a_race_survives_kill_and_ctrl_c_and_repeats_no_unit(tmp_path: Path):
         assert before.trained.items() <= finished.trained.items()
     trials = StudyState(plan_of(tmp_path / "runs", NAME), adopt=False).study.get_trials()
     assert len(trials) == 6 and all(trial.values is not None for trial in trials)
+    assert [trial.params["refiner.optim.lr"] for trial in trials].count(1.23e-3) == 1
     store, experiment = experiment_of(tmp_path)
     runs = MlflowClient(store).search_runs([experiment])
     assert {run.info.status for run in runs} <= {"FINISHED", "KILLED"}

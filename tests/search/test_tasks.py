@@ -106,7 +106,7 @@ def test_a_configuration_that_needs_too_much_memory_fails_and_the_search_goes_on
     plan = tiny_plan("arcade", method="nerf", trials=3, stopping={"rule": "none"},
                      space={"field.optim.lr": {"low": 1e-3, "high": 1e-1}})  # fmt: skip
     state = StudyState(plan)
-    monkeypatch.setattr(driver, "run_units", train_or_take_memory)
+    monkeypatch.setattr(driver, "UnitTrainable", train_or_take_memory)
     driver._search(plan, state, concurrency=2)
     states = [trial.state for trial in state.study.get_trials()]
     assert states == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]

@@ -1,5 +1,7 @@
 """What one unit of a study trains, without Ray around it."""
 
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,16 @@ from cbnerf.config import KnobError
 from cbnerf.search import worker
 from cbnerf.search.plan import Plan, Unit
 from cbnerf.search.state import StudyState
-from cbnerf.search.worker import _run_unit, run_base_field, run_units, score_best
+from cbnerf.search.worker import (
+    UnitTrainable,
+    _run_unit,
+    run_base_field,
+    run_units,
+    run_units_together,
+    score_best,
+)
+from cbnerf.training import loop
+from cbnerf.training.checkpoint import load_checkpoint
 from cbnerf.training.store import write_manifest
 
 pytestmark = pytest.mark.search
@@ -28,9 +39,7 @@ def test_scenes_that_share_a_codebook_are_trained_once_and_each_is_scored(
     state = StudyState(plan)
     unit = state.next_unit()
     assert unit is not None and unit.scene == "all" and state.next_unit() is None
-    told: list[dict[str, Any]] = []
-    _run_unit(plan, 0, unit, torch.device("cpu"), told.append)
-    metrics = told[-1]["metrics"]
+    metrics = _run_unit(plan, unit, torch.device("cpu"))
     state.record(unit, metrics)
     best = state.best()
     assert state.is_over and best is not None
@@ -41,7 +50,7 @@ def test_scenes_that_share_a_codebook_are_trained_once_and_each_is_scored(
 
 
 BEGUN = {"unit": 0, "begun": True}
-UNIT = {"units": [Unit(0, "arcade", 0, {})._asdict()]}
+UNIT = [Unit(0, "arcade", 0, {})._asdict()]
 
 
 @pytest.mark.parametrize("error", [KnobError("3 is odd"), FloatingPointError("train/loss: nan")])
@@ -49,22 +58,49 @@ def test_what_would_fail_again_is_told_and_not_tried_again(tiny_plan, monkeypatc
     def fail(*args: Any) -> None:
         raise error
 
-    told: list[dict[str, Any]] = []
     monkeypatch.setattr(worker, "_run_unit", fail)
-    monkeypatch.setattr(worker.tune, "report", told.append)
-    run_units(UNIT, tiny_plan())
-    assert told == [BEGUN, {"failure": str(error)}]
+    told = list(run_units(UNIT, tiny_plan()))
+    assert told == [BEGUN, {"failure": str(error), "done": True}]
 
 
 def test_what_may_be_the_machines_fault_is_raised_for_another_machine_to_try(
     tiny_plan, monkeypatch, tmp_path: Path
 ):
-    told: list[dict[str, Any]] = []
-    monkeypatch.setattr(worker.tune, "report", told.append)
     nowhere = replace(tiny_plan(), data=tmp_path / "not mounted")
+    units = run_units(UNIT, nowhere)
+    assert next(units) == BEGUN
     with pytest.raises(ValueError, match="no such file"):
-        run_units(UNIT, nowhere)
-    assert told == [BEGUN]
+        next(units)
+
+
+def test_sigterm_ends_a_unit_with_a_checkpoint_from_which_another_process_goes_on(
+    tiny_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+):
+    """The trainable that Tune calls, in a main thread as in Ray's processes."""
+    knobs = {"field.optim.steps": 40}
+    plan = tiny_plan("arcade", method="nerf", stopping={"rule": "none"}, fixed=knobs,
+                     space={"field.optim.lr": {"low": 1e-3, "high": 1e-1}})  # fmt: skip
+    steps: list[int] = []
+
+    def count(step: int, *args: Any) -> bool:
+        steps.append(step)
+        if len(steps) == 13:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loop.is_noticed()
+
+    monkeypatch.setattr(loop, "_must_end", count)
+    trainable = UnitTrainable.__new__(UnitTrainable)
+    trainable.setup({"units": UNIT}, plan)
+    assert trainable.step() == BEGUN
+    with pytest.raises(SystemExit) as end:
+        trainable.step()
+    assert end.value.code == 128 + signal.SIGTERM
+    place = plan.trial_folder(0, "arcade") / "field.pt"
+    assert load_checkpoint(place, "field", torch.device("cpu")).step == steps[-1] == 13
+    trainable.reset_config({"units": UNIT})  # as in another process
+    assert trainable.step() == BEGUN
+    ended = trainable.step()
+    assert ended["ended"] and ended["done"] and steps == [*range(1, 14), *range(14, 41)]
 
 
 def leave_field(folder: Path) -> None:
@@ -88,7 +124,7 @@ def test_workers_train_no_field_beforehand_where_fields_are_searched(
     monkeypatch.setattr(worker, "TuneReportCallback", object)  # needs Tune around it
     space = {"field.optim.lr": {"low": 1e-3, "high": 1e-1}}
     plan = tiny_plan(method=method, resources={"workers": 2}, space=space)
-    run_units(UNIT, plan)
+    run_units_together({"units": UNIT}, plan)
     assert trained == [*before, "units"]
 
 
@@ -113,9 +149,8 @@ def test_a_field_is_used_once_all_that_another_machine_has_written_is_seen(
 def look_on_rank(rank: int, plans: list[Plan], told: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{told}/store", rank=rank, world_size=2)
-    heard: list[dict[str, Any]] = []
-    _run_unit(plans[rank], 0, Unit(0, "arcade", 0, {}), torch.device("cpu"), heard.append)
-    (told / str(rank)).write_text(str(heard[-1]["ended"]), encoding="utf-8")
+    metrics = _run_unit(plans[rank], Unit(0, "arcade", 0, {}), torch.device("cpu"))
+    (told / str(rank)).write_text(str("seconds" in metrics), encoding="utf-8")
     dist.barrier()  # nobody leaves while another still talks
     dist.destroy_process_group()
 

@@ -1,16 +1,23 @@
+import itertools
 import math
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import on_two_ranks
 from torch import nn
 
 from cbnerf.config import Config, OptimConfig
 from cbnerf.overrides import with_overrides
 from cbnerf.rng import Rng
 from cbnerf.training import loop
-from cbnerf.training.checkpoint import save_checkpoint
+from cbnerf.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cbnerf.training.loop import Losses, Task, fit, is_evaluation_step, learning_rate_factor
+from cbnerf.training.preemption import Preempted, is_noticed, leaving_at_sigterm
 
 CPU = torch.device("cpu")
 
@@ -143,3 +150,100 @@ def test_a_field_does_not_care_for_the_knobs_of_stage_two(tmp_path: Path):
     other = with_overrides(Config(), {"codebook.size": 7, "loss.lambda_vq": 2, "refiner.blocks": 1})
     reports = run(make_task(optim, config=other), tmp_path / "half.pt")
     assert [step for step, _ in reports] == [4]
+
+
+def at_step(number: int, task: Task, what: Callable[[], object]) -> Task:
+    """The task, with something that happens during a step."""
+
+    def losses(wrapped: nn.Module, batch_size: int, rng: Rng) -> Losses:
+        if next(steps) == number:
+            what()
+        return task.losses(wrapped, batch_size, rng)
+
+    steps = itertools.count()
+    return task._replace(losses=losses)
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+Story = list[tuple[int, dict[str, float]]]
+
+
+def preempted(task: Task, path: Path, resume_from: Path | None = None) -> tuple[Story, int]:
+    """What a training that SIGTERM ends has reported, and the step of its checkpoint."""
+    told: Story = []
+
+    def keep(step: int, metrics: dict[str, float], made: Checkpoint, /) -> None:
+        save_checkpoint(made, path)
+        if not made.sums:
+            told.append((step, metrics))
+
+    with pytest.raises(Preempted), leaving_at_sigterm():
+        fit(task, device=CPU, report=keep, resume_from=resume_from)
+    return told, load_checkpoint(path, "field", CPU).step
+
+
+@pytest.mark.parametrize("step", range(8))
+def test_sigterm_loses_no_step_and_changes_no_bit(step: int, tmp_path: Path):
+    optim = OptimConfig(steps=8, batch_size=4, lr=0.1, evaluations=2)
+    whole = make_task(optim)
+    undisturbed, path = run(whole), tmp_path / "left.pt"
+    told, reached = preempted(at_step(step, make_task(optim), terminate), path)
+    assert reached == step + 1
+    rest = make_task(optim)
+    assert told + run(rest, path) == undisturbed
+    assert torch.equal(rest.model.weight, whole.model.weight)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_sigterm_in_an_evaluation_does_not_wait_for_it(step: int, tmp_path: Path):
+    optim = OptimConfig(steps=8, batch_size=4, lr=0.1, evaluations=2)
+    undisturbed, path = run(make_task(optim)), tmp_path / "left.pt"
+    task, evaluations = make_task(optim), itertools.count(1)
+
+    def evaluate() -> dict[str, float]:
+        if 4 * next(evaluations) == step:
+            terminate()
+            pytest.fail("still here")
+        return task.evaluate()
+
+    told, reached = preempted(task._replace(evaluate=evaluate), path)
+    assert reached == step
+    assert told + run(make_task(optim), path) == undisturbed
+
+
+def test_who_is_preempted_twice_ends_with_the_same_bits(tmp_path: Path):
+    optim, path = OptimConfig(steps=8, batch_size=4, lr=0.1, evaluations=1), tmp_path / "left.pt"
+    for first in (1, 2):
+        task = at_step(first, make_task(optim), terminate)
+        preempted(task, path, path if path.exists() else None)
+    assert run(make_task(optim), path) == run(make_task(optim))
+
+
+def leave_together(rank: int, folder: Path) -> None:
+    """SIGTERM comes to rank 1 alone; both end after the same step."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    optim = OptimConfig(steps=40, batch_size=4, lr=0.1, evaluations=1)
+    task = make_task(optim)
+    if rank == 1:
+        task = at_step(2, task, terminate)
+    _, reached = preempted(task, folder / f"{rank}.pt")
+    (folder / f"{rank}.txt").write_text(str(reached), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+def test_processes_that_train_together_leave_together(tmp_path: Path):
+    on_two_ranks(leave_together, tmp_path)
+    reached = [(tmp_path / f"{rank}.txt").read_text(encoding="utf-8") for rank in (0, 1)]
+    assert reached == ["8", "8"]
+
+
+def test_sigterm_ends_other_work_at_once():
+    with pytest.raises(SystemExit, match="143"), leaving_at_sigterm():
+        terminate()
+        pytest.fail("still here")
+    with leaving_at_sigterm():
+        assert not is_noticed()  # of the next one
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
