@@ -83,7 +83,10 @@ class PlanesConfig:
     cells_per_pixel: float = 1.0
     """Cells of the finest planes per high-res pixel, at infinity."""
     depth_cells: int = 96
-    """Cells of the finest planes along NDC depth."""
+    """Cells of the finest planes along depth."""
+    depth_steps: int = 40
+    """Steps of each of two short trainings that find the depths where cells and samples are needed;
+    0 spreads them as the bounds of the photographs say."""
     scales: tuple[int, ...] = (1, 4)
     """Cell sizes: each entry n adds three planes with cells n times as large."""
     levels: int = 3
@@ -100,7 +103,8 @@ class PlanesConfig:
     def __post_init__(self):
         for name in ("channels", "depth_cells", "levels", "hidden"):
             _check(getattr(self, name) >= 1, f"field.planes.{name}", getattr(self, name), ">= 1")
-        _check(self.tv_weight >= 0, "field.planes.tv_weight", self.tv_weight, ">= 0")
+        for name in ("depth_steps", "tv_weight"):
+            _check(getattr(self, name) >= 0, f"field.planes.{name}", getattr(self, name), ">= 0")
         for name in ("cells_per_pixel", "grid_lr", "network_lr"):
             _check(getattr(self, name) > 0, f"field.planes.{name}", getattr(self, name), "> 0")
         is_right = len(self.scales) > 0 and min(self.scales) >= 1

@@ -74,7 +74,7 @@ RESOLUTIONS: dict[str, dict[str, Any]] = {
     "tiny": _CPU_SIZE | {
         "data.width": 64, "field.num_fine_samples": 16, "field.optim.steps": 20,
         "field.optim.batch_size": 64,
-        "field.planes.hidden": 16, "field.mlp.width": 32,
+        "field.planes.hidden": 16, "field.planes.depth_steps": 4, "field.mlp.width": 32,
         "refiner.optim.steps": 10, "refiner.optim.batch_size": 2, "refiner.optim.evaluations": 2,
         "refiner.channels": 8, "codebook.size": 64,
     },

@@ -116,13 +116,15 @@ def calibrate(
     one_step = with_overrides(
         _shortened(config, "field", 1), {"data.validation": False, "field.optim.batch_size": 64}
     )
-    model = train_field(one_step, scene, device=device, report=ignore)
+    started = time.perf_counter()
+    model = train_field(one_step, scene, device=device, report=ignore)  # finds depths, too
+    depths = time.perf_counter() - started
     cameras = scene.cameras(device)
     render = _seconds(lambda: render_views(model, cameras, [0], scene.scale))
     num_val = len(split_views(scene.num_views, config.data).val)
     num_renders = scene.num_views + config.field.optim.evaluations * num_val
     return Estimate(
-        field_seconds=_total(field, config.field.optim) + num_renders * render,
+        field_seconds=_total(field, config.field.optim) + depths + num_renders * render,
         refiner_seconds=(
             0
             if config.refiner.kind == "none"
@@ -171,7 +173,7 @@ def part_of_gpu(share: float) -> float:
 
 
 def _try_field(config: Config, scene: Scene, device: torch.device, steps: int) -> None:
-    short = _shortened(config, "field", steps)
+    short = with_overrides(_shortened(config, "field", steps), {"field.planes.depth_steps": 0})
     train_field(short, scene, device=device, report=ignore)
 
 

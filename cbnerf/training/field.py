@@ -10,11 +10,13 @@ from cbnerf.config import Config
 from cbnerf.data.pixels import PixelSampler
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
+from cbnerf.nerf.depths import spread_over_bounds
 from cbnerf.nerf.model import FieldModel, build_field, resolve_precision
 from cbnerf.nerf.rays import Cameras, make_sub_pixel_rays
 from cbnerf.nerf.rendering import super_sampling_loss
 from cbnerf.nerf.sampling import choose_sub_pixels
 from cbnerf.rng import Rng
+from cbnerf.training.depths import find_depths
 from cbnerf.training.divergence import DivergenceCheck
 from cbnerf.training.evaluation import mean_scores, render_views
 from cbnerf.training.loop import DrawLosses, Losses, Report, Task, deterministic_if_configured, fit
@@ -41,10 +43,14 @@ def train_field(
     """
     split = split_views(scene.num_views, config.data)
     cameras = scene.cameras(device)
+    pixels = PixelSampler(scene, split.train, config.data.low_res_kernel, device)
+    knots = None
+    if config.field.kind == "planes" and resume_from is None:  # a checkpoint holds them
+        low_res = low_res_cameras(cameras, scene.scale)
+        knots = find_depths(config, low_res, spread_over_bounds(scene.nears), pixels, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = build_field(config, cameras).to(device)
-    pixels = PixelSampler(scene, split.train, config.data.low_res_kernel, device)
+        model = build_field(config, cameras, knots).to(device)
     losses = _pixel_losses(config, cameras, scene.scale, pixels)
 
     def evaluate() -> dict[str, float]:
