@@ -58,7 +58,7 @@ class DataConfig:
     scale: int = 2
     """High-res over low-res pixels per side."""
     low_res_kernel: Literal["box", "lanczos"] = "box"
-    """Downsampling of high-res images to low-res ones; NeRF-SR's code uses `lanczos`."""
+    """Downsampling of high-res images; NeRF-SR's code uses `lanczos`."""
     test_every: int = 8
     """Every n-th view from index 0 is a test view; 0, without `validation`, trains on all views
     (protocol `table1`)."""
@@ -85,8 +85,7 @@ class PlanesConfig:
     depth_cells: int = 96
     """Cells of the finest planes along depth."""
     depth_steps: int = 40
-    """Steps of each of two short trainings that find the depths where cells and samples are needed;
-    0 spreads them as the bounds of the photographs say."""
+    """Steps of each of two short trainings that find depths with content; 0 trusts the bounds."""
     scales: tuple[int, ...] = (1, 4)
     """Cell sizes: each entry n adds three planes with cells n times as large."""
     levels: int = 3
@@ -259,12 +258,10 @@ class RefinerConfig:
     references: int = 8
     """Reference patches per render of the reference refiner."""
     neighbours: int = 3
-    """Number of nearest codes whose filters are combined per pixel in the residual refiner; capped
-    at `codebook.size - 1`."""
+    """Nearest codes whose filters `residual` combines per pixel; at most `codebook.size - 1`."""
     consistency: float = 10.0
-    """Weight of the low-res reconstruction term for scenes without a high-res photograph
-    (`unseen-scene`, `low-res-only`), relative to the change of the refined pixels; for `residual`
-    and `linear`. 0 disables it."""
+    """Weight of the low-res reconstruction term of `residual` and `linear`, relative to the change
+    of the refined pixels, for scenes without a high-res photograph; 0 disables it."""
     patch_size: int = 64
     """Side of a training patch in high-res pixels; a multiple of 4."""
     optim: OptimConfig = OptimConfig(steps=10_000, batch_size=32, lr=2e-3)
@@ -281,8 +278,7 @@ class RefinerConfig:
 
     @property
     def alternates(self) -> bool:
-        """Whether odd and even rows of a batch are treated differently, so that each process needs
-        an even number."""
+        """Whether odd and even rows of a batch differ; then each process needs an even number."""
         return self.kind == "paper" and self.skips == "mixed"
 
 
