@@ -43,8 +43,8 @@ class PlaneSpace(nn.Module):
         return torch.cat([points[..., :2], 2 * s[..., None] - 1], dim=-1)
 
     def directions(self, rays: Rays) -> Float[Tensor, "rays 3"]:
-        """Where rays end at infinity: unlike NDC directions, independent of the near plane."""
-        return (rays.origins + rays.directions) / self.extent[1]
+        """NDC directions over the extent at the near plane, with which they grow."""
+        return rays.directions / self.extent[0]
 
     def to_t(self, s: Float[Tensor, "rays samples"]) -> Float[Tensor, "rays samples"]:
         """NDC depth."""
