@@ -43,7 +43,8 @@ class PlaneSpace(nn.Module):
         return torch.cat([points[..., :2], 2 * s[..., None] - 1], dim=-1)
 
     def directions(self, rays: Rays) -> Float[Tensor, "rays 3"]:
-        """NDC directions over the extent at the near plane, with which they grow."""
+        """NDC directions over the extent at the near plane; with a near plane that is far too near,
+        both grow in proportion."""
         return rays.directions / self.extent[0]
 
     def to_t(self, s: Float[Tensor, "rays samples"]) -> Float[Tensor, "rays samples"]:
@@ -83,9 +84,9 @@ def concentrate(
     """Knots that give more of s to the bins where content is.
 
     `weights` are the mean rendering weights of equal bins of the present s. A bin gets s in
-    proportion to the square root of its weight, averaged with its neighbours, plus a floor.
+    proportion to the cube root of its weight, averaged with its neighbours, plus a floor.
     """
-    roots = F.pad(weights.double().sqrt()[None], (1, 1), mode="replicate")
+    roots = F.pad(weights.double().pow(1 / 3)[None], (1, 1), mode="replicate")
     smooth = F.avg_pool1d(roots, 3, stride=1)[0]
     share = (1 - _FLOOR) * smooth / smooth.sum() + _FLOOR / len(weights)
     cumulative = F.pad(share.cumsum(0), (1, 0)) / share.sum()

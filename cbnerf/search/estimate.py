@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from cbnerf.config import Config, KnobError, OptimConfig
+from cbnerf.config import Config, KnobError
 from cbnerf.data.llff import find_photographs
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
@@ -19,6 +19,7 @@ from cbnerf.training.checkpoint import Stage
 from cbnerf.training.distributed import choose_device
 from cbnerf.training.evaluation import render_views
 from cbnerf.training.field import train_field
+from cbnerf.training.loop import num_steps
 from cbnerf.training.memory import gpu_share
 from cbnerf.training.models import count_parameters
 from cbnerf.training.refiner import train_refiner
@@ -113,6 +114,10 @@ def calibrate(
     def refiner(steps: int) -> None:
         _try_refiner(config, scene, device, steps, num_together)
 
+    field_steps = num_steps(config, "field", [scene])
+    refiner_steps = num_steps(config, "refiner", [scene] * num_together)
+    num_evaluations = config.refiner.optim.evaluations + num_rungs - 1
+
     one_step = with_overrides(
         _shortened(config, "field", 1), {"data.validation": False, "field.optim.batch_size": 64}
     )
@@ -124,11 +129,11 @@ def calibrate(
     num_val = len(split_views(scene.num_views, config.data).val)
     num_renders = scene.num_views + config.field.optim.evaluations * num_val
     return Estimate(
-        field_seconds=_total(field, config.field.optim) + depths + num_renders * render,
+        field_seconds=_total(field, field_steps, config.field.optim.evaluations)
+        + depths
+        + num_renders * render,
         refiner_seconds=(
-            0
-            if config.refiner.kind == "none"
-            else _total(refiner, config.refiner.optim, num_rungs - 1)
+            0 if config.refiner.kind == "none" else _total(refiner, refiner_steps, num_evaluations)
         ),
     )
 
@@ -191,14 +196,14 @@ def _shortened(config: Config, stage: str, steps: int) -> Config:
     return with_overrides(config, {f"{stage}.optim.steps": steps, f"{stage}.optim.evaluations": 1})
 
 
-def _total(train: Callable[[int], None], optim: OptimConfig, more_evaluations: int = 0) -> float:
+def _total(train: Callable[[int], None], steps: int, evaluations: int) -> float:
     """Seconds of a full run: the slope between two short runs is the time of a step, the intercept
     a fixed cost for each evaluation."""
     train(1)
     short, long = _seconds(lambda: train(_SHORT)), _seconds(lambda: train(_LONG))
     per_step = max(long - short, 0) / (_LONG - _SHORT)
     fixed = max(short - _SHORT * per_step, 0)
-    return fixed * (optim.evaluations + more_evaluations) + per_step * optim.steps
+    return fixed * evaluations + per_step * steps
 
 
 def _seconds(action: Callable[[], object]) -> float:

@@ -107,7 +107,7 @@ def _run_unit(
     plan: Plan, index: int, unit: Unit, device: torch.device, tell: Callable[[dict], None]
 ) -> None:
     config, folder = plan.config_of(unit), plan.trial_folder(unit.configuration, unit.scene)
-    until = plan.steps(config, unit.rung)
+    part = plan.part(unit.rung)
 
     def report(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
         if process_rank() == 0:
@@ -117,14 +117,14 @@ def _run_unit(
         begin_curves(folder)
     if plan.stage == "field":
         scene = from_rank_0(lambda: plan.load_scene(unit.scene, config.data))
-        metrics = run_field(config, scene, folder, device=device, report=report, until=until)
+        metrics = run_field(config, scene, folder, device=device, report=report, part=part)
     else:
         (scene, renders), *joint = from_rank_0(
             lambda: [_load_pair(plan, config, name) for name in plan.scenes_of(unit.scene)]
         )
         metrics = run_refiner(
             config, scene, renders, folder,
-            device=device, report=report, joint=joint, until=until,
+            device=device, report=report, joint=joint, part=part,
         )  # fmt: skip
     tell({"unit": index, "ended": True, "metrics": metrics})
 

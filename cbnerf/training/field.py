@@ -19,7 +19,15 @@ from cbnerf.rng import Rng
 from cbnerf.training.depths import find_depths
 from cbnerf.training.divergence import DivergenceCheck
 from cbnerf.training.evaluation import mean_scores, render_views
-from cbnerf.training.loop import DrawLosses, Losses, Report, Task, deterministic_if_configured, fit
+from cbnerf.training.loop import (
+    DrawLosses,
+    Losses,
+    Report,
+    Task,
+    deterministic_if_configured,
+    fit,
+    num_steps,
+)
 
 _PROBES = 256
 """Minimum sample size of the divergence check, in pixels."""
@@ -33,11 +41,11 @@ def train_field(
     device: torch.device,
     report: Report,
     resume_from: Path | None = None,
-    until: int | None = None,
+    part: int = 1,
 ) -> FieldModel:
     """Train on low-res photographs only; validation views are scored at high resolution.
 
-    With `until` the training stops after that many of its steps and can be resumed. Raises
+    With `part` the training stops after the first 1/`part` of its steps and can be resumed.
     FloatingPointError if it diverges.
     Reports `train/loss`, `train/psnr` (of low-res pixels, dB), `val/psnr` (dB) and `val/ssim`.
     """
@@ -65,6 +73,7 @@ def train_field(
         config=config,
         precision=resolve_precision(config.field, device),
         optim=config.field.optim,
+        steps=num_steps(config, "field", [scene]),
         model=model,
         param_groups=_param_groups(model, config),
         losses=losses,
@@ -72,7 +81,7 @@ def train_field(
         cameras=cameras._asdict(),
         check=_divergence_check(config, model, losses, pixels, device),
     )
-    fit(task, device=device, report=report, resume_from=resume_from, until=until)
+    fit(task, device=device, report=report, resume_from=resume_from, part=part)
     return model
 
 

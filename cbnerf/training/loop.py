@@ -6,7 +6,7 @@ Callers are notified through `report` only.
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -17,9 +17,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cbnerf.config import Config, KnobError, OptimConfig
+from cbnerf.data.scene import Scene
+from cbnerf.data.splits import split_views
 from cbnerf.nerf.model import Precision
+from cbnerf.progress import progress
 from cbnerf.rng import Rng
 from cbnerf.training.checkpoint import (
+    STAGE_NAMES,
     Checkpoint,
     Stage,
     is_trained_with,
@@ -55,6 +59,7 @@ class Task(NamedTuple):
     precision: Precision
     """Of the networks' matrix products."""
     optim: OptimConfig
+    steps: int
     model: nn.Module
     param_groups: list[dict[str, Any]]
     """Groups for Adam, each with its own `lr`."""
@@ -72,9 +77,9 @@ def fit(
     device: torch.device,
     report: Report,
     resume_from: Path | None,
-    until: int | None = None,
+    part: int = 1,
 ) -> None:
-    """Train `task.model` in place for `task.optim.steps` steps, or for the first `until` of them.
+    """Train `task.model` in place for `task.steps` steps, or for the first 1/`part` of them.
 
     A training that stops early also reports there; resumed from that checkpoint it ends with the
     same bits as one that never stopped.
@@ -94,11 +99,12 @@ def fit(
     base_rates = [group["lr"] for group in task.param_groups]
     sums: dict[str, Tensor] = {}
     since = first_step
-    last_step = min(until or optim.steps, optim.steps)
-    for step in range(first_step, last_step):
+    last_step = max(task.steps // part, 1)
+    name = f"{STAGE_NAMES[task.stage]} of {task.scene}"
+    for step in progress(range(first_step, last_step), name):
         rng = Rng(task.config.seed, step, device, rank=rank, world_size=world_size)
         for group, base in zip(optimizer.param_groups, base_rates, strict=True):
-            group["lr"] = base * learning_rate_factor(step, optim)
+            group["lr"] = base * learning_rate_factor(step, task.steps, optim)
         with _tf32(task, device):
             losses = task.losses(model, optim.batch_size // world_size, rng)
             optimizer.zero_grad(set_to_none=True)
@@ -106,7 +112,7 @@ def fit(
             optimizer.step()
         for name, value in losses.parts.items():
             sums[name] = sums.get(name, 0) + value.detach()
-        if is_evaluation_step(step + 1, optim) or step + 1 == last_step:
+        if is_evaluation_step(step + 1, task.steps, optim.evaluations) or step + 1 == last_step:
             averages = {name: float(value) / (step + 1 - since) for name, value in sums.items()}
             _check_finite(averages, task.stage, step + 1)
             task.check()
@@ -152,17 +158,25 @@ def _tf32(task: Task, device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def learning_rate_factor(step: int, optim: OptimConfig) -> float:
+def num_steps(config: Config, stage: Stage, scenes: Iterable[Scene]) -> int:
+    """Steps of a training on the training views of some scenes."""
+    num_pixels = sum(
+        len(split_views(scene.num_views, config.data).train) * scene.height * scene.width
+        for scene in scenes
+    )
+    return config.num_steps(stage, num_pixels)
+
+
+def learning_rate_factor(step: int, steps: int, optim: OptimConfig) -> float:
     """Linear warm-up times cosine decay, as a share of the base rate."""
     warmup = min(1.0, (step + 1) / max(optim.warmup_steps, 1))
-    cosine = (1 + math.cos(math.pi * step / optim.steps)) / 2
+    cosine = (1 + math.cos(math.pi * step / steps)) / 2
     return warmup * (optim.lr_end + (1 - optim.lr_end) * cosine)
 
 
-def is_evaluation_step(done: int, optim: OptimConfig) -> bool:
-    """Whether to evaluate after `done` steps: `optim.evaluations` times, evenly spaced, the last
-    time at the end."""
-    return done * optim.evaluations // optim.steps > (done - 1) * optim.evaluations // optim.steps
+def is_evaluation_step(done: int, steps: int, evaluations: int) -> bool:
+    """Whether to evaluate after `done` of all steps: evenly spaced, the last time at the end."""
+    return done * evaluations // steps > (done - 1) * evaluations // steps
 
 
 def _evaluate(task: Task) -> dict[str, float]:
