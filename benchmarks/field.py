@@ -33,6 +33,7 @@ from cbnerf.training.checkpoint import Checkpoint
 from cbnerf.training.distributed import choose_device
 from cbnerf.training.evaluation import mean_scores, render_views
 from cbnerf.training.field import train_field
+from cbnerf.training.loop import num_steps
 
 
 @dataclass(kw_only=True)
@@ -79,6 +80,7 @@ def train(config: Config, scene: Scene, budget: float = float("inf")) -> Run:
     targets = scene.images[test]
     cameras = scene.cameras(device)
     curve: list[tuple[float, float]] = []
+    steps = num_steps(config, "field", [scene])
     spent, since = 0.0, clock(device)
     last: dict[str, float] = {}
 
@@ -92,7 +94,7 @@ def train(config: Config, scene: Scene, budget: float = float("inf")) -> Run:
         curve.append((spent, mean_scores(first, targets[:1], "test")["test/psnr"]))
         print(f"    {spent:7.1f} s  {curve[-1][1]:.2f} dB", flush=True)
         over = spent > budget
-        if over or step == config.field.optim.steps:
+        if over or step == steps:
             renders = render_views(model, cameras, test, scene.scale).rgb
             enlarged = _enlarge(renders, scene.scale)
             last = mean_scores(renders, targets, "test") | {

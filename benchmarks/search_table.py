@@ -112,9 +112,7 @@ def _climb(
     rungs = []
     for part in parts:
         started = time.process_time()
-        metrics = run_refiner(
-            config, scene, renders, folder, device=CPU, until=config.refiner.optim.steps // part
-        )
+        metrics = run_refiner(config, scene, renders, folder, device=CPU, part=part)
         kept = {k: round(v, 5) for k, v in metrics.items() if k.startswith("val/")}
         rungs.append(kept | {"seconds": round(time.process_time() - started, 2)})
     for file in folder.iterdir():

@@ -6,6 +6,7 @@ without ray, optuna and mlflow.
 import argparse
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +21,9 @@ from cbnerf.commands.study import Enqueue, Suggest
 from cbnerf.config import KnobError
 from cbnerf.console import expand_homes, explain_unforeseen, fail, prepare_output
 from cbnerf.data.library import default_storage
-from cbnerf.presets import DEFAULT_METHOD, DEFAULT_RESOLUTION, preset
-from cbnerf.training.distributed import is_launched
+from cbnerf.presets import DEFAULT_METHOD, DEFAULT_RESOLUTION, choose_schedule, preset
+from cbnerf.progress import show_progress
+from cbnerf.training.distributed import choose_device, is_launched
 from cbnerf.training.preemption import Preempted, leaving_at_sigterm
 
 Untrained = (
@@ -40,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         command = parse_command(arguments)
         expand_homes(command)
+        if os.environ.get("RANK", "0") == "0":  # of torchrun
+            show_progress()
         storage = getattr(command, "storage", storage)
         if is_launched() and not isinstance(command, TrainField | TrainRefiner):
             raise ValueError("torchrun is for train-field and train-refiner; start this without it")
@@ -65,7 +69,8 @@ def parse_command(arguments: Sequence[str]) -> Command:
     first.add_argument("--preset", default=DEFAULT_METHOD)
     first.add_argument("--resolution", default=DEFAULT_RESOLUTION)
     chosen, _ = first.parse_known_args(arguments)
-    config = preset(chosen.preset, chosen.resolution)
+    has_gpu = choose_device().type == "cuda"
+    config = preset(chosen.preset, choose_schedule(chosen.resolution, has_gpu=has_gpu))
     field = TrainField(scene="", output=Path(), config=config)
     refiner = TrainRefiner(scene=(), field=(), output=Path(), config=config)
     for command in (field, refiner):

@@ -21,12 +21,20 @@ def _check(condition: bool, name: str, value: object, rule: str) -> None:
         raise KnobError(f"{name} = {shown(value)} must be {rule}")
 
 
+def _check_least(least: int, prefix: str, knobs: object, *names: str) -> None:
+    for name in names:
+        value = getattr(knobs, name)
+        _check(value >= least, f"{prefix}.{name}", value, f"at least {least}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Adam with a linear warm-up and a cosine decay, counted in steps."""
+    """Adam with a linear warm-up and a cosine decay."""
 
-    steps: int
-    """Optimiser updates."""
+    passes: float
+    """How often a training pixel is seen on average; the number of steps follows from the scene."""
+    steps: int = 0
+    """Optimiser updates, in place of `passes`; 0 counts in passes."""
     batch_size: int
     """Low-res pixels (field) or patches (refiner) per update, summed over all processes."""
     lr: float
@@ -40,13 +48,15 @@ class OptimConfig:
 
     def check(self, stage: str) -> None:
         """Check the knobs of the optimiser of `stage`, `field` or `refiner`."""
-        for name in ("steps", "batch_size", "evaluations"):
-            value = getattr(self, name)
-            _check(value >= 1, f"{stage}.optim.{name}", value, "at least 1")
-        _check(self.lr > 0, f"{stage}.optim.lr", self.lr, "positive")
+        _check_least(0, f"{stage}.optim", self, "steps", "warmup_steps")
+        _check_least(1, f"{stage}.optim", self, "batch_size", "evaluations")
+        for name, value in {"passes": self.passes, "lr": self.lr}.items():
+            _check(value > 0, f"{stage}.optim.{name}", value, "positive")
         _check(0 <= self.lr_end <= 1, f"{stage}.optim.lr_end", self.lr_end, "in [0, 1]")
-        steps = self.warmup_steps
-        _check(steps >= 0, f"{stage}.optim.warmup_steps", steps, "at least 0")
+
+    def num_steps(self, num_items: float) -> int:
+        """Optimiser updates on this many low-res pixels (field) or patches (refiner)."""
+        return self.steps or max(round(self.passes * num_items / self.batch_size), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +68,7 @@ class DataConfig:
     scale: int = 2
     """High-res over low-res pixels per side."""
     low_res_kernel: Literal["box", "lanczos"] = "box"
-    """Downsampling of high-res images to low-res ones; NeRF-SR's code uses `lanczos`."""
+    """Downsampling of high-res images; NeRF-SR's code uses `lanczos`."""
     test_every: int = 8
     """Every n-th view from index 0 is a test view; 0, without `validation`, trains on all views
     (protocol `table1`)."""
@@ -83,7 +93,9 @@ class PlanesConfig:
     cells_per_pixel: float = 1.0
     """Cells of the finest planes per high-res pixel, at infinity."""
     depth_cells: int = 96
-    """Cells of the finest planes along NDC depth."""
+    """Cells of the finest planes along depth."""
+    depth_steps: int = 40
+    """Steps of each of two short trainings that find depths with content; 0 trusts the bounds."""
     scales: tuple[int, ...] = (1, 4)
     """Cell sizes: each entry n adds three planes with cells n times as large."""
     levels: int = 3
@@ -98,9 +110,8 @@ class PlanesConfig:
     """Weight of the total variation of the planes."""
 
     def __post_init__(self):
-        for name in ("channels", "depth_cells", "levels", "hidden"):
-            _check(getattr(self, name) >= 1, f"field.planes.{name}", getattr(self, name), ">= 1")
-        _check(self.tv_weight >= 0, "field.planes.tv_weight", self.tv_weight, ">= 0")
+        _check_least(1, "field.planes", self, "channels", "depth_cells", "levels", "hidden")
+        _check_least(0, "field.planes", self, "depth_steps", "tv_weight")
         for name in ("cells_per_pixel", "grid_lr", "network_lr"):
             _check(getattr(self, name) > 0, f"field.planes.{name}", getattr(self, name), "> 0")
         is_right = len(self.scales) > 0 and min(self.scales) >= 1
@@ -123,10 +134,9 @@ class MLPConfig:
     """Standard deviation of the noise added to raw densities in training."""
 
     def __post_init__(self):
-        for name in ("width", "depth"):
-            _check(getattr(self, name) >= 2, f"field.mlp.{name}", getattr(self, name), ">= 2")
-        for name in ("position_frequencies", "direction_frequencies", "density_noise"):
-            _check(getattr(self, name) >= 0, f"field.mlp.{name}", getattr(self, name), ">= 0")
+        _check_least(2, "field.mlp", self, "width", "depth")
+        octaves = "position_frequencies", "direction_frequencies"
+        _check_least(0, "field.mlp", self, *octaves, "density_noise")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +162,12 @@ class FieldConfig:
     overrides it."""
     planes: PlanesConfig = PlanesConfig()
     mlp: MLPConfig = MLPConfig()
-    optim: OptimConfig = OptimConfig(steps=10_000, batch_size=4096, lr=4e-2)
+    optim: OptimConfig = OptimConfig(passes=57.0, batch_size=4096, lr=4e-2)
 
     def __post_init__(self):
         self.optim.check("field")
-        _check(self.sub_rays >= 0, "field.sub_rays", self.sub_rays, "at least 0")
-        for name in ("num_coarse_samples", "num_fine_samples"):
-            _check(getattr(self, name) >= 4, f"field.{name}", getattr(self, name), "at least 4")
+        _check_least(0, "field", self, "sub_rays")
+        _check_least(4, "field", self, "num_coarse_samples", "num_fine_samples")
 
 
 FSQ_LEVELS: dict[int, tuple[int, ...]] = {
@@ -205,11 +214,10 @@ class CodebookConfig:
     """Train one refiner with one codebook on all scenes, instead of one per scene."""
 
     def __post_init__(self):
-        _check(self.size >= 2, "codebook.size", self.size, "at least 2")
-        _check(self.dim >= 1, "codebook.dim", self.dim, "at least 1")
+        _check_least(2, "codebook", self, "size")
+        _check_least(1, "codebook", self, "dim")
+        _check_least(0, "codebook", self, "beta", "revive_below", "position_weight")
         _check(0 < self.ema_decay < 1, "codebook.ema_decay", self.ema_decay, "in (0, 1)")
-        for name in ("beta", "revive_below", "position_weight"):
-            _check(getattr(self, name) >= 0, f"codebook.{name}", getattr(self, name), "at least 0")
         if self.kind == "fsq":
             sizes = ", ".join(map(str, FSQ_LEVELS))
             _check(self.size in FSQ_LEVELS, "codebook.size", self.size, f"one of {sizes} with fsq")
@@ -255,15 +263,13 @@ class RefinerConfig:
     references: int = 8
     """Reference patches per render of the reference refiner."""
     neighbours: int = 3
-    """Number of nearest codes whose filters are combined per pixel in the residual refiner; capped
-    at `codebook.size - 1`."""
+    """Nearest codes whose filters `residual` combines per pixel; at most `codebook.size - 1`."""
     consistency: float = 10.0
-    """Weight of the low-res reconstruction term for scenes without a high-res photograph
-    (`unseen-scene`, `low-res-only`), relative to the change of the refined pixels; for `residual`
-    and `linear`. 0 disables it."""
+    """Weight of the low-res reconstruction term of `residual` and `linear`, relative to the change
+    of the refined pixels, for scenes without a high-res photograph; 0 disables it."""
     patch_size: int = 64
     """Side of a training patch in high-res pixels; a multiple of 4."""
-    optim: OptimConfig = OptimConfig(steps=10_000, batch_size=32, lr=2e-3)
+    optim: OptimConfig = OptimConfig(passes=450.0, batch_size=32, lr=2e-3)
 
     def __post_init__(self):
         self.optim.check("refiner")
@@ -271,14 +277,12 @@ class RefinerConfig:
         _check(size >= 8 and size % 4 == 0, name, size, "a multiple of 4, at least 8")
         rule = "a multiple of 8 for the reference refiner"
         _check(self.kind != "reference" or size % 8 == 0, name, size, rule)
-        for name in ("channels", "blocks", "references", "neighbours"):
-            _check(getattr(self, name) >= 1, f"refiner.{name}", getattr(self, name), "at least 1")
-        _check(self.consistency >= 0, "refiner.consistency", self.consistency, "at least 0")
+        _check_least(1, "refiner", self, "channels", "blocks", "references", "neighbours")
+        _check_least(0, "refiner", self, "consistency")
 
     @property
     def alternates(self) -> bool:
-        """Whether odd and even rows of a batch are treated differently, so that each process needs
-        an even number."""
+        """Whether odd and even rows of a batch differ; then each process needs an even number."""
         return self.kind == "paper" and self.skips == "mixed"
 
 
@@ -296,9 +300,7 @@ class LossConfig:
     """Imitation loss of the SR patch."""
 
     def __post_init__(self):
-        for knob in fields(self):
-            value = getattr(self, knob.name)
-            _check(value >= 0, f"loss.{knob.name}", value, "at least 0")
+        _check_least(0, "loss", self, *(knob.name for knob in fields(self)))
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -339,6 +341,12 @@ class Config:
         _check(not weight or kind != "paper", "codebook.position_weight", weight, rule)
         can_share, rule = kind not in ("reference", "none"), f"false with refiner.kind = {kind}"
         _check(can_share or not self.codebook.shared, "codebook.shared", True, rule)
+
+    def num_steps(self, stage: Literal["field", "refiner"], num_pixels: int) -> int:
+        """Steps of a stage on training views with `num_pixels` high-res pixels in all."""
+        if stage == "field":
+            return self.field.optim.num_steps(num_pixels / self.data.scale**2)
+        return self.refiner.optim.num_steps(num_pixels / self.refiner.patch_size**2)
 
 
 FIELD_KNOBS = ("data.", "field.", "seed", "deterministic")

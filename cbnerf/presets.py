@@ -17,14 +17,14 @@ _MLP_FIELD = FieldConfig(
     kind="mlp",
     sub_rays=0,
     num_fine_samples=64,
-    # NeRF-SR: 512 pixels a step; about 30 epochs of fern at 504x378.
-    optim=OptimConfig(steps=56_000, batch_size=512, lr=5e-4, lr_end=0.01),
+    # NeRF-SR: 512 pixels a step, about 30 epochs of fern.
+    optim=OptimConfig(passes=30.0, batch_size=512, lr=5e-4, lr_end=0.01),
 )
 _PAPER_REFINER = RefinerConfig(
     kind="paper",
     skips="hr",
-    # Released code: constant lr, 1.56 M steps; 3 epochs (47 k) in NeRF-SR's refiner.
-    optim=OptimConfig(steps=46_875, batch_size=32, lr=5e-4, lr_end=1.0, warmup_steps=0),
+    # Released code: constant lr, 1.56 M steps; 3 epochs (47 k steps of fern) in NeRF-SR's refiner.
+    optim=OptimConfig(passes=2150.0, batch_size=32, lr=5e-4, lr_end=1.0, warmup_steps=0),
 )
 _REFERENCE_REFINER = replace(_PAPER_REFINER, kind="reference", channels=128)
 _HEALTHY_CODEBOOK = CodebookConfig(
@@ -57,29 +57,34 @@ _CPU_SIZE = {
     "refiner.patch_size": 32,
     "refiner.optim.batch_size": 8,
 }
+_LARGE_ON_CPU = _CPU_SIZE | {"field.optim.passes": 6.0, "refiner.optim.passes": 4.0}
 RESOLUTIONS: dict[str, dict[str, Any]] = {
-    "x2-504": {"data.width": 504, "data.scale": 2},
-    "x2-1008": {"data.width": 1008, "data.scale": 2},
+    "x2-504": {"data.width": 504},
+    "x2-504-cpu": _LARGE_ON_CPU | {"data.width": 504},
+    "x2-1008": {"data.width": 1008},
+    "x2-1008-cpu": _LARGE_ON_CPU | {"data.width": 1008},
     "x4-1008": {"data.width": 1008, "data.scale": 4},
+    "x4-1008-cpu": _LARGE_ON_CPU | {"data.width": 1008, "data.scale": 4},
     "x2-252": _CPU_SIZE | {
-        "data.width": 252, "field.optim.steps": 1500, "refiner.optim.steps": 1000,
+        "data.width": 252, "field.optim.passes": 7.2, "refiner.optim.passes": 19.2,
     },
     "x2-128": _CPU_SIZE | {
-        "data.width": 128, "field.num_fine_samples": 16, "field.optim.steps": 330,
+        "data.width": 128, "field.num_fine_samples": 16, "field.optim.passes": 6.11,
         # Few steps need a high learning rate.
         "field.planes.grid_lr": 3.0,
         # The filters, which contribute most, are solved before the first step.
-        "refiner.optim.steps": 45, "refiner.optim.batch_size": 4, "refiner.optim.evaluations": 1,
+        "refiner.optim.passes": 1.67, "refiner.optim.batch_size": 4,
+        "refiner.optim.evaluations": 1,
     },
     "tiny": _CPU_SIZE | {
         "data.width": 64, "field.num_fine_samples": 16, "field.optim.steps": 20,
         "field.optim.batch_size": 64,
-        "field.planes.hidden": 16, "field.mlp.width": 32,
+        "field.planes.hidden": 16, "field.planes.depth_steps": 4, "field.mlp.width": 32,
         "refiner.optim.steps": 10, "refiner.optim.batch_size": 2, "refiner.optim.evaluations": 2,
         "refiner.channels": 8, "codebook.size": 64,
     },
 }  # fmt: skip
-"""Overrides by name: image size and, below 504 pixels, a schedule for CPUs."""
+"""Overrides by name: image size and, below 504 pixels and in `-cpu`, a schedule for CPUs."""
 
 _PUBLISHED_CPU_SIZE = {
     "field.optim.batch_size": 128,
@@ -87,13 +92,12 @@ _PUBLISHED_CPU_SIZE = {
     "field.optim.evaluations": 2,
 }
 _PUBLISHED: dict[str, dict[str, Any]] = {
+    "x2-1008": {"refiner.optim.passes": 540.0},
     # NeRF-SR: 2048 rays per step at both scales.
-    "x4-1008": {"field.optim.batch_size": 128},
-    "x2-252": _PUBLISHED_CPU_SIZE | {
-        "field.optim.steps": 6000, "refiner.optim.steps": 10_000,
-    },
+    "x4-1008": {"field.optim.batch_size": 128, "refiner.optim.passes": 540.0},
+    "x2-252": _PUBLISHED_CPU_SIZE | {"field.optim.passes": 7.2, "refiner.optim.passes": 192.0},
     "x2-128": _PUBLISHED_CPU_SIZE | {
-        "field.optim.steps": 2000, "refiner.optim.steps": 1500, "refiner.optim.evaluations": 4,
+        "field.optim.passes": 9.26, "refiner.optim.passes": 55.6, "refiner.optim.evaluations": 4,
     },
 }  # fmt: skip
 """Further overrides of the methods with NeRF's MLP. At CPU sizes they train with more
@@ -112,3 +116,9 @@ def preset(method: str, resolution: str = DEFAULT_RESOLUTION) -> Config:
         raise ValueError(f"unknown resolution {resolution!r}; choose from {', '.join(RESOLUTIONS)}")
     published = _PUBLISHED.get(resolution, {}) if METHODS[method].field.kind == "mlp" else {}
     return with_overrides(METHODS[method], RESOLUTIONS[resolution] | published)
+
+
+def choose_schedule(resolution: str, *, has_gpu: bool) -> str:
+    """The resolution with its schedule for CPUs where there is one and no GPU: `x2-504-cpu`."""
+    on_cpu = f"{resolution}-cpu"
+    return on_cpu if on_cpu in RESOLUTIONS and not has_gpu else resolution

@@ -35,7 +35,7 @@ def test_a_preset_changes_only_what_its_resolution_names():
     schedule = {
         "field.optim.batch_size",
         "field.optim.evaluations",
-        "refiner.optim.steps",
+        "refiner.optim.passes",
         "refiner.optim.evaluations",
     }
     for method, config in METHODS.items():
@@ -50,8 +50,8 @@ def test_at_cpu_sizes_the_published_systems_take_more_and_smaller_updates():
     for size in ("x2-128", "x2-252"):
         ours, mlp = (preset(name, size) for name in ("cb-nerf", "nerf-sr"))
         assert mlp.field.optim.batch_size < ours.field.optim.batch_size
-        assert mlp.field.optim.steps > ours.field.optim.steps
-        assert mlp.refiner.optim.steps > ours.refiner.optim.steps
+        for stage in ("field", "refiner"):
+            assert mlp.num_steps(stage, 100_000) > ours.num_steps(stage, 100_000)
     # On a GPU they keep what was published.
     assert preset("nerf-sr", "x2-504").field == METHODS["nerf-sr"].field
 
@@ -127,16 +127,17 @@ def test_values_become_the_type_of_their_knob(name: str, value, expected):
         ("data.width", 4, "data.width = 4 must be at least 8"),
         ("data.test_every", 2, "data.test_every = 2 must be at least 3"),  # with data.validation
         ("data.test_every", 0, "data.test_every = 0 must be at least 3"),
-        ("field.optim.steps", 0, "steps = 0 must be at least 1"),
+        ("field.optim.steps", -1, "steps = -1 must be at least 0"),
+        ("field.optim.passes", 0.0, "passes = 0.0 must be positive"),
         ("codebook.size", b"12", "codebook.size = b'12' is not an integer"),
         ("codebook.beta", float("inf"), "codebook.beta = inf must be finite"),
         ("codebook.size", 10**400, "codebook.size = a huge integer must be finite"),
         ("codebook.vq_loss", "x" * 5000, "codebook.vq_loss = 'x+[.]{3}x+' is not one of"),
         ("seed", -1, "seed = -1 must be at least 0"),
         ("seed", 2**32, "seed = 4294967296 must be at least 0 and less than"),
-        ("field.planes.tv_weight", float("nan"), "field.planes.tv_weight = nan must be >= 0"),
-        ("field.mlp.density_noise", -1.0, "field.mlp.density_noise = -1.0 must be >= 0"),
-        ("field.mlp.position_frequencies", -1, "position_frequencies = -1 must be >= 0"),
+        ("field.planes.tv_weight", float("nan"), "field.planes.tv_weight = nan must be at least 0"),
+        ("field.mlp.density_noise", -1.0, "field.mlp.density_noise = -1.0 must be at least 0"),
+        ("field.mlp.position_frequencies", -1, "position_frequencies = -1 must be at least 0"),
     ],
 )
 def test_a_wrong_override_is_told_in_one_line(name, value, message: str):

@@ -17,7 +17,7 @@ from cbnerf.data.library import (
 )
 from cbnerf.nerf.model import settle_precision
 from cbnerf.overrides import cast, load_config, with_overrides
-from cbnerf.presets import DEFAULT_METHOD, METHODS, preset
+from cbnerf.presets import DEFAULT_METHOD, METHODS, choose_schedule, preset
 from cbnerf.strict_yaml import parse_yaml, shown
 from cbnerf.training.distributed import choose_device
 
@@ -50,7 +50,9 @@ class Request:
 
 def settle(request: Request) -> Comparison:
     """The comparison of a request; ValueError if its methods or scenes cannot be compared."""
-    resolution = request.resolution or ("x2-504" if torch.cuda.is_available() else "x2-128")
+    has_gpu = torch.cuda.is_available()
+    asked = request.resolution or ("x2-504" if has_gpu else "x2-128")
+    resolution = choose_schedule(asked, has_gpu=has_gpu)
     all_methods = request.methods == "all"
     names = list(METHODS) if all_methods else split_list("--methods", request.methods)
     changes = _read_knobs(request.knobs)

@@ -49,6 +49,8 @@ class Scene:
     """Focal lengths and principal point (fx, fy, cx, cy), in high-res pixels."""
     scale: int
     """High-res over low-res pixels per side."""
+    nears: Float[Tensor, " views"]
+    """Depth of the nearest content of each view along its optical axis, as its bounds say."""
 
     def cameras(self, device: torch.device | str = "cpu") -> Cameras:
         """The cameras of all views."""
@@ -91,13 +93,15 @@ def make_scene(capture: Capture, data: DataConfig) -> Scene:
         :, : height - height % data.scale, : width - width % data.scale
     ].contiguous()
     camera_to_world = recenter(capture.camera_to_world)
-    camera_to_world[:, :, 3] *= 1.0 / (_NEAR_FACTOR * float(capture.bounds.min()))
+    scaling = 1.0 / (_NEAR_FACTOR * float(capture.bounds.min()))
+    camera_to_world[:, :, 3] *= scaling
     return Scene(
         name=capture.name,
         images=cropped,
         camera_to_world=camera_to_world,
         intrinsics=capture.intrinsics,
         scale=data.scale,
+        nears=capture.bounds[:, 0] * scaling,
     )
 
 

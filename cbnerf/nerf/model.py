@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cbnerf.config import Config, FieldConfig
+from cbnerf.nerf.depths import NUM_KNOTS, PlaneSpace
 from cbnerf.nerf.fields import MLPField, Planes, PlanesField, ProposalField, total_variation
-from cbnerf.nerf.rays import Cameras, Rays, make_sub_pixel_rays, ndc_extent
+from cbnerf.nerf.rays import Cameras, Rays, make_sub_pixel_rays
 from cbnerf.nerf.rendering import Rendering, composite, reaching_to_infinity, render_weights
 from cbnerf.nerf.sampling import prefix_sums, sample_importance, sample_stratified
 from cbnerf.rng import Rng
@@ -42,14 +43,12 @@ class Composed(NamedTuple):
 class PlanesModel(nn.Module):
     """Factorised planes; the sub-pixel rays of a low-res pixel share one proposal ray."""
 
-    def __init__(self, config: Config, cameras: Cameras):
+    def __init__(self, config: Config, space: PlaneSpace, size: tuple[int, int]):
         super().__init__()
         self._config = config.field
-        planes = config.field.planes
-        extent = ndc_extent(cameras)
-        self.extent: Tensor
-        self.register_buffer("extent", torch.cat([extent, torch.ones_like(extent[:, :1])], dim=1))
-        height, width = cameras.size
+        planes, extent = config.field.planes, space.extent
+        self.space = space
+        height, width = size
         cells = (
             round(width * planes.cells_per_pixel * float(extent[1, 0])),
             round(height * planes.cells_per_pixel * float(extent[1, 1])),
@@ -68,12 +67,12 @@ class PlanesModel(nn.Module):
         planes, proposal = composed or self.compose()
         num_bins, num_samples = config.num_coarse_samples, config.num_fine_samples
 
-        # proposal: the mean ray of the sub-pixels
+        # Bins and edges are in s (cbnerf.nerf.depths). Proposal: the mean ray of the sub-pixels
         jitter = rng.uniform(pixels, num_bins + 1) if rng else None
         bins = sample_stratified(pixels, num_bins, jitter, device)
         middle = Rays(rays.origins.mean(1), rays.directions.mean(1))
         with autocast(config, device):
-            points = self._points(middle, midpoints(bins)).flatten(0, 1)
+            points = self.space.points(middle, midpoints(bins)).flatten(0, 1)
             density = self.proposal(proposal, points)
         lengths = reaching_to_infinity(bins.diff())
         proposed = render_weights(density.view(pixels, num_bins), lengths)
@@ -84,14 +83,14 @@ class PlanesModel(nn.Module):
         jitter = rng.uniform(pixels, sub_rays, num_samples + 1).flatten(0, 1) if rng else None
         edges = sample_importance(bins, proposed.detach(), num_samples + 1, jitter)
         flat = Rays(rays.origins.flatten(0, 1), rays.directions.flatten(0, 1))
-        t = midpoints(edges)
-        points = self._points(flat, t).flatten(0, 1)
-        directions = flat.directions.repeat_interleave(num_samples, 0)
+        s = midpoints(edges)
+        points = self.space.points(flat, s).flatten(0, 1)
+        directions = self.space.directions(flat).repeat_interleave(num_samples, 0)
         with autocast(config, device):
             rgb, density = self.field(planes, points, directions)
         lengths = reaching_to_infinity(edges.diff())
-        weights = render_weights(density.view(t.shape), lengths)
-        rendering = composite(rgb.view(*t.shape, 3), weights, t)
+        weights = render_weights(density.view(s.shape), lengths)
+        rendering = composite(rgb.view(*s.shape, 3), weights, self.space.to_t(s))
 
         if not torch.is_grad_enabled():
             return FieldOutput([rendering], regularization=density.new_zeros(()))
@@ -100,14 +99,6 @@ class PlanesModel(nn.Module):
             passes=[rendering],
             regularization=config.planes.tv_weight * total_variation(planes) + outside,
         )
-
-    def _points(self, rays: Rays, t: Float[Tensor, "rays samples"]) -> Tensor:
-        """Points in [-1, 1]^3: at each depth the planes cover just what the cameras see there.
-
-        Near the cameras that extent can be several times that at infinity, most of it empty.
-        """
-        points = rays.origins[:, None] + t[..., None] * rays.directions[:, None]
-        return points / torch.lerp(self.extent[0], self.extent[1], t[..., None])
 
 
 class MLPModel(nn.Module):
@@ -143,9 +134,16 @@ class MLPModel(nn.Module):
 FieldModel = PlanesModel | MLPModel
 
 
-def build_field(config: Config, cameras: Cameras) -> FieldModel:
-    """The untrained field of a configuration."""
-    return PlanesModel(config, cameras) if config.field.kind == "planes" else MLPModel(config)
+def build_field(
+    config: Config, cameras: Cameras, knots: Float[Tensor, " knots"] | None = None
+) -> FieldModel:
+    """The untrained field of a configuration; `knots` say at which depths planes have cells, by
+    default evenly in disparity."""
+    if config.field.kind == "mlp":
+        return MLPModel(config)
+    even = torch.linspace(0, 1, NUM_KNOTS, device=cameras.camera_to_world.device)
+    space = PlaneSpace(cameras, even if knots is None else knots)
+    return PlanesModel(config, space, cameras.size)
 
 
 def autocast(config: FieldConfig, device: torch.device) -> torch.autocast:

@@ -170,7 +170,8 @@ def _describe(plan: Plan, views: dict[str, int]) -> None:
     if plan.data is not None:
         print(f"read from  {describe_photographs(plan.scenes, plan.data, data.width)}")
     print(
-        f"method     {plan.method}, images {data.width} wide from {data.width // data.scale} wide"
+        f"method     {plan.method} at {plan.resolution}, images {data.width} wide from "
+        f"{data.width // data.scale} wide"
     )
     print(
         f"search     {spec.trials} configurations x {len(plan.scenes)} scenes "

@@ -2,34 +2,40 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
-from cbnerf.config import Config, KnobError, OptimConfig
+from cbnerf.codebook.refiner import Refiner
+from cbnerf.config import Config, KnobError
 from cbnerf.data.captures import find_photographs
+from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
+from cbnerf.nerf.model import FieldModel
 from cbnerf.overrides import with_overrides
 from cbnerf.search.machines import num_slots
 from cbnerf.search.plan import Plan
 from cbnerf.search.spec import Choices, Range
-from cbnerf.training.checkpoint import Stage
+from cbnerf.training.checkpoint import Checkpoint, Stage
 from cbnerf.training.distributed import choose_device
-from cbnerf.training.evaluation import render_views
+from cbnerf.training.evaluation import refine_views, render_views
 from cbnerf.training.field import train_field
+from cbnerf.training.loop import Report, num_steps
 from cbnerf.training.memory import gpu_share
 from cbnerf.training.models import count_parameters
 from cbnerf.training.refiner import train_refiner
 from cbnerf.training.stages import ignore
 
-_SHORT, _LONG = 3, 15
+_STEPS = 15
 _HEADROOM = 1.2
 _MOST_PARTS = 4
 """More processes than this on one GPU slow each other down."""
 _FIELD_BYTES = 400
 """Of a checkpoint of the planes field, for each pixel of an image."""
+
+Trained = TypeVar("Trained")
 
 
 class Estimate(NamedTuple):
@@ -101,34 +107,29 @@ def calibrate(
     num_together: int = 1,
     num_rungs: int = 1,
 ) -> Estimate:
-    """Time a few steps of both stages and one render, and extrapolate.
+    """Time a few steps of both stages and one view of each, and extrapolate.
 
     The refiner is assumed to train on `num_together` joint scenes like this one, and to be
     evaluated at the end of each rung in addition.
     """
-
-    def field(steps: int) -> None:
-        _try_field(config, scene, device, steps)
-
-    def refiner(steps: int) -> None:
-        _try_refiner(config, scene, device, steps, num_together)
-
-    one_step = with_overrides(
-        _shortened(config, "field", 1), {"data.validation": False, "field.optim.batch_size": 64}
-    )
-    model = train_field(one_step, scene, device=device, report=ignore)
+    num_val = len(split_views(scene.num_views, config.data).val)
+    steps = num_steps(config, "field", [scene])
+    num_renders = scene.num_views + config.field.optim.evaluations * num_val
+    fixed, step, model = _time(lambda report: _try_field(config, scene, device, report))
     cameras = scene.cameras(device)
     render = _seconds(lambda: render_views(model, cameras, [0], scene.scale))
-    num_val = len(split_views(scene.num_views, config.data).val)
-    num_renders = scene.num_views + config.field.optim.evaluations * num_val
-    return Estimate(
-        field_seconds=_total(field, config.field.optim) + num_renders * render,
-        refiner_seconds=(
-            0
-            if config.refiner.kind == "none"
-            else _total(refiner, config.refiner.optim, num_rungs - 1)
-        ),
+    field_seconds = fixed + steps * step + num_renders * render
+    if config.refiner.kind == "none":
+        return Estimate(field_seconds, 0)
+    steps = num_steps(config, "refiner", [scene] * num_together)
+    num_refined = (config.refiner.optim.evaluations + num_rungs - 1) * num_val * num_together
+    fixed, step, refiner = _time(
+        lambda report: _try_refiner(config, scene, device, report, num_together)
     )
+    view = _like_renders(scene).of([0])
+    references = find_references(config, scene, view, [0])
+    refine = _seconds(lambda: refine_views(refiner, view, device, references))
+    return Estimate(field_seconds, fixed + steps * step + num_refined * refine)
 
 
 def measure_share(plan: Plan, stages: Sequence[Stage]) -> float | None:
@@ -144,9 +145,9 @@ def measure_share(plan: Plan, stages: Sequence[Stage]) -> float | None:
     scene = plan.load_scene(scenes[-1], plan.base.data)
     config = largest(plan)
     if "field" in stages:
-        _try_field(config, scene, device, _SHORT)
+        _try_field(config, scene, device, ignore)
     if "refiner" in stages:
-        _try_refiner(config, scene, device, _SHORT, len(plan.scenes) // len(plan.trainings))
+        _try_refiner(config, scene, device, ignore, len(plan.scenes) // len(plan.trainings))
     return gpu_share()
 
 
@@ -170,33 +171,42 @@ def part_of_gpu(share: float) -> float:
     return 1 / min(max(int(1 / (share * _HEADROOM)), 1), _MOST_PARTS)
 
 
-def _try_field(config: Config, scene: Scene, device: torch.device, steps: int) -> None:
-    short = _shortened(config, "field", steps)
-    train_field(short, scene, device=device, report=ignore)
+def _try_field(config: Config, scene: Scene, device: torch.device, report: Report) -> FieldModel:
+    return train_field(_shortened(config, "field"), scene, device=device, report=report)
 
 
 def _try_refiner(
-    config: Config, scene: Scene, device: torch.device, steps: int, num_together: int
-) -> None:
-    """Train on photographs in place of renders, and on copies of the scene as joint scenes."""
-    pair = scene, Renders(scene.images, torch.zeros(scene.images.shape, dtype=torch.float16))
-    short = _shortened(config, "refiner", steps)
+    config: Config, scene: Scene, device: torch.device, report: Report, num_together: int
+) -> Refiner:
+    """Train on copies of the scene as joint scenes."""
+    pair, short = (scene, _like_renders(scene)), _shortened(config, "refiner")
     joint = [pair] * (num_together - 1)
-    train_refiner(short, *pair, device=device, report=ignore, joint=joint)
+    return train_refiner(short, *pair, device=device, report=report, joint=joint)
 
 
-def _shortened(config: Config, stage: str, steps: int) -> Config:
-    return with_overrides(config, {f"{stage}.optim.steps": steps, f"{stage}.optim.evaluations": 1})
+def _like_renders(scene: Scene) -> Renders:
+    """Photographs in place of renders."""
+    return Renders(scene.images, torch.zeros(scene.images.shape, dtype=torch.float16))
 
 
-def _total(train: Callable[[int], None], optim: OptimConfig, more_evaluations: int = 0) -> float:
-    """Seconds of a full run: the slope between two short runs is the time of a step, the intercept
-    a fixed cost for each evaluation."""
-    train(1)
-    short, long = _seconds(lambda: train(_SHORT)), _seconds(lambda: train(_LONG))
-    per_step = max(long - short, 0) / (_LONG - _SHORT)
-    fixed = max(short - _SHORT * per_step, 0)
-    return fixed * (optim.evaluations + more_evaluations) + per_step * optim.steps
+def _shortened(config: Config, stage: Stage) -> Config:
+    """Few steps with three reports, and without validation views."""
+    short = {f"{stage}.optim.steps": _STEPS, f"{stage}.optim.evaluations": 3}
+    return with_overrides(config, short | {"data.validation": False})
+
+
+def _time(train: Callable[[Report], Trained]) -> tuple[float, float, Trained]:
+    """Seconds before the first step and of a step, from the times of the reports, and the trained
+    model; a model that is solved without steps reports once."""
+    started, seconds = time.perf_counter(), {}
+
+    def note(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
+        seconds[step] = time.perf_counter() - started
+
+    model = train(note)
+    (first, early), (last, late) = list(seconds.items())[0], list(seconds.items())[-1]
+    per_step = (late - early) / max(last - first, 1)
+    return max(early - first * per_step, 0), per_step, model
 
 
 def _seconds(action: Callable[[], object]) -> float:

@@ -9,13 +9,15 @@ from cbnerf.config import FIELD_KNOBS, Config
 from cbnerf.data.library import choose_scenes, locate_data
 from cbnerf.experiment import ALL_SCENES, Experiment
 from cbnerf.overrides import with_overrides
-from cbnerf.presets import preset
+from cbnerf.presets import choose_schedule, preset
 from cbnerf.search.space import check_space
 from cbnerf.search.spec import SearchSpec
 from cbnerf.training.checkpoint import Stage
 
 FULL = 2_000_000
 """A disk with fewer free bytes counts as full."""
+_USUAL_VIEWS = 15
+"""Training views of fern."""
 
 
 class Unit(NamedTuple):
@@ -77,12 +79,16 @@ class Plan(Experiment):
 
     @property
     def rungs(self) -> int:
-        """Number of rungs; 1 if nothing is pruned between rungs."""
+        """Number of rungs; 1 if nothing is pruned between rungs.
+
+        Fewer than the specification says where `grace_period` demands it, for a usual scene.
+        """
         stopping = self.spec.stopping
         is_fitted = self.base.refiner.kind == "linear"  # in one step
         if is_fitted or stopping.rule in ("none", "wilcoxon"):
             return 1
-        whole, rungs = self._whole_steps(self.base), stopping.rungs
+        num_pixels = _USUAL_VIEWS * self.base.data.width**2 * 3 // 4
+        whole, rungs = self.base.num_steps(self.stage, num_pixels), stopping.rungs
         while rungs > 1 and whole // stopping.eta ** (rungs - 1) < stopping.grace_period:
             rungs -= 1
         return rungs
@@ -91,13 +97,9 @@ class Plan(Experiment):
         """The configuration that a unit trains."""
         return with_overrides(self.base, unit.overrides)
 
-    def steps(self, config: Config, rung: int) -> int:
-        """Training steps from the start to the end of a rung; rungs are counted from 0."""
-        whole = self._whole_steps(config)
-        return max(whole // self.spec.stopping.eta ** (self.rungs - 1 - rung), 1)
-
-    def _whole_steps(self, config: Config) -> int:
-        return (config.field if self.stage == "field" else config.refiner).optim.steps
+    def part(self, rung: int) -> int:
+        """A rung, counted from 0, ends after the first 1/`part` of the steps."""
+        return self.spec.stopping.eta ** (self.rungs - 1 - rung)
 
     def check_disk(self, needed: int = FULL) -> None:
         """ValueError for a disk that cannot hold `needed` bytes."""
@@ -122,19 +124,20 @@ def make_plan(
     name: str | None,
     storage: Path,
     has_gpu: bool,
+    resolution: str | None = None,
     cache_store: str | None = None,
 ) -> Plan:
     """The checked plan of a study, with `auto` settled and scenes found.
 
     `scenes` is the text of `--scenes`, or a tuple of the names that were found when the study was
-    started: reading a study needs no photographs.
+    started: reading a study needs no photographs. `resolution` is that with which it was started.
     """
     gpus = spec.resources.gpus_per_worker
     if gpus == "auto":
         gpus = (1 if spec.resources.workers > 1 else 0.25) if has_gpu else 0
-    resolution = spec.resolution
-    if resolution == "auto":
-        resolution = "x2-504" if gpus else "x2-128"
+    if resolution is None:
+        asked = ("x2-504" if gpus else "x2-128") if spec.resolution == "auto" else spec.resolution
+        resolution = choose_schedule(asked, has_gpu=gpus > 0)
     base = with_overrides(preset(spec.method, resolution), spec.fixed)
     check_space(base, spec)
     _check_batches(base, spec.resources.workers)

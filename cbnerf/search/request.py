@@ -72,7 +72,7 @@ class Request:
     photographs: dict[str, str] = field(default_factory=dict)
     """Fingerprint of the photographs of each scene."""
     resolution: str | None = None
-    """The value of `auto` on the machines that started the study."""
+    """With the schedule for the machines that started the study."""
     precision: str | None = None
 
     @classmethod
@@ -152,15 +152,15 @@ def _find_request(options: Options) -> Request:
 def _plan(request: Request, options: Options, *, has_gpu: bool) -> Plan:
     """The plan of a request. With `--resume` its scenes are not searched for: more may have been
     added since."""
-    resolution = {"resolution": request.resolution} if request.resolution else {}
     names = tuple(request.scene_names) if options.resume else ()
     plan = make_plan(
-        parse_spec(request.spec | resolution),
+        parse_spec(request.spec),
         scenes=names or request.scenes,
         data=Path(request.data) if request.data else None,
         name=options.name,
         storage=options.storage,
         has_gpu=has_gpu,
+        resolution=request.resolution,
         cache_store=options.cache,
     )
     return plan.with_precision(request.precision) if request.precision else plan
@@ -251,10 +251,10 @@ def _check_same(plan: Plan, before: Request, request: Request) -> None:
 
 
 def _check_same_resolution(plan: Plan, before: Request) -> None:
-    """`auto` is another image size on a cluster with GPUs."""
+    """Image size and schedule depend on whether the cluster has GPUs."""
     was = before.resolution
     if was not in (None, plan.resolution):
         raise ValueError(
-            f"study {plan.name} was started at {was} ({plan.folder / _FILE}), and here `auto` "
-            f"means {plan.resolution}; give --resolution {was}, --resume or another --name"
+            f"study {plan.name} was started at {was} ({plan.folder / _FILE}), and here it would be "
+            f"{plan.resolution}; give --resolution {was}, --resume or another --name"
         )

@@ -126,7 +126,7 @@ class Tracker:
         knobs = flatten_field(self._plan.base)
         params = {"scene": scene, **knobs, "precision": knobs["field.precision"]}
         run = self._run(key, f"stage 1 {scene}", tags, params)
-        run.write(_metrics(metrics, self._plan.base.field.optim.steps))
+        run.write(_metrics(metrics, int(metrics["steps"])))
         self._log_stage(run, folder, "field")
         run.set_status("FINISHED")
 
@@ -166,7 +166,7 @@ class Tracker:
         if metrics is None:
             run.set_status("FAILED")
             return
-        run.write(_metrics(metrics, self._plan.steps(self._plan.config_of(unit), unit.rung)))
+        run.write(_metrics(metrics, int(metrics["steps"])))
         if unit.rung == self._plan.rungs - 1:
             self._write_results(run, unit, metrics)
             run.set_status("FINISHED")

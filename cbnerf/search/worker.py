@@ -132,7 +132,7 @@ def score_best(
 def _run_unit(plan: Plan, unit: Unit, device: torch.device) -> dict[str, float]:
     """The metrics of a trained unit."""
     config, folder = plan.config_of(unit), plan.trial_folder(unit.configuration, unit.scene)
-    until = plan.steps(config, unit.rung)
+    part = plan.part(unit.rung)
 
     def report(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
         if process_rank() == 0:
@@ -142,12 +142,12 @@ def _run_unit(plan: Plan, unit: Unit, device: torch.device) -> dict[str, float]:
         begin_curves(folder)
     if plan.stage == "field":
         scene = from_rank_0(lambda: plan.load_scene(unit.scene, config.data))
-        return run_field(config, scene, folder, device=device, report=report, until=until)
+        return run_field(config, scene, folder, device=device, report=report, part=part)
     (scene, renders), *joint = from_rank_0(
         lambda: [_load_pair(plan, config, name) for name in plan.scenes_of(unit.scene)]
     )
     return run_refiner(
-        config, scene, renders, folder, device=device, report=report, joint=joint, until=until
+        config, scene, renders, folder, device=device, report=report, joint=joint, part=part
     )
 
 

@@ -15,6 +15,7 @@ Stage = Literal["field", "refiner"]
 
 FIELD_FILE, REFINER_FILE = "field.pt", "refiner.pt"
 CHECKPOINT_FILES: dict[Stage, str] = {"field": FIELD_FILE, "refiner": REFINER_FILE}
+STAGE_NAMES: dict[Stage, str] = {"field": "stage 1", "refiner": "stage 2"}
 
 
 class Checkpoint(NamedTuple):

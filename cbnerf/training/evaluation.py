@@ -14,6 +14,7 @@ from cbnerf.metrics import flip, psnr, ssim, to_8bit
 from cbnerf.nerf.model import FieldModel, render_image
 from cbnerf.nerf.rays import Cameras
 from cbnerf.nerf.warp import find_positions
+from cbnerf.progress import progress
 
 
 class Score(NamedTuple):
@@ -29,7 +30,7 @@ class Score(NamedTuple):
 def render_views(model: FieldModel, cameras: Cameras, views: list[int], scale: int) -> Renders:
     """Stage-1 renders at high resolution."""
     rgb, positions = [], []
-    for view in views:
+    for view in progress(views, "rendering views"):
         color, depth = render_image(model, cameras, view, scale)
         rgb.append(to_8bit(color).cpu())
         positions.append(find_positions(cameras, depth, view).half().cpu())
@@ -50,7 +51,7 @@ def refine_views(
     Codebook refiners process tiles of `tile` pixels per side.
     """
     refined = []
-    for view, render in enumerate(sr_views(renders, device)):
+    for view, render in enumerate(progress(sr_views(renders, device), "refining views")):
         own = None if references is None else to_unit(references[view], device)[None]
         image = refiner.refine(render, own, tile=tile)
         refined.append(to_8bit(image)[0].movedim(0, -1).cpu())

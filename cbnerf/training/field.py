@@ -10,14 +10,24 @@ from cbnerf.config import Config
 from cbnerf.data.pixels import PixelSampler
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
+from cbnerf.nerf.depths import spread_over_bounds
 from cbnerf.nerf.model import FieldModel, build_field, resolve_precision
 from cbnerf.nerf.rays import Cameras, make_sub_pixel_rays
 from cbnerf.nerf.rendering import super_sampling_loss
 from cbnerf.nerf.sampling import choose_sub_pixels
 from cbnerf.rng import Rng
+from cbnerf.training.depths import find_depths
 from cbnerf.training.divergence import DivergenceCheck
 from cbnerf.training.evaluation import mean_scores, render_views
-from cbnerf.training.loop import DrawLosses, Losses, Report, Task, deterministic_if_configured, fit
+from cbnerf.training.loop import (
+    DrawLosses,
+    Losses,
+    Report,
+    Task,
+    deterministic_if_configured,
+    fit,
+    num_steps,
+)
 
 _PROBES = 256
 """Minimum sample size of the divergence check, in pixels."""
@@ -31,20 +41,24 @@ def train_field(
     device: torch.device,
     report: Report,
     resume_from: Path | None = None,
-    until: int | None = None,
+    part: int = 1,
 ) -> FieldModel:
     """Train on low-res photographs only; validation views are scored at high resolution.
 
-    With `until` the training stops after that many of its steps and can be resumed. Raises
+    With `part` the training stops after the first 1/`part` of its steps and can be resumed.
     FloatingPointError if it diverges.
     Reports `train/loss`, `train/psnr` (of low-res pixels, dB), `val/psnr` (dB) and `val/ssim`.
     """
     split = split_views(scene.num_views, config.data)
     cameras = scene.cameras(device)
+    pixels = PixelSampler(scene, split.train, config.data.low_res_kernel, device)
+    knots = None
+    if config.field.kind == "planes" and resume_from is None:  # a checkpoint holds them
+        low_res = low_res_cameras(cameras, scene.scale)
+        knots = find_depths(config, low_res, spread_over_bounds(scene.nears), pixels, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = build_field(config, cameras).to(device)
-    pixels = PixelSampler(scene, split.train, config.data.low_res_kernel, device)
+        model = build_field(config, cameras, knots).to(device)
     losses = _pixel_losses(config, cameras, scene.scale, pixels)
 
     def evaluate() -> dict[str, float]:
@@ -59,6 +73,7 @@ def train_field(
         config=config,
         precision=resolve_precision(config.field, device),
         optim=config.field.optim,
+        steps=num_steps(config, "field", [scene]),
         model=model,
         param_groups=_param_groups(model, config),
         losses=losses,
@@ -66,7 +81,7 @@ def train_field(
         cameras=cameras._asdict(),
         check=_divergence_check(config, model, losses, pixels, device),
     )
-    fit(task, device=device, report=report, resume_from=resume_from, until=until)
+    fit(task, device=device, report=report, resume_from=resume_from, part=part)
     return model
 
 

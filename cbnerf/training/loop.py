@@ -6,7 +6,7 @@ Callers are notified through `report` only.
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
@@ -18,9 +18,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cbnerf.config import Config, KnobError, OptimConfig
+from cbnerf.data.scene import Scene
+from cbnerf.data.splits import split_views
 from cbnerf.nerf.model import Precision
+from cbnerf.progress import progress
 from cbnerf.rng import Rng
 from cbnerf.training.checkpoint import (
+    STAGE_NAMES,
     Checkpoint,
     Stage,
     is_trained_with,
@@ -60,6 +64,7 @@ class Task(NamedTuple):
     precision: Precision
     """Of the networks' matrix products."""
     optim: OptimConfig
+    steps: int
     model: nn.Module
     param_groups: list[dict[str, Any]]
     """Groups for Adam, each with its own `lr`."""
@@ -77,9 +82,9 @@ def fit(
     device: torch.device,
     report: Report,
     resume_from: Path | None,
-    until: int | None = None,
+    part: int = 1,
 ) -> None:
-    """Train `task.model` in place for `task.optim.steps` steps, or for the first `until` of them.
+    """Train `task.model` in place for `task.steps` steps, or for the first 1/`part` of them.
 
     A training that stops early also reports there; resumed from that checkpoint it ends with the
     same bits as one that never stopped. At SIGTERM (`leaving_at_sigterm`) it reports the checkpoint
@@ -93,49 +98,49 @@ def fit(
             f"{world_size} processes"
         )
     optimizer = torch.optim.Adam(task.param_groups, fused=True)
-    progress = _resume(task, optimizer, resume_from, device) if resume_from else _Progress()
+    so_far = _resume(task, optimizer, resume_from, device) if resume_from else _Progress()
     model: nn.Module = task.model.train()
     if world_size > 1:
         model = DistributedDataParallel(task.model)
     base_rates = [group["lr"] for group in task.param_groups]
-    last_step = min(until or optim.steps, optim.steps)
+    last_step = max(task.steps // part, 1)
+    label = f"{STAGE_NAMES[task.stage]} of {task.scene}"
 
     def train_step(step: int) -> None:
         rng = Rng(task.config.seed, step, device, rank=rank, world_size=world_size)
         for group, base in zip(optimizer.param_groups, base_rates, strict=True):
-            group["lr"] = base * learning_rate_factor(step, optim)
+            group["lr"] = base * learning_rate_factor(step, task.steps, optim)
         with _tf32(task, device):
             losses = task.losses(model, optim.batch_size // world_size, rng)
             optimizer.zero_grad(set_to_none=True)
             losses.total.backward()
             optimizer.step()
-        progress.add(losses.parts)
+        so_far.add(losses.parts)
 
     def report_now(metrics: dict[str, float]) -> None:
-        report(progress.step, metrics, _checkpoint(task, optimizer, progress, metrics))
+        report(so_far.step, metrics, _checkpoint(task, optimizer, so_far, metrics))
 
     def evaluate_if_due() -> None:
-        if progress.num_summed and (
-            is_evaluation_step(progress.step, optim) or progress.step == last_step
-        ):
-            averages = progress.averages()
-            _check_finite(averages, task.stage, progress.step)
+        is_due = is_evaluation_step(so_far.step, task.steps, optim.evaluations)
+        if so_far.num_summed and (is_due or so_far.step == last_step):
+            averages = so_far.averages()
+            _check_finite(averages, task.stage, so_far.step)
             task.check()
             metrics = averages | _evaluate(task) if rank == 0 else {}
-            progress.clear()
+            so_far.clear()
             report_now(metrics)
 
     try:
         evaluate_if_due()  # if it was preempted before it could
-        for step in range(progress.step, last_step):
+        for step in progress(range(so_far.step, last_step), label):
             with postponed():
                 train_step(step)
-            if _must_end(progress.step, device):
+            if _must_end(so_far.step, device):
                 raise Preempted
             evaluate_if_due()
     except Preempted:
         with postponed():
-            if progress.num_summed:
+            if so_far.num_summed:
                 report_now({})
         raise
     task.model.eval()
@@ -177,17 +182,25 @@ def _tf32(task: Task, device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def learning_rate_factor(step: int, optim: OptimConfig) -> float:
+def num_steps(config: Config, stage: Stage, scenes: Iterable[Scene]) -> int:
+    """Steps of a training on the training views of some scenes."""
+    num_pixels = sum(
+        len(split_views(scene.num_views, config.data).train) * scene.height * scene.width
+        for scene in scenes
+    )
+    return config.num_steps(stage, num_pixels)
+
+
+def learning_rate_factor(step: int, steps: int, optim: OptimConfig) -> float:
     """Linear warm-up times cosine decay, as a share of the base rate."""
     warmup = min(1.0, (step + 1) / max(optim.warmup_steps, 1))
-    cosine = (1 + math.cos(math.pi * step / optim.steps)) / 2
+    cosine = (1 + math.cos(math.pi * step / steps)) / 2
     return warmup * (optim.lr_end + (1 - optim.lr_end) * cosine)
 
 
-def is_evaluation_step(done: int, optim: OptimConfig) -> bool:
-    """Whether to evaluate after `done` steps: `optim.evaluations` times, evenly spaced, the last
-    time at the end."""
-    return done * optim.evaluations // optim.steps > (done - 1) * optim.evaluations // optim.steps
+def is_evaluation_step(done: int, steps: int, evaluations: int) -> bool:
+    """Whether to evaluate after `done` of all steps: evenly spaced, the last time at the end."""
+    return done * evaluations // steps > (done - 1) * evaluations // steps
 
 
 @dataclass
@@ -253,20 +266,20 @@ def _resume(
 
 
 def _checkpoint(
-    task: Task, optimizer: torch.optim.Optimizer, progress: _Progress, metrics: dict[str, float]
+    task: Task, optimizer: torch.optim.Optimizer, so_far: _Progress, metrics: dict[str, float]
 ) -> Checkpoint:
     return Checkpoint(
         stage=task.stage,
         scene=task.scene,
-        step=progress.step,
+        step=so_far.step,
         config=task.config,
         precision=task.precision,
         model=task.model.state_dict(),
         optimizer=optimizer.state_dict(),
         cameras=task.cameras,
         metrics=metrics,
-        sums=progress.sums,
-        num_summed=progress.num_summed,
+        sums=so_far.sums,
+        num_summed=so_far.num_summed,
     )
 
 

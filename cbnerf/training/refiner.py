@@ -19,7 +19,14 @@ from cbnerf.rng import Rng
 from cbnerf.training.checkpoint import Checkpoint
 from cbnerf.training.distributed import num_processes
 from cbnerf.training.evaluation import mean_scores, refine_views, sr_views, unit_views
-from cbnerf.training.loop import Losses, Report, Task, deterministic_if_configured, fit
+from cbnerf.training.loop import (
+    Losses,
+    Report,
+    Task,
+    deterministic_if_configured,
+    fit,
+    num_steps,
+)
 from cbnerf.training.models import build_refiner
 
 Pairs = Sequence[tuple[Scene, Renders]]
@@ -36,7 +43,7 @@ def train_refiner(
     device: torch.device,
     report: Report,
     resume_from: Path | None = None,
-    until: int | None = None,
+    part: int = 1,
     joint: Pairs = (),
     sources: Pairs = (),
 ) -> Refiner:
@@ -45,8 +52,8 @@ def train_refiner(
     `joint` scenes share the refiner: it is trained on them as well, and scores are means over all.
     With `sources` it is trained on those scenes alone (`unseen-scene`, `low-res-only`), and the
     low-res photographs of the training views of `scene` constrain the result
-    (`refiner.consistency`). With `until` the training stops after that many of its steps and can be
-    resumed.
+    (`refiner.consistency`). With `part` the training stops after the first 1/`part` of its steps
+    and can be resumed.
 
     Reports the losses as `train/...`, codebook health since the last report as `codebook/...` (of
     rank 0's patches), `val/psnr` (dB), `val/ssim`, and `val/gain` (dB), the change of PSNR against
@@ -68,16 +75,17 @@ def train_refiner(
         return refiner.metrics() | validation.scores(refiner, device)
 
     scenes = trained_on(scene, joint, sources)
+    steps = num_steps(config, "refiner", (one for one, _ in sources or served))
     first = _self_taught(low_res) if low_res and refiner.solves_unseen else views
     is_solved = first is not views or not any(p.requires_grad for p in refiner.parameters())
     if is_solved or resume_from is None:
         refiner.start_from(first)
         refiner.fit(views, low_res)
     if is_solved:
-        step, metrics = config.refiner.optim.steps, evaluate()
-        solved = refiner.eval().state_dict()
-        checkpoint = Checkpoint("refiner", scenes, step, config, "float32", solved, {}, {}, metrics)
-        report(step, metrics, checkpoint)
+        metrics, solved = evaluate(), refiner.eval().state_dict()
+        report(steps, metrics, Checkpoint(
+            "refiner", scenes, steps, config, "float32", solved, {}, {}, metrics
+        ))  # fmt: skip
         return refiner
     if refiner.needs_references:
         patches = _reference_patches(config, scene, renders, device)
@@ -94,13 +102,14 @@ def train_refiner(
         config=config,
         precision="float32",
         optim=config.refiner.optim,
+        steps=steps,
         model=refiner,
         param_groups=[{"params": list(refiner.parameters()), "lr": config.refiner.optim.lr}],
         losses=losses,
         evaluate=evaluate,
         cameras={},
     )
-    fit(task, device=device, report=report, resume_from=resume_from, until=until)
+    fit(task, device=device, report=report, resume_from=resume_from, part=part)
     return refiner
 
 

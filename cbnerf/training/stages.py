@@ -55,23 +55,25 @@ def run_field(
     *,
     device: torch.device,
     report: Report = ignore,
-    until: int | None = None,
+    part: int = 1,
 ) -> dict[str, float]:
-    """Train stage 1 and render all views; returns the last metrics, `seconds` and `parameters`.
+    """Train stage 1 and render all views.
 
-    With `until` it stops after that many steps, and a later call resumes there.
+    Returns the last metrics, `steps`, `seconds` and `parameters`.
+
+    With `part` it stops after the first 1/`part` of the steps, and a later call resumes there.
     """
 
     def train(keep: Report, resume_from: Path | None) -> FieldModel:
         return train_field(
-            config, scene, device=device, report=keep, resume_from=resume_from, until=until
+            config, scene, device=device, report=keep, resume_from=resume_from, part=part
         )
 
     def write_results(model: FieldModel) -> None:
         cameras, views = scene.cameras(device), list(range(scene.num_views))
         save_renders(render_views(model, cameras, views, scene.scale), folder / RENDERS_FILE)
 
-    return _run(config, "field", scene.name, folder, report, until, train, write_results)
+    return _run(config, "field", scene.name, folder, report, part, train, write_results)
 
 
 def run_refiner(
@@ -84,19 +86,20 @@ def run_refiner(
     report: Report = ignore,
     joint: Pairs = (),
     sources: Pairs = (),
-    until: int | None = None,
+    part: int = 1,
 ) -> dict[str, float]:
     """Train stage 2 and write a strip (photograph | stage 1 | refined) of a validation view.
 
     The refiner is trained and validated on `scene` and the `joint` scenes (`codebook.shared`), or
-    trained on the `sources` alone (protocols `unseen-scene` and `low-res-only`). With `until` it
-    stops after that many steps, and a later call resumes there. Returns as `run_field`.
+    trained on the `sources` alone (protocols `unseen-scene` and `low-res-only`). With `part` it
+    stops after the first 1/`part` of the steps, and a later call resumes there. Returns as
+    `run_field`.
     """
 
     def train(keep: Report, resume_from: Path | None) -> Refiner:
         return train_refiner(
             config, scene, renders, device=device, report=keep, resume_from=resume_from,
-            joint=joint, sources=sources, until=until,
+            joint=joint, sources=sources, part=part,
         )  # fmt: skip
 
     def write_results(refiner: Refiner) -> None:
@@ -107,7 +110,7 @@ def run_refiner(
         iio.imwrite(folder / STRIP_FILE, strip.numpy())
 
     scenes = trained_on(scene, joint, sources)
-    return _run(config, "refiner", scenes, folder, report, until, train, write_results)
+    return _run(config, "refiner", scenes, folder, report, part, train, write_results)
 
 
 def read_metrics(folder: Path) -> dict[str, float] | None:
@@ -127,7 +130,7 @@ def _run(
     scenes: str,
     folder: Path,
     report: Report,
-    until: int | None,
+    part: int,
     train: Callable[[Report, Path | None], Model],
     write_results: Callable[[Model], None],
 ) -> dict[str, float]:
@@ -139,7 +142,8 @@ def _run(
 
     def keep(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
         nonlocal last
-        last = checkpoint._replace(metrics=metrics | {"seconds": time.monotonic() - started})
+        spent = {"steps": float(step), "seconds": time.monotonic() - started}
+        last = checkpoint._replace(metrics=metrics | spent)
         if process_rank() == 0:
             save_checkpoint(last, path)
         if not checkpoint.sums:  # else the process ends between evaluations
@@ -147,8 +151,7 @@ def _run(
 
     model = train(keep, path if begun else None)
     assert last is not None  # every training reports its last step
-    optim = config.field.optim if stage == "field" else config.refiner.optim
-    if process_rank() != 0 or (until is not None and until < optim.steps):
+    if process_rank() != 0 or part > 1:
         return last.metrics
     write_results(model)
     metrics = last.metrics | {

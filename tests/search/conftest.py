@@ -86,7 +86,7 @@ def leave_unit() -> Callable[..., dict[str, float]]:
     def leave(plan: Plan, number: int, scene: str, overrides: dict[str, Any], psnr: float):
         folder = plan.trial_folder(number, scene)
         folder.mkdir(parents=True, exist_ok=True)
-        metrics = {"val/psnr": psnr, "val/ssim": 0.5, "val/gain": 0.25, "seconds": 1.5}
+        metrics = {"val/psnr": psnr, "val/ssim": 0.5, "val/gain": 0.25, "seconds": 1.5, "steps": 10}
         save_config(with_overrides(plan.base, overrides), folder / "config.yaml")
         weights = {"weight": torch.full((3,), float(number))}
         checkpoint = Checkpoint(

@@ -75,7 +75,7 @@ def search_without_ray(plan: Plan) -> StudyState:
             config, plan.load_scene(unit.scene, config.data),
             load_renders(fields[unit.scene] / RENDERS_FILE),
             plan.trial_folder(unit.configuration, unit.scene),
-            device=torch.device("cpu"), until=plan.steps(config, unit.rung),
+            device=torch.device("cpu"), part=plan.part(unit.rung),
         )  # fmt: skip
         state.record(unit, metrics)
     return state

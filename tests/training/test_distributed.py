@@ -76,10 +76,10 @@ def test_two_processes_train_as_one(
 
 
 def run_stages(
-    config: Config, scene: Scene, renders: Renders, folder: Path, until: int | None
+    config: Config, scene: Scene, renders: Renders, folder: Path, part: int
 ) -> list[dict[str, float]]:
     """Both stages in folders of their names; their metrics but for the seconds."""
-    about = {"device": CPU, "until": until}
+    about = {"device": CPU, "part": part}
     metrics = [
         run_field(config, scene, folder / "field", **about),
         run_refiner(config, scene, renders, folder / "refiner", **about),
@@ -92,9 +92,9 @@ def resume_on_rank(
 ) -> None:
     """Half of a training, the rest of it, and once more; `views` is where each process looks."""
     join(rank, views[0])
-    run_stages(config, scene, renders, views[0], 3)
+    run_stages(config, scene, renders, views[0], 2)
     dist.barrier()  # what has been written is now hidden from a process that looks elsewhere
-    told = [run_stages(config, scene, renders, views[rank], None) for _ in range(2)]
+    told = [run_stages(config, scene, renders, views[rank], 1) for _ in range(2)]
     torch.save(told, views[0] / f"{rank}.pt")
     other_seed = with_overrides(config, {"seed": 1})
     with pytest.raises(ValueError, match="finished with other knobs"):

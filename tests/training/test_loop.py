@@ -12,14 +12,28 @@ from ranks import on_two_ranks
 from torch import nn
 
 from cbnerf.config import Config, OptimConfig
+from cbnerf.data.scene import Scene
+from cbnerf.data.splits import split_views
 from cbnerf.overrides import with_overrides
+from cbnerf.presets import preset
 from cbnerf.rng import Rng
 from cbnerf.training import loop
 from cbnerf.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from cbnerf.training.loop import Losses, Task, fit, is_evaluation_step, learning_rate_factor
+from cbnerf.training.loop import (
+    Losses,
+    Task,
+    fit,
+    is_evaluation_step,
+    learning_rate_factor,
+    num_steps,
+)
 from cbnerf.training.preemption import Preempted, is_noticed, leaving_at_sigterm
 
 CPU = torch.device("cpu")
+
+
+def optim_config(steps: int, lr: float, **knobs) -> OptimConfig:
+    return OptimConfig(passes=1.0, steps=steps, batch_size=4, lr=lr, **knobs)
 
 
 def make_task(optim: OptimConfig, **changes) -> Task:
@@ -33,7 +47,8 @@ def make_task(optim: OptimConfig, **changes) -> Task:
         return Losses(total, {"train/loss": total})
 
     task = Task(
-        stage="field", scene="line", config=Config(), optim=optim, model=model, losses=losses,
+        stage="field", scene="line", config=Config(), optim=optim, steps=optim.steps,
+        model=model, losses=losses,
         param_groups=[{"params": list(model.parameters()), "lr": optim.lr}],
         evaluate=lambda: {"val/weight": model.weight.item(), "val/training": model.training},
         cameras={}, precision="float32",
@@ -53,17 +68,18 @@ def run(task: Task, resume_from: Path | None = None) -> list[tuple[int, dict[str
 
 
 def test_learning_rate_in_closed_form():
-    optim = OptimConfig(steps=100, batch_size=1, lr=1.0, lr_end=0.1, warmup_steps=10)
+    optim = optim_config(100, 1.0, lr_end=0.1, warmup_steps=10)
     for step in range(100):
         cosine = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 100))
-        assert learning_rate_factor(step, optim) == pytest.approx(min((step + 1) / 10, 1) * cosine)
-    constant = OptimConfig(steps=100, batch_size=1, lr=1.0, lr_end=1.0, warmup_steps=0)
-    assert {learning_rate_factor(step, constant) for step in range(100)} == {1.0}
+        factor = min((step + 1) / 10, 1) * cosine
+        assert learning_rate_factor(step, 100, optim) == pytest.approx(factor)
+    constant = optim_config(100, 1.0, lr_end=1.0, warmup_steps=0)
+    assert {learning_rate_factor(step, 100, constant) for step in range(100)} == {1.0}
 
 
 def test_the_optimiser_follows_the_learning_rate():
     # The first steps of Adam have the size of the learning rate, whatever the gradient.
-    optim = OptimConfig(steps=3, batch_size=4, lr=1e-3, warmup_steps=3, lr_end=1.0, evaluations=3)
+    optim = optim_config(3, 1e-3, warmup_steps=3, lr_end=1.0, evaluations=3)
     weights = [metrics["val/weight"] for _, metrics in run(make_task(optim))]
     moves = [after - before for before, after in zip([0.0, *weights], weights, strict=False)]
     assert moves == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3], rel=0.01)
@@ -71,31 +87,42 @@ def test_the_optimiser_follows_the_learning_rate():
 
 @pytest.mark.parametrize("steps, evaluations", [(100, 4), (10, 3), (7, 7), (3, 8), (1, 1)])
 def test_evaluations_are_even_and_the_last_is_at_the_end(steps: int, evaluations: int):
-    optim = OptimConfig(steps=steps, batch_size=1, lr=1.0, evaluations=evaluations)
-    done = [step for step in range(1, steps + 1) if is_evaluation_step(step, optim)]
+    done = [step for step in range(1, steps + 1) if is_evaluation_step(step, steps, evaluations)]
     assert len(done) == min(evaluations, steps)
     assert done[-1] == steps
     gaps = [after - before for before, after in zip([0, *done], done, strict=False)]
     assert max(gaps) - min(gaps) <= 1
 
 
+def test_training_pixels_are_seen_as_often_as_passes_say(tiny_scene: Scene):
+    knobs = {"passes": 3.0, "steps": 0, "batch_size": 4}
+    schedule = {f"{stage}.optim.{k}": v for stage in ("field", "refiner") for k, v in knobs.items()}
+    config = with_overrides(preset("cb-nerf", "tiny"), schedule | {"refiner.patch_size": 16})
+    num_train = len(split_views(tiny_scene.num_views, config.data).train)
+    assert num_steps(config, "field", [tiny_scene]) == 3 * num_train * (32 * 24) / 4
+    assert num_steps(config, "refiner", [tiny_scene]) == 3 * num_train * (4 * 3) / 4
+    assert num_steps(config, "refiner", [tiny_scene] * 2) == 2 * 3 * num_train * (4 * 3) / 4
+    given = with_overrides(config, {"field.optim.steps": 7})
+    assert num_steps(given, "field", [tiny_scene]) == 7
+
+
 def test_reports_average_the_losses_since_the_last_one():
-    optim = OptimConfig(steps=6, batch_size=4, lr=0.1, evaluations=6)
+    optim = optim_config(6, 0.1, evaluations=6)
     each = [metrics["train/loss"] for _, metrics in run(make_task(optim))]
-    halves = run(make_task(OptimConfig(steps=6, batch_size=4, lr=0.1, evaluations=2)))
+    halves = run(make_task(optim_config(6, 0.1, evaluations=2)))
     assert [step for step, _ in halves] == [3, 6]
     for (_, metrics), part in zip(halves, (each[:3], each[3:]), strict=True):
         assert metrics["train/loss"] == pytest.approx(sum(part) / 3)
 
 
 def test_models_are_scored_in_evaluation_mode_and_left_in_it():
-    task = make_task(OptimConfig(steps=2, batch_size=4, lr=0.1, evaluations=2))
+    task = make_task(optim_config(2, 0.1, evaluations=2))
     assert [metrics["val/training"] for _, metrics in run(task)] == [False, False]
     assert not task.model.training
 
 
 def test_nan_ends_training_with_its_name():
-    task = make_task(OptimConfig(steps=4, batch_size=4, lr=0.1, evaluations=2))
+    task = make_task(optim_config(4, 0.1, evaluations=2))
 
     def diverge(wrapped: nn.Module, batch_size: int, rng: Rng) -> Losses:
         total = wrapped(torch.full((batch_size, 1), torch.nan)).sum()
@@ -108,11 +135,11 @@ def test_nan_ends_training_with_its_name():
 def test_a_batch_must_divide_among_the_processes(monkeypatch):
     monkeypatch.setattr(loop, "num_processes", lambda: 3)
     with pytest.raises(ValueError, match="field.optim.batch_size = 4 is not divisible by 3"):
-        run(make_task(OptimConfig(steps=4, batch_size=4, lr=0.1)))
+        run(make_task(optim_config(4, 0.1)))
 
 
 def save_half_way(path: Path, config: Config) -> OptimConfig:
-    optim = OptimConfig(steps=4, batch_size=4, lr=0.1, evaluations=2)
+    optim = optim_config(4, 0.1, evaluations=2)
 
     def keep(step, metrics, checkpoint) -> None:
         if step == 2:
@@ -123,7 +150,7 @@ def save_half_way(path: Path, config: Config) -> OptimConfig:
 
 
 def test_weights_alone_are_not_resumed(tmp_path: Path):
-    optim = OptimConfig(steps=4, batch_size=4, lr=0.1, evaluations=1)
+    optim = optim_config(4, 0.1, evaluations=1)
     path = tmp_path / "half.pt"
     fit(
         make_task(optim), device=CPU, resume_from=None,
@@ -187,7 +214,7 @@ def preempted(task: Task, path: Path, resume_from: Path | None = None) -> tuple[
 
 @pytest.mark.parametrize("step", range(8))
 def test_sigterm_loses_no_step_and_changes_no_bit(step: int, tmp_path: Path):
-    optim = OptimConfig(steps=8, batch_size=4, lr=0.1, evaluations=2)
+    optim = optim_config(8, 0.1, evaluations=2)
     whole = make_task(optim)
     undisturbed, path = run(whole), tmp_path / "left.pt"
     told, reached = preempted(at_step(step, make_task(optim), terminate), path)
@@ -199,7 +226,7 @@ def test_sigterm_loses_no_step_and_changes_no_bit(step: int, tmp_path: Path):
 
 @pytest.mark.parametrize("step", [4, 8])
 def test_sigterm_in_an_evaluation_does_not_wait_for_it(step: int, tmp_path: Path):
-    optim = OptimConfig(steps=8, batch_size=4, lr=0.1, evaluations=2)
+    optim = optim_config(8, 0.1, evaluations=2)
     undisturbed, path = run(make_task(optim)), tmp_path / "left.pt"
     task, evaluations = make_task(optim), itertools.count(1)
 
@@ -215,7 +242,7 @@ def test_sigterm_in_an_evaluation_does_not_wait_for_it(step: int, tmp_path: Path
 
 
 def test_who_is_preempted_twice_ends_with_the_same_bits(tmp_path: Path):
-    optim, path = OptimConfig(steps=8, batch_size=4, lr=0.1, evaluations=1), tmp_path / "left.pt"
+    optim, path = optim_config(8, 0.1, evaluations=1), tmp_path / "left.pt"
     for first in (1, 2):
         task = at_step(first, make_task(optim), terminate)
         preempted(task, path, path if path.exists() else None)
@@ -225,7 +252,7 @@ def test_who_is_preempted_twice_ends_with_the_same_bits(tmp_path: Path):
 def leave_together(rank: int, folder: Path) -> None:
     """SIGTERM comes to rank 1 alone; both end after the same step."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    optim = OptimConfig(steps=40, batch_size=4, lr=0.1, evaluations=1)
+    optim = optim_config(40, 0.1, evaluations=1)
     task = make_task(optim)
     if rank == 1:
         task = at_step(2, task, terminate)
