@@ -169,6 +169,8 @@ def _tune(plan: Plan, searcher: TuneSearcher, recorder: Recorder) -> None:
             name="ray_tune",
             storage_path=str(plan.folder),
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+            # Units keep checkpoints of their own in the trial folders.
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             callbacks=[recorder],
             verbose=0,
         ),

@@ -39,6 +39,7 @@ def enqueue(storage: Path, name: str, settings: Sequence[str]) -> Queued:
 
     ValueError for a setting outside the space, or a configuration that the study already holds.
     """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     plan = plan_study(storage, name)
     read_study(plan)  # It must have begun.
     values = _values(plan, settings)
@@ -93,6 +94,7 @@ def suggestions(storage: Path, name: str, count: int) -> dict[str, Any]:
     `chance` is the posterior probability that a configuration beats the incumbent by more than the
     margin, `expected` its expected quality at the end of training; None without an incumbent.
     """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # Its notes are not for the reader.
     plan = plan_study(storage, name)
     state = StudyState(plan, adopt=False)
     return {
