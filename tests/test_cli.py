@@ -51,7 +51,7 @@ def test_training_leaves_its_files_and_knobs(runs: Path):
 def test_a_finished_command_can_be_given_again(runs: Path, capsys):
     main(["train-field", f"--scene={runs}/scene", f"--output={runs}/field", *SHORT])
     out = capsys.readouterr().out
-    assert "val/psnr" in out and "step" not in out
+    assert "val/psnr" in out and "step " not in out
 
 
 def test_the_photographs_that_are_read_are_named(

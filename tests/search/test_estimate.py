@@ -56,8 +56,9 @@ def test_both_stages_are_tried_before_memory_is_read(
         train = getattr(estimate, f"train_{stage}")
 
         def note(*arguments, stage=stage, train=train, **about):
-            train(*arguments, **about)
+            model = train(*arguments, **about)
             done.append(stage)
+            return model
 
         monkeypatch.setattr(estimate, f"train_{stage}", note)
     monkeypatch.setattr(estimate, "gpu_share", lambda: {1: 0.1, 2: 0.3, 3: 0.6}[len(done)])
