@@ -1,13 +1,15 @@
 # The image of clusters/kuberay.yaml: the search and all that it needs, for a user without rights.
 #
 #   docker build -t cbnerf:cuda .
-#   docker build -t cbnerf:cpu --build-arg ACCELERATOR=cpu .
+#   docker build -t cbnerf:cpu --build-arg ACCELERATOR=cpu --build-arg CPU_WHEELS=INDEX .
+#
+# INDEX is the package index of PyTorch's CPU wheels, which its installation page names.
 ARG PYTHON=3.12
 FROM python:${PYTHON}-slim-bookworm
 
 # `cpu` takes a fifth of the room: MLflow's server needs no more.
 ARG ACCELERATOR=cuda
-ARG CPU_WHEELS=https://download.pytorch.org/whl/cpu
+ARG CPU_WHEELS
 
 # KubeRay's probes call wget.
 # hadolint ignore=DL3008
@@ -19,7 +21,7 @@ RUN apt-get update \
 WORKDIR /home/cbnerf/cbnerf
 COPY constraints.txt ./
 RUN if [ "$ACCELERATOR" = cpu ]; then \
-        pip install --no-cache-dir --no-deps --index-url "$CPU_WHEELS" -c constraints.txt torch; \
+        pip install --no-cache-dir --no-deps --index-url "${CPU_WHEELS:?}" -c constraints.txt torch; \
     else \
         pip install --no-cache-dir -c constraints.txt torch; \
     fi
