@@ -82,5 +82,5 @@ def _run(folder: Path, progress: Progress) -> None:
             process.kill()
             raise
     if process.returncode:
-        said = " ".join(log.read_text(errors="replace").split())[-300:]
+        said = " ".join(log.read_text(encoding="utf-8", errors="replace").split())[-300:]
         raise RuntimeError(f"structure from motion ended with status {process.returncode}: {said}")

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cbnerf.nerf.rays import Cameras, Rays, ndc_extent
+from cbnerf.nerf.sampling import prefix_sums
 
 NUM_KNOTS = 65
 _FLOOR = 0.1
@@ -91,7 +92,7 @@ def concentrate(
     clipped = weights.double().clamp(max=float(weights.mean()) / 2)
     smooth = F.avg_pool1d(F.pad(clipped[None], (1, 1), mode="replicate"), 3, stride=1)[0]
     share = (1 - _FLOOR) * smooth / smooth.sum() + _FLOOR / len(weights)
-    cumulative = F.pad(share.cumsum(0), (1, 0)) / share.sum()
+    cumulative = prefix_sums(share) / share.sum()
     s = torch.linspace(0, 1, len(knots), dtype=torch.float64, device=knots.device)
     bins = torch.searchsorted(cumulative, s, right=True).clamp(1, len(weights)) - 1
     within = (s - cumulative[bins]) / share[bins] * share.sum()

@@ -46,7 +46,8 @@ def make_cameras(
 ) -> Cameras:
     """Cameras with the NDC of the frustum that their median intrinsics see."""
     height, width = size
-    fx, fy, cx, cy = intrinsics.median(0).values.tolist()
+    middle = (len(intrinsics) - 1) // 2
+    fx, fy, cx, cy = intrinsics.sort(dim=0).values[middle].tolist()  # the median
     frustum = (2 * fx / width, 2 * fy / height, 2 * cx / width - 1, 1 - 2 * cy / height)
     return Cameras(camera_to_world, intrinsics.float(), size, frustum)
 

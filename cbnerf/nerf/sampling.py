@@ -18,7 +18,7 @@ def prefix_sums(
     A matrix product, because `cumsum` on GPUs is not deterministic. Values must be finite.
     """
     count = values.shape[-1]
-    return values @ torch.ones(count, count + 1, device=values.device).triu(1)
+    return values @ torch.ones(count, count + 1, dtype=values.dtype, device=values.device).triu(1)
 
 
 def choose_sub_pixels(

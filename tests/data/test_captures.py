@@ -114,9 +114,9 @@ def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
     """Change the content of `transforms.json`."""
 
     def apply(folder: Path) -> None:
-        content = json.loads((folder / "transforms.json").read_text())
+        content = json.loads((folder / "transforms.json").read_text(encoding="utf-8"))
         change(content)
-        (folder / "transforms.json").write_text(json.dumps(content))
+        (folder / "transforms.json").write_text(json.dumps(content), encoding="utf-8")
 
     return apply
 
@@ -208,9 +208,9 @@ def test_a_folder_is_a_scene_by_its_cameras(capture: Capture, tmp_path: Path):
 
 def replace_in(file: str, old: str, new: str) -> Callable[[Path], object]:
     def apply(folder: Path) -> None:
-        text = (folder / file).read_text()
+        text = (folder / file).read_text(encoding="utf-8")
         assert old in text
-        (folder / file).write_text(text.replace(old, new, 1))
+        (folder / file).write_text(text.replace(old, new, 1), encoding="utf-8")
 
     return apply
 
@@ -224,9 +224,18 @@ def set_value(key: str, value: object, frame: int | None = None) -> Callable[[Pa
 
 
 MALFORMED_TRANSFORMS: dict[str, tuple[Callable, str]] = {
-    "no JSON": (lambda f: (f / "transforms.json").write_text("{"), "json: not JSON"),
-    "deep": (lambda f: (f / "transforms.json").write_text("[" * 10**5), "json: not JSON"),
-    "a list": (lambda f: (f / "transforms.json").write_text("[]"), "json: holds no frames"),
+    "no JSON": (
+        lambda f: (f / "transforms.json").write_bytes(b"{"),
+        "json: not JSON",
+    ),
+    "deep": (
+        lambda f: (f / "transforms.json").write_bytes(b"[" * 10**5),
+        "json: not JSON",
+    ),
+    "a list": (
+        lambda f: (f / "transforms.json").write_bytes(b"[]"),
+        "json: holds no frames",
+    ),
     "no frames": (set_value("frames", []), "json: holds no frames"),
     "no path": (set_value("file_path", None, 3), "a frame without file_path"),
     "no matrix": (set_value("transform_matrix", None, 3), "image002.png: expected a matrix"),
@@ -254,7 +263,7 @@ SPARSE = "sparse/0"
 MALFORMED_MODELS: dict[str, tuple[Callable, str]] = {
     "no cameras": (lambda f: (f / SPARSE / "cameras.txt").unlink(), "cameras.txt: no such file"),
     "no points": (lambda f: (f / SPARSE / "points3D.txt").unlink(), "points3D.txt: no such file"),
-    "no images": (lambda f: (f / SPARSE / "images.txt").write_text(""), "holds no images"),
+    "no images": (lambda f: (f / SPARSE / "images.txt").write_bytes(b""), "holds no images"),
     "a folder": (lambda f: shutil.rmtree(f / SPARSE), "images.txt: no such file"),
     "another lens": (replace_in(f"{SPARSE}/cameras.txt", "OPENCV", "FOV"), "model FOV is not read"),
     "too few numbers": (replace_in(f"{SPARSE}/cameras.txt", " 0.0", ""), "broken COLMAP model"),

@@ -205,5 +205,7 @@ def test_a_built_in_scene_is_found_from_its_photographs_alone(imported: Path):
     # The lens is found, so pictures differ by JPEG and a slight zoom only.
     difference = (found.images.float() - truth.images.float()).abs()
     assert difference.mean() < 12
-    assert "8 of 8 photographs of photos" in (imported / "scenes/mine/cameras.txt").read_text()
+    assert "8 of 8 photographs of photos" in (imported / "scenes/mine/cameras.txt").read_text(
+        encoding="utf-8"
+    )
     assert (imported / "mine" / "video" / "stage1.mp4").stat().st_size > 0

@@ -1,5 +1,6 @@
 """Plans on the tiny preset, and folders that a finished unit would have left."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -66,6 +67,15 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("empty") / "mlflow.db"
     MlflowClient(f"sqlite:///{file}").search_experiments()
     return file
+
+
+@pytest.fixture(scope="module")
+def no_old_actors() -> Iterator[None]:
+    """Forget the actors of an earlier Ray in this process: a handle that is collected later ends
+    the actor of the present Ray that has the same ID."""
+    gc.collect()
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

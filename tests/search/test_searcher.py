@@ -37,7 +37,7 @@ def states(state: StudyState) -> list[TrialState]:
 
 
 @pytest.fixture(scope="module")
-def connected(ray_address: str) -> Iterator[None]:
+def connected(ray_address: str, no_old_actors: None) -> Iterator[None]:
     ray.init(address=ray_address, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
@@ -70,7 +70,7 @@ def test_tune_runs_every_unit_and_books_its_last_report(tiny_plan, connected, wa
         ),
         run_config=tune.RunConfig(storage_path=str(plan.folder), verbose=0),
     ).fit()
-    assert all("this one breaks" in str(error) for error in results.errors)
+    assert all("this one breaks" in str(error) for error in results.errors), results.errors
     whole = [(n, scene) for n in (0, 1, 3) for scene in plan.scenes]
     assert sorted(pair for pair in ended if pair[0] != 2) == whole
     assert len(ended) == len(set(ended)) and (2, "arcade") in ended

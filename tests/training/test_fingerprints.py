@@ -141,7 +141,7 @@ def imported_by(module: str) -> set[str]:
 
 CANNOT_CHANGE_NUMBERS = {
     "__init__.py", "files.py", "overrides.py", "strict_yaml.py",
-    "training/checkpoint.py", "training/divergence.py",
+    "progress.py", "training/checkpoint.py", "training/divergence.py", "training/preemption.py",
 }  # fmt: skip
 OF_STAGE_2 = {"codebook", "baselines", "training/models.py", "config.py"}
 """What stage 1 imports for the types of refiners, and knobs, whose values are hashed."""
