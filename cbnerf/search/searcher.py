@@ -4,6 +4,7 @@
 restored from Tune: the Optuna study is the only persistent state.
 """
 
+import errno
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -126,7 +127,14 @@ class Recorder(tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._begun.difference_update(unit.key for unit in _units(trial))
-        self._state.plan.check_disk()  # On a full disk a retry would fail, too.
+        self._check_disk()  # On a full disk a retry would fail, too.
+
+    def _check_disk(self) -> None:
+        """OSError for a full disk, which is still known where Tune raises it as its own error."""
+        try:
+            self._state.plan.check_disk()
+        except ValueError as error:
+            raise OSError(errno.ENOSPC, str(error)) from None
 
     # Tune calls the searcher first, so the units have been recorded.
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -142,7 +150,7 @@ class Recorder(tune.Callback):
     def end_unit(self, unit: Unit, metrics: Metrics | None) -> None:
         """Record a unit, or hand it out again if its process was lost before it began."""
         if metrics is None:
-            self._state.plan.check_disk()  # A full disk says nothing about a configuration.
+            self._check_disk()  # It says nothing about a configuration.
             if unit.key not in self._begun:
                 self._losses[unit.key] += 1
                 if self._losses[unit.key] <= _MAX_LOSSES:
