@@ -10,14 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-import yaml
 from provenance import provenance
 
 from cbnerf.config import Config
 from cbnerf.data.captures import read_capture
 from cbnerf.data.library import make_capture
 from cbnerf.data.scene import Capture, make_scene
-from cbnerf.overrides import with_overrides
+from cbnerf.overrides import read_knob, with_overrides
 from cbnerf.presets import preset
 from cbnerf.report.tables import Cell, Table, to_markdown
 from cbnerf.training.checkpoint import Checkpoint
@@ -42,8 +41,9 @@ class Options:
 
 def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
-    knobs = {name: yaml.safe_load(v) for name, v in (o.split("=", 1) for o in options.overrides)}
-    config = with_overrides(preset("cb-nerf", options.resolution), knobs)
+    knobs = dict(item.split("=", 1) for item in options.overrides)
+    parsed = {name: read_knob(name, value) for name, value in knobs.items()}
+    config = with_overrides(preset("cb-nerf", options.resolution), parsed)
     width = config.data.width
     capture = (
         read_capture(options.data / options.scene, width)

@@ -28,7 +28,7 @@ from cbnerf.config import Config
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
-from cbnerf.overrides import with_overrides
+from cbnerf.overrides import read_knob, with_overrides
 from cbnerf.presets import preset
 from cbnerf.training.distributed import choose_device
 from cbnerf.training.evaluation import refine_views, score_views
@@ -75,7 +75,7 @@ def main(options: Options) -> None:
         raise SystemExit("--shared: a refiner for all scenes knows each of them (holdout)")
     torch.set_num_threads(options.threads)
     knobs = dict(item.split("=", 1) for item in options.overrides)
-    parsed = {name: json.loads(value) for name, value in knobs.items()}
+    parsed = {name: read_knob(name, value) for name, value in knobs.items()}
     schedule = {"field.optim.steps": options.field_steps, "refiner.optim.evaluations": 1}
     config = with_overrides(preset("cb-nerf", options.resolution), schedule | parsed)
     pairs = {

@@ -27,7 +27,7 @@ from cbnerf.data.scene import Scene, make_scene
 from cbnerf.data.splits import split_views
 from cbnerf.metrics import to_8bit
 from cbnerf.nerf.model import build_field
-from cbnerf.overrides import with_overrides
+from cbnerf.overrides import read_knob, with_overrides
 from cbnerf.presets import preset
 from cbnerf.training.checkpoint import Checkpoint
 from cbnerf.training.distributed import choose_device
@@ -146,7 +146,7 @@ def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
     knobs = dict(item.split("=", 1) for item in options.overrides)
     base = preset("cb-nerf", options.resolution)
-    parsed = {name: json.loads(value) for name, value in knobs.items()}
+    parsed = {name: read_knob(name, value) for name, value in knobs.items()}
     follow = {"data.validation": False, "field.optim.evaluations": options.points}
     config = with_overrides(base, parsed | follow)
     rows: dict[str, dict[str, Run]] = {}

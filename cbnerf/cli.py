@@ -21,7 +21,7 @@ from cbnerf.commands.study import Enqueue, Suggest
 from cbnerf.config import KnobError
 from cbnerf.console import expand_homes, explain_unforeseen, fail, prepare_output
 from cbnerf.data.library import default_storage
-from cbnerf.presets import DEFAULT_METHOD, DEFAULT_RESOLUTION, choose_schedule, preset
+from cbnerf.presets import DEFAULT_METHOD, DEFAULT_RESOLUTION, choose_resolution, preset
 from cbnerf.progress import show_progress
 from cbnerf.training.distributed import choose_device, is_launched
 from cbnerf.training.preemption import Preempted, leaving_at_sigterm
@@ -70,7 +70,7 @@ def parse_command(arguments: Sequence[str]) -> Command:
     first.add_argument("--resolution", default=DEFAULT_RESOLUTION)
     chosen, _ = first.parse_known_args(arguments)
     has_gpu = choose_device().type == "cuda"
-    config = preset(chosen.preset, choose_schedule(chosen.resolution, has_gpu=has_gpu))
+    config = preset(chosen.preset, choose_resolution(chosen.resolution, has_gpu=has_gpu))
     field = TrainField(scene="", output=Path(), config=config)
     refiner = TrainRefiner(scene=(), field=(), output=Path(), config=config)
     for command in (field, refiner):

@@ -12,7 +12,7 @@ import yaml
 
 from cbnerf.config import Config, flatten
 from cbnerf.files import atomic_write_text
-from cbnerf.strict_yaml import load_yaml, shown
+from cbnerf.strict_yaml import load_yaml, parse_yaml, shown
 
 
 def knob_type(name: str) -> Any:
@@ -73,6 +73,11 @@ def _describe(kind: Any) -> str:
     if isinstance(kind, types.GenericAlias):
         return "a list of integers"
     return {int: "an integer", float: "a number", bool: "true or false"}[kind]
+
+
+def read_knob(name: str, text: str) -> Any:
+    """The value of a knob from its text in YAML; ValueError if it has another type."""
+    return cast(name, parse_yaml(text))
 
 
 def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:

@@ -118,7 +118,10 @@ def preset(method: str, resolution: str = DEFAULT_RESOLUTION) -> Config:
     return with_overrides(METHODS[method], RESOLUTIONS[resolution] | published)
 
 
-def choose_schedule(resolution: str, *, has_gpu: bool) -> str:
-    """The resolution with its schedule for CPUs where there is one and no GPU: `x2-504-cpu`."""
+def choose_resolution(resolution: str | None, *, has_gpu: bool) -> str:
+    """The resolution, by default x2-504 with a GPU and else x2-128; without a GPU with its schedule
+    for CPUs where there is one: `x2-504-cpu`."""
+    if resolution is None:
+        return "x2-504" if has_gpu else "x2-128"
     on_cpu = f"{resolution}-cpu"
     return on_cpu if on_cpu in RESOLUTIONS and not has_gpu else resolution

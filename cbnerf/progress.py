@@ -20,9 +20,14 @@ def progress(items: Sequence[Item], label: str) -> Iterator[Item]:
         now = time.monotonic()
         if now - said >= _INTERVAL:
             said = now
-            left = duration((now - started) / done * (len(items) - done))
+            left = time_left(now - started, done, len(items))
             logging.getLogger("cbnerf").info("%s: %d of %d, %s left", label, done, len(items), left)
         yield item
+
+
+def time_left(elapsed: float, done: int, total: int) -> str:
+    """About how long the rest takes, in words; something must be done."""
+    return duration(elapsed / done * (total - done))
 
 
 def duration(seconds: float) -> str:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cbnerf.config import Config, DataConfig, flatten
 from cbnerf.overrides import cast, knob_type, load_config, save_config, with_overrides
-from cbnerf.presets import METHODS, RESOLUTIONS, preset
+from cbnerf.presets import METHODS, RESOLUTIONS, choose_resolution, preset
 
 every_preset = pytest.mark.parametrize(
     "config", [preset(method, resolution) for method in METHODS for resolution in RESOLUTIONS]
@@ -44,6 +44,19 @@ def test_a_preset_changes_only_what_its_resolution_names():
             before, after = flatten(config), flatten(preset(method, name))
             changed = {k for k in after if after[k] != before[k]}
             assert changed <= set(overrides) | published
+
+
+def test_without_a_gpu_large_sizes_have_the_schedule_for_cpus():
+    chosen = {has: [choose_resolution(name, has_gpu=has) for name in (None, "x2-504", "x2-128")]
+              for has in (True, False)}  # fmt: skip
+    assert chosen == {
+        True: ["x2-504", "x2-504", "x2-128"],
+        False: ["x2-128", "x2-504-cpu", "x2-128"],
+    }
+    for name in ("x2-504", "x2-1008", "x4-1008"):
+        gpu, cpu = preset("cb-nerf", name), preset("cb-nerf", f"{name}-cpu")
+        assert cpu.data == gpu.data and cpu.field.optim.passes < gpu.field.optim.passes
+        assert choose_resolution(f"{name}-cpu", has_gpu=True) == f"{name}-cpu"
 
 
 def test_at_cpu_sizes_the_published_systems_take_more_and_smaller_updates():

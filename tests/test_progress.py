@@ -11,7 +11,7 @@ def test_a_line_every_thirty_seconds_tells_what_is_left(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.INFO, "cbnerf")
-    clock = count(0, 20)
+    clock = count(0.0, 20.0)
     monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
     assert list(progress(range(6), "stage 1 of fern")) == list(range(6))
     # The clock says 0 at the start and 20, 40, ... 120 before the items.

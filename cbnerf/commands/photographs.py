@@ -10,6 +10,7 @@ import tyro
 
 from cbnerf.data.importing import MIN_PHOTOGRAPHS, check_output, import_photographs
 from cbnerf.data.video_frames import write_sharp_frames
+from cbnerf.progress import time_left
 
 _SILENCE = 5.0
 """Seconds between two lines about the same step."""
@@ -62,5 +63,5 @@ class _Progress:
         if done < total and now - self._told < _SILENCE:
             return
         self._told = now
-        left = f", {elapsed / done * (total - done):.0f} s left" if elapsed and done < total else ""
+        left = f", {time_left(elapsed, done, total)} left" if elapsed and done < total else ""
         print(f"{step}  {done}/{total}{left}", flush=True)

@@ -16,9 +16,9 @@ from cbnerf.data.library import (
     split_list,
 )
 from cbnerf.nerf.model import settle_precision
-from cbnerf.overrides import cast, load_config, with_overrides
-from cbnerf.presets import DEFAULT_METHOD, METHODS, choose_schedule, preset
-from cbnerf.strict_yaml import parse_yaml, shown
+from cbnerf.overrides import load_config, read_knob, with_overrides
+from cbnerf.presets import DEFAULT_METHOD, METHODS, choose_resolution, preset
+from cbnerf.strict_yaml import shown
 from cbnerf.training.distributed import choose_device
 
 
@@ -50,9 +50,7 @@ class Request:
 
 def settle(request: Request) -> Comparison:
     """The comparison of a request; ValueError if its methods or scenes cannot be compared."""
-    has_gpu = torch.cuda.is_available()
-    asked = request.resolution or ("x2-504" if has_gpu else "x2-128")
-    resolution = choose_schedule(asked, has_gpu=has_gpu)
+    resolution = choose_resolution(request.resolution, has_gpu=torch.cuda.is_available())
     all_methods = request.methods == "all"
     names = list(METHODS) if all_methods else split_list("--methods", request.methods)
     changes = _read_knobs(request.knobs)
@@ -142,6 +140,6 @@ def _read_knob(text: str) -> tuple[str, object]:
     if not equals:
         raise ValueError(f"--knobs {shown(text)} is not NAME=VALUE")
     try:
-        return name, cast(name, parse_yaml(value))
+        return name, read_knob(name, value)
     except ValueError as error:
         raise ValueError(f"--knobs {shown(text)}: {error}") from None

@@ -15,12 +15,12 @@ from filelock import FileLock
 
 from cbnerf.config import DataConfig
 from cbnerf.data.captures import find_photographs, find_scenes, is_scene_folder, read_capture
+from cbnerf.data.lenses import Lens
 from cbnerf.data.llff import POSES_FILE, write_capture
 from cbnerf.data.scene import Capture, Scene, make_scene
 from cbnerf.data.splits import check_views
 from cbnerf.data.transforms import TRANSFORMS_FILE
 from cbnerf.files import atomic_write, expand_home
-from cbnerf.nerf.rays import centred_intrinsics
 from cbnerf.scenes import BUILT_IN_SCENES, make_camera, make_world, place_cameras
 from cbnerf.scenes.raycasting import render
 
@@ -175,12 +175,12 @@ def make_capture(name: str, *, width: int, num_views: int = NUM_VIEWS) -> Captur
     poses = place_cameras(num_views)
     cameras = [make_camera(pose, width) for pose in poses]
     views = [render(world, camera, _SUPERSAMPLING) for camera in cameras]
+    first = cameras[0]
+    lens = Lens.centred(float(first.width), float(first.height), first.focal)
     return Capture(
         name=name,
         images=torch.stack([(view.rgb * 255).round().to(torch.uint8) for view in views]),
         camera_to_world=poses,
-        intrinsics=centred_intrinsics(
-            num_views, cameras[0].focal, cameras[0].width, cameras[0].height
-        ),
+        intrinsics=torch.from_numpy(lens.matrix).repeat(num_views, 1),
         bounds=torch.tensor([[0.98 * near, 1.02 * far] for near, far in (v.bounds for v in views)]),
     )

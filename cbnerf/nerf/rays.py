@@ -52,14 +52,6 @@ def make_cameras(
     return Cameras(camera_to_world, intrinsics.float(), size, frustum)
 
 
-def centred_intrinsics(
-    views: int, focal: float, width: float | int, height: float | int
-) -> Float[Tensor, "views 4"]:
-    """One focal length, and principal points in the middle of the image."""
-    row = torch.tensor([focal, focal, width / 2, height / 2], dtype=torch.float64)
-    return row.repeat(views, 1)
-
-
 def make_rays(
     cameras: Cameras,
     views: Int[Tensor, "*rays"],

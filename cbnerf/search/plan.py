@@ -9,7 +9,7 @@ from cbnerf.config import FIELD_KNOBS, Config
 from cbnerf.data.library import choose_scenes, locate_data
 from cbnerf.experiment import ALL_SCENES, Experiment
 from cbnerf.overrides import with_overrides
-from cbnerf.presets import choose_schedule, preset
+from cbnerf.presets import choose_resolution, preset
 from cbnerf.search.space import check_space
 from cbnerf.search.spec import SearchSpec
 from cbnerf.training.checkpoint import Stage
@@ -136,8 +136,8 @@ def make_plan(
     if gpus == "auto":
         gpus = (1 if spec.resources.workers > 1 else 0.25) if has_gpu else 0
     if resolution is None:
-        asked = ("x2-504" if gpus else "x2-128") if spec.resolution == "auto" else spec.resolution
-        resolution = choose_schedule(asked, has_gpu=gpus > 0)
+        asked = None if spec.resolution == "auto" else spec.resolution
+        resolution = choose_resolution(asked, has_gpu=gpus > 0)
     base = with_overrides(preset(spec.method, resolution), spec.fixed)
     check_space(base, spec)
     _check_batches(base, spec.resources.workers)

@@ -210,9 +210,9 @@ class Racing:
 
     def make_room(self, number: int) -> None:
         """Accept the number of a configuration beyond those that were planned."""
-        more = (number + 1 - len(self._seconds), 0)
-        if more[0] > 0:
-            pad = [more[::-1], (0, 0), (0, 0)]
+        more = number + 1 - len(self._seconds)
+        if more > 0:
+            pad = [(0, more), (0, 0), (0, 0)]
             self._seconds = np.pad(self._seconds, pad, constant_values=np.nan)
             for quality, values in self._values.items():
                 self._values[quality] = np.pad(values, pad, constant_values=np.nan)

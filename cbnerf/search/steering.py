@@ -13,14 +13,14 @@ import optuna
 from filelock import FileLock, Timeout
 from optuna.trial import TrialState
 
-from cbnerf.overrides import cast, with_overrides
+from cbnerf.overrides import read_knob, with_overrides
 from cbnerf.report.tables import Cell, Table, to_markdown
 from cbnerf.search.plan import Plan
 from cbnerf.search.request import plan_study
 from cbnerf.search.sampler import join_study, open_study, propose, read_study, suggest
 from cbnerf.search.spec import Choices
 from cbnerf.search.state import StudyState
-from cbnerf.strict_yaml import parse_yaml, shown
+from cbnerf.strict_yaml import shown
 
 
 class Queued(NamedTuple):
@@ -71,9 +71,9 @@ def _values(plan: Plan, settings: Sequence[str]) -> dict[str, Any]:
             wrong = "named twice" if equals else "not of the form knob=value"
             raise ValueError(f"{shown(setting)} is {wrong}")
         if knob not in space:
-            cast(knob, parse_yaml(text))  # An unknown knob has a better message.
+            read_knob(knob, text)  # An unknown knob has a better message.
             raise ValueError(f"study {plan.name} does not search {knob}, but {', '.join(space)}")
-        value, domain = cast(knob, parse_yaml(text)), space[knob]
+        value, domain = read_knob(knob, text), space[knob]
         if value not in domain:
             allowed = (
                 f"one of {', '.join(map(str, domain.choices))}"
