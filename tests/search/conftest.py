@@ -1,6 +1,5 @@
 """Plans on the tiny preset, and folders that a finished unit would have left."""
 
-import gc
 import importlib.util
 import json
 import os
@@ -70,17 +69,10 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def no_old_actors() -> Iterator[None]:
-    """Forget the actors of an earlier Ray in this process: a handle that is collected later ends
-    the actor of the present Ray that has the same ID."""
-    gc.collect()
-    yield
-    gc.collect()
-
-
-@pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
-    """The address of a Ray with two CPUs, which takes seconds to start, so tests share it."""
+    """The address of a Ray with two CPUs, which takes seconds to start, so the tests of a file
+    share it. Those of several files cannot: a process that was connected to another Ray since the
+    start of this one gets no actors here ("all references to the actor were removed")."""
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 2, "include_dashboard": False}

@@ -37,7 +37,7 @@ def states(state: StudyState) -> list[TrialState]:
 
 
 @pytest.fixture(scope="module")
-def connected(ray_address: str, no_old_actors: None) -> Iterator[None]:
+def connected(ray_address: str) -> Iterator[None]:
     ray.init(address=ray_address, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()

@@ -30,7 +30,7 @@ now."""
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_ray(no_old_actors: None) -> Iterator[None]:
+def small_ray() -> Iterator[None]:
     memory = psutil.virtual_memory()
     limit = (memory.used + ROOM) / memory.total
     ray.init(
