@@ -36,7 +36,10 @@ def runs(tiny_capture: Capture, tmp_path_factory) -> Path:
 
 
 def test_training_leaves_its_files_and_knobs(runs: Path):
-    files = {"field": {"field.pt", "renders.npz"}, "refiner": {"refiner.pt", "strip.png"}}
+    files = {
+        "field": {"field.pt", "renders.npz", "strip.png"},
+        "refiner": {"refiner.pt", "strip.png"},
+    }
     expected = with_overrides(
         preset("cb-nerf", "tiny"),
         {"field.optim.steps": 3, "field.num_coarse_samples": 8, "field.num_fine_samples": 4,

@@ -9,7 +9,7 @@ import io
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -35,7 +35,7 @@ class Picture(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """An interactive chart, in HTML only."""
+    """Something interactive, in HTML only."""
 
     title: str
     caption: str
@@ -115,7 +115,7 @@ def _block_to_html(block: Block) -> str:
         case Table():
             return f"<div class=wide>{to_html(block)}</div>"
         case Picture(_, caption, image):
-            return f'<img alt="" src="{_data_uri(image)}">\n{_caption(caption)}'
+            return f'<img alt="" src="{data_uri(image, "PNG")}">\n{_caption(caption)}'
         case Chart(title, caption, html):
             return f"<h2>{escape(title)}</h2>{_caption(caption)}{html}"
         case Code(name, text):
@@ -126,7 +126,9 @@ def _caption(text: str) -> str:
     return f"<p class=caption>{escape(text)}</p>"
 
 
-def _data_uri(image: Image.Image) -> str:
+def data_uri(image: Image.Image, kind: str, **options: Any) -> str:
+    """An image as part of a page, in a format of Pillow and with its options."""
     stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    image.save(stream, kind, **options)
+    content = base64.b64encode(stream.getvalue()).decode()
+    return f"data:image/{kind.lower()};base64,{content}"

@@ -10,6 +10,7 @@ from cbnerf.overrides import save_config
 from cbnerf.report.page import Code, Page, Section, write_page
 from cbnerf.report.tables import Cell, Table
 from cbnerf.search.charts import charts
+from cbnerf.search.gallery import study_gallery
 from cbnerf.search.plan import Plan
 from cbnerf.search.spec import QUALITIES
 from cbnerf.search.state import StudyState
@@ -99,7 +100,7 @@ def study_page(
         notes,
         [
             Section(configurations, [scene_table(scores), Code("best.yaml", best_yaml)]),
-            Section("", list(charts(state))),
+            Section("", [*study_gallery(state), *charts(state)]),
             Section("Configurations", [configuration_table(state)]),
         ],
     )
