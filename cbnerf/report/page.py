@@ -63,6 +63,8 @@ class Page(NamedTuple):
     notes: Sequence[str]
     """Sentences below the title."""
     sections: Sequence[Section]
+    reload_every: int | None = None
+    """Seconds after which a browser loads the page again; None: it does not."""
 
 
 def write_page(page: Page, folder: Path) -> list[Path]:
@@ -100,6 +102,8 @@ def page_to_html(page: Page) -> str:
     notes = "\n".join(f"<li>{escape(note)}</li>" for note in page.notes)
     body = "\n".join([f"<h1>{title}</h1>", f"<ul>\n{notes}\n</ul>", *_sections_to_html(page)])
     head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}{STYLE}</style>'
+    if page.reload_every:
+        head += f'<meta http-equiv="refresh" content="{page.reload_every}">'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
 
 
