@@ -10,7 +10,9 @@ from html import escape
 from importlib.resources import files
 from typing import Any, NamedTuple
 
+from jaxtyping import UInt8
 from PIL import Image
+from torch import Tensor
 
 from cbnerf.report.figures import LARGEST_ERROR
 from cbnerf.report.page import Chart, data_uri
@@ -37,7 +39,7 @@ class Shot(NamedTuple):
     name: str
     note: str
     """A few words beside the name; may be empty."""
-    image: Image.Image
+    image: UInt8[Tensor, "height width 3"]
 
 
 class View(NamedTuple):
@@ -49,7 +51,8 @@ class View(NamedTuple):
 def gallery(title: str, caption: str, views: Sequence[View], budget: int = BUDGET) -> Chart:
     """A gallery in the most exact format in which its images take at most `budget` bytes; in the
     last one if none is small enough. The caption says which."""
-    images = [shot.image for view in views for shot in view.shots]
+    shots = [shot for view in views for shot in view.shots]
+    images = [Image.fromarray(shot.image.contiguous().numpy()) for shot in shots]
     uris, words = _encode(images, budget)
     remaining = iter(uris)
     figures = "\n".join(_figure(view, [next(remaining) for _ in view.shots]) for view in views)

@@ -10,7 +10,7 @@ from cbnerf.overrides import save_config
 from cbnerf.report.page import Code, Page, Section, write_page
 from cbnerf.report.tables import Cell, Table
 from cbnerf.search.charts import charts
-from cbnerf.search.gallery import study_gallery
+from cbnerf.search.held_out import study_gallery
 from cbnerf.search.plan import Plan
 from cbnerf.search.spec import QUALITIES
 from cbnerf.search.state import StudyState

@@ -14,7 +14,7 @@ from cbnerf.report.gallery import BUDGET, Shot, View, gallery
 from cbnerf.report.page import Page, Section, page_to_html, page_to_markdown
 
 
-def textured(seed: int, width: int = 504, height: int = 378) -> Image.Image:
+def textured(seed: int, width: int = 504, height: int = 378) -> torch.Tensor:
     """Stripes and chequers of all sizes and colours, without noise; as hard to compress as a
     photograph of the same size."""
     random = np.random.default_rng(seed)
@@ -25,11 +25,11 @@ def textured(seed: int, width: int = 504, height: int = 378) -> Image.Image:
         phase = frequency * (x * np.cos(angle) + y * np.sin(angle)) + random.uniform(0, 6)
         shape = np.sign if wave % 10 == 0 else np.asarray
         waves += shape(np.sin(phase))[..., None] * random.normal(size=3)
-    return Image.fromarray(np.clip(128 + 8 * waves, 0, 255).astype(np.uint8))
+    return torch.from_numpy(np.clip(128 + 8 * waves, 0, 255).astype(np.uint8))
 
 
-def plain(color: tuple[int, int, int]) -> Image.Image:
-    return Image.new("RGB", (64, 48), color)
+def plain(color: tuple[int, int, int]) -> torch.Tensor:
+    return torch.tensor(color, dtype=torch.uint8).expand(48, 64, 3)
 
 
 def embedded(html: str) -> list[Image.Image]:
@@ -82,9 +82,7 @@ def test_in_a_browser_the_slider_the_choice_and_the_key_change_the_picture(tmp_p
     assert seen["left"] == [best, best, stage_1]
     assert seen["chosen"] == ["photograph", "photograph"]  # in all views
     assert seen["right"] == [photograph, photograph, stage_1]
-    render, truth = (torch.tensor(color, dtype=torch.uint8).expand(48, 64, 3)
-                     for color in (RENDER, PHOTOGRAPH))  # fmt: skip
-    heat = [*np.asarray(error_map(render, truth))[0, 0], 255]
+    heat = [*np.asarray(error_map(plain(RENDER), plain(PHOTOGRAPH)))[0, 0], 255]
     assert np.abs(np.array(seen["errors"]) - heat).max() <= 1
     assert seen["again"] == [stage_1, stage_1, stage_1]
     assert "width: 64px" in dom and dom.count("<canvas") == 2 * (1 + 3)
@@ -105,14 +103,14 @@ def test_small_galleries_are_exact():
     image = textured(0, 64, 48)
     chart = gallery("", "", [View("fern", [Shot("photograph", "", image)])])
     (shown,) = embedded(chart.html)
-    assert np.array_equal(np.asarray(shown.convert("RGB")), np.asarray(image))
+    assert np.array_equal(np.asarray(shown.convert("RGB")), image)
     assert "Native pixels, lossless WebP" in chart.caption
 
 
 def test_eight_scenes_of_504_pixels_leave_room_for_the_charts():
     image = textured(0)
     png = io.BytesIO()
-    image.save(png, "PNG")
+    Image.fromarray(image.numpy()).save(png, "PNG")
     assert len(png.getvalue()) > 350_000  # as much as flower's of LLFF, more than fern's and room's
     views = [
         View(str(scene), [Shot(str(shot), "", image) for shot in range(4)]) for scene in range(8)
@@ -120,7 +118,7 @@ def test_eight_scenes_of_504_pixels_leave_room_for_the_charts():
     chart = gallery("", "", views)
     assert 0.7 * BUDGET < len(chart.html.encode()) < BUDGET + 10_000
     shown = np.asarray(embedded(chart.html)[0].convert("RGB")).astype(float)
-    assert np.sqrt(np.mean((shown - np.asarray(image)) ** 2)) < 5
+    assert np.sqrt(np.mean((shown - image.numpy()) ** 2)) < 5
     assert "JPEG of quality" in chart.caption
 
 

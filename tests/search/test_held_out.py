@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cbnerf.report.page import Chart
-from cbnerf.search.gallery import study_gallery
+from cbnerf.search.held_out import study_gallery
 from cbnerf.search.plan import Plan
 from cbnerf.search.state import StudyState
 from cbnerf.training.stages import strip_file

@@ -7,7 +7,6 @@ photographs nor checkpoints nor Ray are needed.
 from collections.abc import Iterator
 
 from jaxtyping import UInt8
-from PIL import Image
 from torch import Tensor
 
 from cbnerf.metrics import psnr
@@ -39,7 +38,7 @@ def _shots(state: StudyState, scene: str) -> list[Shot]:
     for name, (number, images) in zip(("best", "runner-up"), found, strict=False):
         if images is not None:
             shots.append(_shot(f"{name} (number {number})", images[-1], photograph))
-    return [*shots, Shot(PHOTOGRAPH, "", _to_image(photograph))]
+    return [*shots, Shot(PHOTOGRAPH, "", photograph)]
 
 
 def _read(
@@ -56,8 +55,4 @@ def _read(
 def _shot(
     name: str, image: UInt8[Tensor, "height width 3"], photograph: UInt8[Tensor, "height width 3"]
 ) -> Shot:
-    return Shot(name, f"{psnr(image, photograph):.2f} dB", _to_image(image))
-
-
-def _to_image(image: UInt8[Tensor, "height width 3"]) -> Image.Image:
-    return Image.fromarray(image.contiguous().numpy())
+    return Shot(name, f"{psnr(image, photograph):.2f} dB", image)
