@@ -37,24 +37,22 @@ class Status(NamedTuple):
     seconds_left: float | None
     """Until the end of the search; None before the first unit has ended."""
     spent: float
-    """Hours of all trainings so far, stage 1 included; GPU-hours on GPUs."""
+    """Seconds of all trainings so far, stage 1 included; with GPUs, times the GPUs of each."""
     price: float | None
     """The same for the whole study without pruning, which `--dry-run` estimates; None before the
     first unit has ended."""
-    unit: str
-    """`hours` or `GPU-hours`."""
+    has_gpus: bool
 
 
 def describe(status: Status) -> str:
     """One line for a status."""
-    parts = [_describe_best(status), f"{status.ended}/{status.trials} configurations"]
+    parts = [_describe_best(status), f"{status.ended}/{status.trials} ended"]
     if status.seconds_left is not None:
         parts.append(f"{duration(status.seconds_left)} left")
-    parts.append(
-        f"units {status.running} running, {status.done} done, {status.pruned} spared by pruning"
-    )
-    price = "" if status.price is None else f" of {status.price:.2f} without pruning"
-    parts.append(f"{status.spent:.2f} {status.unit}{price}")
+    parts.append(f"units: {status.running} running, {status.done} done, {status.pruned} pruned")
+    price = "" if status.price is None else f" of {duration(status.price)} unpruned"
+    what = "GPU time" if status.has_gpus else "training time"
+    parts.append(f"{what} {duration(status.spent)}{price}")
     return " | ".join(parts)
 
 
@@ -65,7 +63,7 @@ def _describe_best(status: Status) -> str:
     text = f"best #{best:02d} {status.objective} {value:.3f}"
     if others:
         rival, second = others[0]
-        text += f", {value - second:.3f} above #{rival:02d}"
+        text += f", +{value - second:.3f} to #{rival:02d}"
     return text
 
 
@@ -80,7 +78,6 @@ def find_status(state: StudyState, plan: Plan, *, running: int, pace: float | No
     pairs = plan.rungs * len(plan.trainings)
     left = plan.spec.trials * len(plan.trainings) - settled(state)
     spent, price = _seconds(state)
-    to_hours = (gpus or 1) / 3600
     return Status(
         ended=state.num_ended,
         trials=plan.spec.trials,
@@ -90,9 +87,9 @@ def find_status(state: StudyState, plan: Plan, *, running: int, pace: float | No
         done=len(state.recorded),
         pruned=sum(pairs - len(state.results(number)) for number in state.pruned),
         seconds_left=None if pace is None else pace * left,
-        spent=spent * to_hours,
-        price=None if price is None else price * to_hours,
-        unit="GPU-hours" if gpus else "hours",
+        spent=spent * (gpus or 1),
+        price=None if price is None else price * (gpus or 1),
+        has_gpus=gpus > 0,
     )
 
 

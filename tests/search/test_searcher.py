@@ -124,7 +124,7 @@ def test_a_failed_unit_tells_why_and_the_search_goes_on(
     output, errors = capfd.readouterr()
     assert "#00  arcade failed: train/loss not finite\n" in output
     assert "#00  blinds failed: RuntimeError: out of luck\n" in output
-    assert re.search(r"^none finished yet \| \d/2 configurations \| ", output, re.MULTILINE)
+    assert re.search(r"^none finished yet \| \d/2 ended \| ", output, re.MULTILINE)
     assert "#01  20.000 *" in output and "Traceback" not in output + errors
     assert states(state) == [TrialState.FAIL, TrialState.COMPLETE]
     client = MlflowClient(tracking_uri(plan.storage))

@@ -13,22 +13,22 @@ pytestmark = pytest.mark.search
 
 HALF_WAY = Status(
     ended=5, trials=12, objective="val/psnr", ranking=[(7, 27.418), (3, 27.3664)], running=2,
-    done=31, pruned=20, seconds_left=720.0, spent=0.4249, price=1.31, unit="GPU-hours",
+    done=31, pruned=20, seconds_left=720.0, spent=1530.0, price=7920.0, has_gpus=True,
 )  # fmt: skip
 
 
 def test_a_status_is_one_line():
     assert describe(HALF_WAY) == (
-        "best #07 val/psnr 27.418, 0.052 above #03 | 5/12 configurations | 12 min left | "
-        "units 2 running, 31 done, 20 spared by pruning | 0.42 GPU-hours of 1.31 without pruning"
+        "best #07 val/psnr 27.418, +0.052 to #03 | 5/12 ended | 12 min left | "
+        "units: 2 running, 31 done, 20 pruned | GPU time 26 min of 2.2 h unpruned"
     )
-    alone = HALF_WAY._replace(ranking=[(0, -3.0)], unit="hours")
+    alone = HALF_WAY._replace(ranking=[(0, -3.0)], has_gpus=False)
     assert describe(alone).startswith("best #00 val/psnr -3.000 | 5/12")
+    assert describe(alone).endswith("| training time 26 min of 2.2 h unpruned")
     fresh = HALF_WAY._replace(ended=0, ranking=[], running=1, done=0, pruned=0, seconds_left=None,
-                              spent=0.1, price=None)  # fmt: skip
+                              spent=10.0, price=None)  # fmt: skip
     assert describe(fresh) == (
-        "none finished yet | 0/12 configurations | units 1 running, 0 done, 0 spared by pruning | "
-        "0.10 GPU-hours"
+        "none finished yet | 0/12 ended | units: 1 running, 0 done, 0 pruned | GPU time 10 s"
     )
 
 
@@ -56,12 +56,12 @@ def test_what_a_race_spares_is_counted_and_its_cost_stands_beside_the_full_price
     assert status._replace(spent=0.0) == Status(
         ended=3, trials=3, objective="val/psnr", ranking=[(2, 26.0), (0, 25.0)], running=0,
         done=12 + trained, pruned=6 - trained, seconds_left=0.0, spent=0.0,
-        price=pytest.approx((40 + 3 * 2 * 9) / 3600), unit="hours",
+        price=pytest.approx(40 + 3 * 2 * 9), has_gpus=False,
     )  # fmt: skip
     of_pruned = {scene: max(r for s, r in state.results(1) if s == scene)
                  for scene, _ in state.results(1)}  # fmt: skip
     spent = 40 + 4 * 9 + sum(9 / plan.part(rung) for rung in of_pruned.values())
-    assert status.spent == pytest.approx(spent / 3600)
+    assert status.spent == pytest.approx(spent)
 
 
 def test_the_price_counts_gpus_and_full_trainings_before_one_has_ended(
@@ -76,9 +76,8 @@ def test_the_price_counts_gpus_and_full_trainings_before_one_has_ended(
     assert unit is not None and plan.part(unit.rung) == 9
     state.record(unit, {"val/psnr": 20.0, "val/ssim": 0.5, "seconds": 2.0})
     status = find_status(state, plan, running=1, pace=18.0)
-    assert status.unit == "GPU-hours" and status.ended == 0
-    assert status.spent * 3600 == pytest.approx(2 * 0.5)
-    assert status.price is not None and status.price * 3600 == pytest.approx(4 * 9 * 2 * 0.5)
+    assert status.has_gpus and status.ended == 0
+    assert status.spent == pytest.approx(2 * 0.5) and status.price == pytest.approx(4 * 9 * 2 * 0.5)
     assert settled(state) == pytest.approx(1 / 9)
     assert status.seconds_left == pytest.approx(18 * (4 - 1 / 9))
 
@@ -100,7 +99,7 @@ def test_without_a_terminal_a_line_is_printed_at_intervals(
         for step in range(2):
             line.on_step_end(step, TRIALS)
     told = capsys.readouterr()
-    expected = "none finished yet | 0/4 configurations | units 2 running, 0 done"
+    expected = "none finished yet | 0/4 ended | units: 2 running, 0 done"
     assert told.out.count(expected) == len(told.out.splitlines()) == lines and told.err == ""
 
 
