@@ -38,6 +38,13 @@ def check_may_write(folder: Path) -> None:
         raise ValueError(f"{existing}: this user may not write there; give another folder")
 
 
+def check_output(output: Path) -> None:
+    """ValueError for a folder that holds something, or that cannot be written or created."""
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f"{output}: is there already; give another --output or remove it")
+    check_may_write(output)
+
+
 @contextmanager
 def atomic_write(target: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `target`; at the end, what was written there replaces

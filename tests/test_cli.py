@@ -12,7 +12,7 @@ import torch
 from cbnerf.cli import main
 from cbnerf.data.captures import read_capture
 from cbnerf.data.llff import write_capture
-from cbnerf.data.scene import Capture
+from cbnerf.data.scene import Capture, make_scene
 from cbnerf.overrides import load_config, with_overrides
 from cbnerf.presets import preset
 
@@ -36,7 +36,10 @@ def runs(tiny_capture: Capture, tmp_path_factory) -> Path:
 
 
 def test_training_leaves_its_files_and_knobs(runs: Path):
-    files = {"field": {"field.pt", "renders.npz"}, "refiner": {"refiner.pt", "strip.png"}}
+    files = {
+        "field": {"field.pt", "renders.npz", "strip.png"},
+        "refiner": {"refiner.pt", "strip.png"},
+    }
     expected = with_overrides(
         preset("cb-nerf", "tiny"),
         {"field.optim.steps": 3, "field.num_coarse_samples": 8, "field.num_fine_samples": 4,
@@ -110,6 +113,29 @@ def test_evaluation_names_every_test_view_and_the_mean(runs: Path, capsys):
     for group in (rows[:3], rows[3:]):
         views_and_mean = [float(row.split("PSNR")[1].split()[0]) for row in group]
         assert np.mean(views_and_mean[:2]) == pytest.approx(views_and_mean[2], abs=0.011)
+
+
+def test_evaluation_writes_the_views_that_it_scores(runs: Path, tmp_path: Path, capsys):
+    evaluate = ["evaluate", f"--scene={runs}/scene", f"--field={runs}/field",
+                f"--output={tmp_path}/views"]  # fmt: skip
+    main([*evaluate, f"--refiner={runs}/refiner"])
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"{tmp_path}/views: photographs, stage1, refined of 2 test views"
+    )
+    files = [file for file in (tmp_path / "views").rglob("*") if file.is_file()]
+    views = {file.relative_to(tmp_path / "views").as_posix(): iio.imread(file) for file in files}
+    names = ("photographs", "stage1", "refined")
+    assert set(views) == {f"{name}/{view}.png" for name in names for view in ("000", "008")}
+    scene = make_scene(read_capture(runs / "scene", 64), preset("cb-nerf", "tiny").data)
+    with np.load(runs / "field" / "renders.npz") as renders:
+        for view in (0, 8):
+            assert np.array_equal(views[f"photographs/{view:03d}.png"], scene.images[view])
+            assert np.array_equal(views[f"stage1/{view:03d}.png"], renders["rgb"][view])
+    assert views["refined/008.png"].shape == views["stage1/008.png"].shape
+    with pytest.raises(SystemExit):  # before anything is computed
+        main([*evaluate, "--field=nowhere"])
+    assert "views: is there already; give another --output" in capsys.readouterr().err
+    assert {file for file in (tmp_path / "views").rglob("*") if file.is_file()} == set(files)
 
 
 def test_inspection_pictures_the_codebook(runs: Path, tmp_path: Path, capsys):

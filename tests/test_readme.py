@@ -36,7 +36,12 @@ def test_the_commands_for_one_scene_run_in_their_order(tmp_path):
         cwd=tmp_path,
         check=True,
     )
-    for file in ("video/stage1.mp4", "video/refined.mp4", "codebook/codes.png"):
+    for file in (
+        "video/stage1.mp4",
+        "video/refined.mp4",
+        "codebook/codes.png",
+        "views/refined/000.png",
+    ):
         assert (tmp_path / "mosaic" / file).stat().st_size > 0
 
 

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from cbnerf.data.importing import MIN_PHOTOGRAPHS, check_output, import_photographs
+from cbnerf.data.importing import MIN_PHOTOGRAPHS, import_photographs
 from cbnerf.data.video_frames import write_sharp_frames
+from cbnerf.files import check_output
 from cbnerf.progress import time_left
 
 _SILENCE = 5.0

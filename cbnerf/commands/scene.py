@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import imageio.v3 as iio
 import torch
 import tyro
+from jaxtyping import UInt8
+from torch import Tensor
 
 from cbnerf.codebook.refiner import DEFAULT_TILE
 from cbnerf.config import Config
@@ -18,7 +21,7 @@ from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders, load_renders
 from cbnerf.data.scene import Scene, make_scene
 from cbnerf.data.splits import MIN_TRAINING_VIEWS, check_views, split_views
-from cbnerf.files import expand_home
+from cbnerf.files import atomic_write, check_output, expand_home
 from cbnerf.nerf.path import spiral_path
 from cbnerf.overrides import load_config
 from cbnerf.presets import DEFAULT_METHOD, DEFAULT_RESOLUTION
@@ -114,24 +117,34 @@ class Evaluate:
     """Output folder of `train-field`."""
     refiner: Path | None = None
     """Output folder of `train-refiner`."""
+    output: Path | None = None
+    """New folder for the views as PNG files: stage1/000.png, refined/000.png, photographs/000.png,
+    ..., numbered as the photographs of the scene."""
     tile: int = DEFAULT_TILE
     """Tile size of the refiner in pixels: smaller tiles need less memory, with the same result."""
 
     def run(self) -> None:
+        if self.output is not None:
+            check_output(self.output)
         device = choose_device()
         scene, renders, test = _load_test_views(self.scene, self.field)
         rows = {"stage 1": score_views(renders.rgb[test], scene.images[test], perceptual=True)}
+        pictures = {"photographs": scene.images[test], "stage1": renders.rgb[test]}
         if self.refiner is not None:
             refiner = load_refiner(self.refiner / REFINER_FILE, device)
             config = load_config(self.refiner / CONFIG_FILE)
             references = find_references(config, scene, renders, test)
             refined = refine_views(refiner, renders.of(test), device, references, tile=self.tile)
+            pictures["refined"] = refined
             rows["refined"] = score_views(refined, scene.images[test], perceptual=True)
         print(f"{scene.name}, protocol holdout, {scene.width}x{scene.height}")
         for name, scores in rows.items():
             for view, score in zip(test, scores, strict=True):
                 _print_score(f"{name:<8} view {view:3d}", score)
             _print_score(f"{name:<8} mean    ", mean_score(scores))
+        if self.output is not None:
+            _write_views(self.output, pictures, test)
+            print(f"{self.output}: {', '.join(pictures)} of {len(test)} test views")
 
 
 @dataclass(kw_only=True)
@@ -288,6 +301,17 @@ def _load_renders(field: Path, checkpoint: Checkpoint, scene: Scene) -> Renders:
 def _size(images: torch.Tensor) -> str:
     views, height, width, _ = images.shape
     return f"{views} views of {width}x{height}"
+
+
+def _write_views(
+    folder: Path, pictures: dict[str, UInt8[Tensor, "views height width 3"]], views: list[int]
+) -> None:
+    """Write NAME/000.png, ... for each name, numbered as `views`; all of them or none."""
+    with atomic_write(folder) as unfinished:
+        for name, images in pictures.items():
+            (unfinished / name).mkdir(parents=True)
+            for view, image in zip(views, images, strict=True):
+                iio.imwrite(unfinished / name / f"{view:03d}.png", image.numpy())
 
 
 def _print_score(label: str, score: Score) -> None:

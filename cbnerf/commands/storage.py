@@ -4,6 +4,7 @@ import importlib.util
 import math
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -95,11 +96,20 @@ class Report:
 
     study: tyro.conf.Positional[str]
     """Name of the study."""
+    watch: bool = False
+    """Write it again and again while the study runs; a browser follows. Ctrl-C ends it."""
+    every: int = 30
+    """Seconds between two pages of --watch."""
     storage: Path = field(default_factory=default_storage)
     """The `--storage` of `tune.py`."""
 
     def run(self) -> None:
         need_optuna()
-        from cbnerf.search.command import report_study
+        from cbnerf.search.command import report_study, watch_study
 
-        print(report_study(self.storage, self.study))
+        if self.every < 1:
+            raise ValueError("--every must be at least 1")
+        if self.watch:
+            print(watch_study(self.storage, self.study, self.every, partial(print, flush=True)))
+        else:
+            print(report_study(self.storage, self.study))

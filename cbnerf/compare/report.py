@@ -23,13 +23,16 @@ from cbnerf.config import flatten
 from cbnerf.files import atomic_write_text
 from cbnerf.report import figures
 from cbnerf.report.figures import Panel
-from cbnerf.report.page import HTML_FILE, MARKDOWN_FILE, Page, Picture, Section, write_page
+from cbnerf.report.gallery import PHOTOGRAPH, Shot, View, gallery
+from cbnerf.report.page import HTML_FILE, MARKDOWN_FILE, Chart, Page, Picture, Section, write_page
 from cbnerf.report.tables import to_latex, to_markdown
 
 REPORT_FILES = (
     MARKDOWN_FILE, HTML_FILE, "report.json", "tables.tex", "crops.png", "errors.png"
 )  # fmt: skip
 _IN_FIGURES = ("stage 1", "refined")
+_BUDGET = 8_000_000
+"""Most bytes of the gallery's images."""
 
 
 def write_report(
@@ -50,7 +53,8 @@ def write_report(
         ),
     ]
     notes = _notes(comparison, results, device)
-    write_page(Page(_title(comparison), notes, [Section("", [*main, *pictures, *details])]), folder)
+    blocks = [*main, *pictures, *details, _make_gallery(comparison, results)]
+    write_page(Page(_title(comparison), notes, [Section("", blocks)]), folder)
     atomic_write_text(folder / "tables.tex", "\n\n".join(map(to_latex, main)) + "\n")
     content = to_plain(comparison, results, device)
     atomic_write_text(folder / "report.json", json.dumps(content, indent=1) + "\n")
@@ -112,6 +116,22 @@ def draw_figures(comparison: Comparison, results: Results) -> tuple[Image.Image,
         figures.draw_grid(["photograph", "crop of it", *systems], crops),
         figures.draw_grid(systems, errors, scale),
     )
+
+
+def _make_gallery(comparison: Comparison, results: Results) -> Chart:
+    """The views of the figures, whole."""
+    systems = [row.name for row in comparison.rows if row.part in _IN_FIGURES]
+    metric = list_metrics(results)[0]
+    views = [
+        View(f"{scene}, view {view}", [
+            *(Shot(name, f"{results.scores[name][scene].views[view][metric]:.2f} dB", images[name])
+              for name in systems),
+            Shot(PHOTOGRAPH, "", photograph),
+        ])
+        for scene, (view, photograph, images) in results.shown.items()
+    ]  # fmt: skip
+    caption = "The first view of each scene that is scored and not nerf-sr's reference."
+    return gallery("Gallery", caption, views, _BUDGET)
 
 
 def _title(comparison: Comparison) -> str:

@@ -27,7 +27,7 @@ from cbnerf.data.structure_from_motion import (
     check_pycolmap,
     reconstruct,
 )
-from cbnerf.files import atomic_write
+from cbnerf.files import atomic_write, check_output
 
 NOTE_FILE = "cameras.txt"
 MIN_PHOTOGRAPHS = 5
@@ -73,12 +73,6 @@ def import_photographs(
             _write_scene(scene, images, kept.cameras)
             (scene / NOTE_FILE).write_text(note, encoding="utf-8")
     return note
-
-
-def check_output(output: Path) -> None:
-    """ValueError for a folder that holds something."""
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"{output}: is there already; give another --output or remove it")
 
 
 def _prepare(photographs: Path, images: Path, width: int, progress: Progress) -> Prepared:

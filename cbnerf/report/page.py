@@ -9,7 +9,7 @@ import io
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -35,7 +35,7 @@ class Picture(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """An interactive chart, in HTML only."""
+    """Something interactive, in HTML only."""
 
     title: str
     caption: str
@@ -63,6 +63,8 @@ class Page(NamedTuple):
     notes: Sequence[str]
     """Sentences below the title."""
     sections: Sequence[Section]
+    reload_every: int | None = None
+    """Seconds after which a browser loads the page again; None: it does not."""
 
 
 def write_page(page: Page, folder: Path) -> list[Path]:
@@ -100,6 +102,8 @@ def page_to_html(page: Page) -> str:
     notes = "\n".join(f"<li>{escape(note)}</li>" for note in page.notes)
     body = "\n".join([f"<h1>{title}</h1>", f"<ul>\n{notes}\n</ul>", *_sections_to_html(page)])
     head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}{STYLE}</style>'
+    if page.reload_every:
+        head += f'<meta http-equiv="refresh" content="{page.reload_every}">'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
 
 
@@ -115,7 +119,7 @@ def _block_to_html(block: Block) -> str:
         case Table():
             return f"<div class=wide>{to_html(block)}</div>"
         case Picture(_, caption, image):
-            return f'<img alt="" src="{_data_uri(image)}">\n{_caption(caption)}'
+            return f'<img alt="" src="{data_uri(image, "PNG")}">\n{_caption(caption)}'
         case Chart(title, caption, html):
             return f"<h2>{escape(title)}</h2>{_caption(caption)}{html}"
         case Code(name, text):
@@ -126,7 +130,9 @@ def _caption(text: str) -> str:
     return f"<p class=caption>{escape(text)}</p>"
 
 
-def _data_uri(image: Image.Image) -> str:
+def data_uri(image: Image.Image, kind: str, **options: Any) -> str:
+    """An image as part of a page, in a format of Pillow and with its options."""
     stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    image.save(stream, kind, **options)
+    content = base64.b64encode(stream.getvalue()).decode()
+    return f"data:image/{kind.lower()};base64,{content}"

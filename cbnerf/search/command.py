@@ -5,8 +5,9 @@ import os
 import secrets
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,8 +140,9 @@ def _pasted(word: object) -> str:
     return shlex.quote(str(word))
 
 
-def report_study(storage: Path, name: str) -> Path:
-    """Write the report of a study, finished or running, and return the path of its page.
+def report_study(storage: Path, name: str, *, reload_every: int | None = None) -> Path:
+    """Write the report of a study, finished or running, and return the path of its page, which a
+    browser loads again every `reload_every` seconds.
 
     Needs neither the photographs nor the machines of the study. Raises ValueError and writes
     nothing if no configuration has finished.
@@ -151,9 +153,39 @@ def report_study(storage: Path, name: str) -> Path:
     best = state.best()
     if best is None:
         raise ValueError(f"study {name}: no configuration has finished yet")
-    config = with_overrides(plan.base, best.params)
-    *_, page = write_report(state, config, best.number, known_scores(state, best.number))
+    config, scores = with_overrides(plan.base, best.params), known_scores(state, best.number)
+    *_, page = write_report(state, config, best.number, scores, reload_every=reload_every)
     return page
+
+
+def watch_study(storage: Path, name: str, every: int, say: Callable[[str], None]) -> Path:
+    """Write the report of a study every few seconds as long as a process runs it, and once more,
+    for good, when it has ended or at Ctrl-C.
+
+    Says where the page is, or what it waits for. Raises ValueError as `report_study`.
+    """
+    said = ""
+    with suppress(KeyboardInterrupt):
+        while _is_running(plan_study(storage, name)):
+            try:
+                page = report_study(storage, name, reload_every=every)
+                about = f"{page} is written every {every} s; Ctrl-C ends that, not the study"
+            except ValueError as error:  # It has not got far enough.
+                about = f"{error}; waiting"
+            if about != said:
+                say(about)
+                said = about
+            time.sleep(every)
+    return report_study(storage, name)
+
+
+def _is_running(plan: Plan) -> bool:
+    """Whether a process searches this study now."""
+    try:
+        with FileLock(plan.lock_file, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def _describe(plan: Plan, views: dict[str, int]) -> None:

@@ -23,6 +23,7 @@ from cbnerf.search.plan import Plan
 from cbnerf.search.report import SceneScores, score_once, write_report
 from cbnerf.search.searcher import Recorder, TuneSearcher
 from cbnerf.search.state import StudyState
+from cbnerf.search.status import StatusLine
 from cbnerf.search.tasks import call, for_each_scene, is_of_memory, reason
 from cbnerf.search.tracking import Tracker, repeated
 from cbnerf.search.worker import (
@@ -137,13 +138,13 @@ def _train_fields(plan: Plan, state: StudyState) -> None:
 def _search(plan: Plan, state: StudyState, concurrency: int | None) -> None:
     limit = _Room(plan) if concurrency is None else lambda: concurrency
     bar = _progress(plan.spec.trials, "search", "configuration", done=state.num_ended)
-    with bar:
+    with bar, StatusLine(state, plan) as line:
         recorder = Recorder(state, bar)
         while True:
             walks = plan.spec.resources.workers > 1
             searcher = TuneSearcher(state, recorder.end_unit, limit=limit, walk=walks)
             try:
-                return _tune(plan, searcher, recorder)
+                return _tune(plan, searcher, [recorder, line])
             except Exception as error:
                 # If Ray kills the process of a trial for memory, Tune ends with a RuntimeError.
                 trouble = "".join(format_exception(error))
@@ -156,7 +157,7 @@ def _search(plan: Plan, state: StudyState, concurrency: int | None) -> None:
                     recorder.lose_unit(unit, reason(trouble))
 
 
-def _tune(plan: Plan, searcher: TuneSearcher, recorder: Recorder) -> None:
+def _tune(plan: Plan, searcher: TuneSearcher, callbacks: list[tune.Callback]) -> None:
     trainable = UnitTrainable if plan.spec.resources.workers == 1 else run_units_together
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(trainable, plan=plan), _trial_resources(plan)),
@@ -171,7 +172,7 @@ def _tune(plan: Plan, searcher: TuneSearcher, recorder: Recorder) -> None:
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
             # Units keep checkpoints of their own in the trial folders.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            callbacks=[recorder],
+            callbacks=callbacks,
             verbose=0,
         ),
     )
@@ -201,7 +202,11 @@ def _trial_resources(plan: Plan) -> dict[str, float]:
 
 
 def _progress(total: int, label: str, unit: str, *, done: int = 0) -> "tqdm[Any]":
-    return tqdm(total=total, initial=done, desc=label, unit=unit, smoothing=0.1, dynamic_ncols=True)
+    """A bar in a terminal; the times that are left are those of `StatusLine`."""
+    return tqdm(
+        total=total, initial=done, desc=label, unit=f" {unit}s", dynamic_ncols=True, disable=None,
+        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}]",
+    )  # fmt: skip
 
 
 def quieten_libraries() -> None:

@@ -10,6 +10,7 @@ from cbnerf.overrides import save_config
 from cbnerf.report.page import Code, Page, Section, write_page
 from cbnerf.report.tables import Cell, Table
 from cbnerf.search.charts import charts
+from cbnerf.search.held_out import study_gallery
 from cbnerf.search.plan import Plan
 from cbnerf.search.spec import QUALITIES
 from cbnerf.search.state import StudyState
@@ -71,12 +72,20 @@ def scene_table(scores: SceneScores) -> Table:
     return Table("", header, rows)
 
 
-def write_report(state: StudyState, best: Config, number: int, scores: SceneScores) -> list[Path]:
+def write_report(
+    state: StudyState,
+    best: Config,
+    number: int,
+    scores: SceneScores,
+    *,
+    reload_every: int | None = None,
+) -> list[Path]:
     """Write `best.yaml`, `report.md` and `report.html` into the study's folder; returns their
-    paths."""
+    paths. A browser loads the page again every `reload_every` seconds."""
     best_file = state.plan.folder / "best.yaml"
     save_config(best, best_file)
     page = study_page(state, best, number, scores, best_file.read_text(encoding="utf-8"))
+    page = page._replace(reload_every=reload_every)
     return [best_file, *write_page(page, best_file.parent)]
 
 
@@ -99,7 +108,7 @@ def study_page(
         notes,
         [
             Section(configurations, [scene_table(scores), Code("best.yaml", best_yaml)]),
-            Section("", list(charts(state))),
+            Section("", [*study_gallery(state), *charts(state)]),
             Section("Configurations", [configuration_table(state)]),
         ],
     )

@@ -144,6 +144,11 @@ class StudyState:
         best = self._racing.best()
         return None if best is None else self.study.get_trials(deepcopy=False)[best]
 
+    def ranking(self) -> list[int]:
+        """The fully trained configurations, the highest first objective first."""
+        finished, first = self._racing.finished, self.plan.spec.objectives[0]
+        return sorted(finished, key=lambda number: finished[number][first], reverse=True)
+
     def verdict(self, configuration: int) -> Verdict | None:
         """What the race expects of a configuration; None for the incumbent and without one."""
         return self._racing.verdict(configuration)

@@ -176,7 +176,7 @@ class Tracker:
     def _write_results(self, run: TrackedRun, unit: Unit, metrics: Metrics) -> None:
         folder = self._plan.trial_folder(unit.configuration, unit.scene)
         parent, scene = self._runs[_configuration_key(unit.configuration)], legal_key(unit.scene)
-        if (folder / STRIP_FILE).exists():  # only of stage 2
+        if (folder / STRIP_FILE).exists():  # not of fields of earlier versions
             strip = iio.imread(folder / STRIP_FILE)
             for target in (run, parent):
                 self._client.log_image(target.id, strip, key=f"{scene}/strip", step=0)

@@ -12,7 +12,8 @@ from typing import TypeVar
 
 import imageio.v3 as iio
 import torch
-from torch import nn
+from jaxtyping import UInt8
+from torch import Tensor, nn
 
 from cbnerf.codebook.refiner import Refiner
 from cbnerf.config import Config
@@ -40,6 +41,8 @@ from cbnerf.training.store import MANIFEST, write_manifest
 
 RENDERS_FILE, STRIP_FILE = "renders.npz", "strip.png"
 METRICS_FILE, CONFIG_FILE = "metrics.json", "config.yaml"
+_GAP = 4
+"""Pixels between the images of a strip."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -57,7 +60,8 @@ def run_field(
     report: Report = ignore,
     part: int = 1,
 ) -> dict[str, float]:
-    """Train stage 1 and render all views.
+    """Train stage 1, render all views, and write a strip (photograph | stage 1) of a validation
+    view.
 
     Returns the last metrics, `steps`, `seconds` and `parameters`.
 
@@ -71,7 +75,10 @@ def run_field(
 
     def write_results(model: FieldModel) -> None:
         cameras, views = scene.cameras(device), list(range(scene.num_views))
-        save_renders(render_views(model, cameras, views, scene.scale), folder / RENDERS_FILE)
+        renders = render_views(model, cameras, views, scene.scale)
+        save_renders(renders, folder / RENDERS_FILE)
+        view = shown_view(config, scene.num_views)
+        _write_strip([scene.images[view], renders.rgb[view]], folder / STRIP_FILE)
 
     return _run(config, "field", scene.name, folder, report, part, train, write_results)
 
@@ -88,7 +95,8 @@ def run_refiner(
     sources: Pairs = (),
     part: int = 1,
 ) -> dict[str, float]:
-    """Train stage 2 and write a strip (photograph | stage 1 | refined) of a validation view.
+    """Train stage 2 and write a strip (photograph | stage 1 | refined) of a validation view of the
+    scene and of each joint one.
 
     The refiner is trained and validated on `scene` and the `joint` scenes (`codebook.shared`), or
     trained on the `sources` alone (protocols `unseen-scene` and `low-res-only`). With `part` it
@@ -103,14 +111,35 @@ def run_refiner(
         )  # fmt: skip
 
     def write_results(refiner: Refiner) -> None:
-        view = (split_views(scene.num_views, config.data).val or [0])[0]
-        references = find_references(config, scene, renders, [view])
-        refined = refine_views(refiner, renders.of([view]), device, references)[0]
-        strip = image_strip([scene.images[view], renders.rgb[view], refined])
-        iio.imwrite(folder / STRIP_FILE, strip.numpy())
+        for number, (own, before) in enumerate([(scene, renders), *joint]):
+            view = shown_view(config, own.num_views)
+            references = find_references(config, own, before, [view])
+            refined = refine_views(refiner, before.of([view]), device, references)[0]
+            images = [own.images[view], before.rgb[view], refined]
+            _write_strip(images, folder / strip_file(number))
 
     scenes = trained_on(scene, joint, sources)
     return _run(config, "refiner", scenes, folder, report, part, train, write_results)
+
+
+def shown_view(config: Config, num_views: int) -> int:
+    """The view of a strip: the first validation view, or view 0 without one."""
+    return (split_views(num_views, config.data).val or [0])[0]
+
+
+def strip_file(number: int) -> str:
+    """The file name of the strip of a joint scene, counted from 0."""
+    return f"{Path(STRIP_FILE).stem}-{number}.png" if number else STRIP_FILE
+
+
+def read_strip(file: Path, num_images: int) -> list[UInt8[Tensor, "height width 3"]] | None:
+    """The images of a strip that a stage has written; None if there is none."""
+    try:
+        strip = torch.from_numpy(iio.imread(file))
+    except FileNotFoundError:
+        return None
+    width = (strip.shape[1] - (num_images - 1) * _GAP) // num_images
+    return [strip[:, left : left + width] for left in range(0, strip.shape[1], width + _GAP)]
 
 
 def read_metrics(folder: Path) -> dict[str, float] | None:
@@ -122,6 +151,10 @@ def read_metrics(folder: Path) -> dict[str, float] | None:
         return None
     except ValueError:
         raise ValueError(f"{file}: damaged; remove its folder to train again") from None
+
+
+def _write_strip(images: list[UInt8[Tensor, "height width 3"]], file: Path) -> None:
+    iio.imwrite(file, image_strip(images, _GAP).numpy())
 
 
 def _run(

@@ -99,6 +99,10 @@ def test_all_methods_are_scored_and_reported(compare, storage: Path, photographs
         for written in (text, page, (folder / "tables.tex").read_text(encoding="utf-8"), printed):
             assert name in written and f"{mean:.2f}" in written
     assert "LPIPS" in text and page.count("data:image/png") == 2
+    others = ("nerf bicubic", "nerf lanczos", "vq-vae of cb-nerf-paper", "vq-vae of cb-nerf")
+    systems = [row for row in report["rows"] if row not in others]
+    shown = re.findall(r'data-name="(.*?)"', page)
+    assert shown == [*systems, "photograph"] and page.count("data:image/webp") == len(shown)
     for file in ("crops.png", "errors.png"):
         picture = np.asarray(Image.open(folder / file))
         assert picture.shape[0] > 150 and picture.std() > 10

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from drawings import draw
+from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -143,6 +144,57 @@ def test_a_report_of_what_has_not_got_far_writes_nothing(tmp_path: Path):
     with pytest.raises(ValueError, match="no study 'other' in runs/studies; there are study"):
         Report(study="other", storage=Path("runs")).run()
     assert content(tmp_path) == before
+
+
+def report_of(plan: Plan) -> str:
+    return (plan.folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_watched_study_is_reported_until_its_driver_ends(tmp_path: Path, monkeypatch, capfd):
+    plan = begin(photograph(tmp_path / "data"))
+    lock, pages = FileLock(plan.lock_file), []
+    lock.acquire()
+    state = StudyState(plan)
+
+    def sleep(seconds: float) -> None:
+        """What the driver does meanwhile: it trains a unit, and in the end it goes."""
+        assert seconds == 7
+        if pages or state.best():
+            pages.append(report_of(plan))
+        if unit := state.next_unit():
+            state.record(unit, {"val/psnr": 20.0, "val/ssim": 0.5, "val/gain": 1.0})
+        else:
+            lock.release()
+
+    monkeypatch.setattr("time.sleep", sleep)
+    Report(study="study", storage=Path("runs"), watch=True, every=7).run()
+    reloads = '<meta http-equiv="refresh" content="7">'
+    assert len(pages) == 2 and all(reloads in page for page in pages)
+    assert "1 configurations" in pages[0] and "2 configurations" in pages[1]
+    assert reloads not in report_of(plan) and "2 configurations" in report_of(plan)
+    waits, watches, last = capfd.readouterr().out.splitlines()
+    assert waits == "study study: no configuration has finished yet; waiting"
+    assert watches.startswith(f"{last} is written every 7 s; Ctrl-C") and Path(last).exists()
+
+
+def test_ctrl_c_ends_the_watch_with_a_page_that_stays(tmp_path: Path, monkeypatch, capfd):
+    plan = begin(photograph(tmp_path / "data"))
+
+    def interrupt(seconds: float) -> None:
+        assert "http-equiv" in report_of(plan)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", interrupt)
+    with FileLock(plan.lock_file):
+        state = StudyState(plan)
+        for _ in range(len(plan.trainings)):
+            unit = state.next_unit()
+            assert unit is not None
+            state.record(unit, {"val/psnr": 20.0, "val/ssim": 0.5, "val/gain": 1.0})
+        Report(study="study", storage=Path("runs"), watch=True).run()
+    assert "http-equiv" not in report_of(plan)
+    with pytest.raises(ValueError, match="--every must be at least 1"):
+        Report(study="study", storage=Path("runs"), watch=True, every=0).run()
 
 
 def test_anything_unforeseen_is_one_line_that_names_a_file(

@@ -82,7 +82,7 @@ def metrics_of(folder: Path) -> dict[str, float]:
 def test_results_and_curves_of_two_processes_arrive(storage: Path):
     (cached,), unit = storage.glob(FIELD), storage / REFINER
     for folder, files in (
-        (cached, {"field.pt", "renders.npz"}),
+        (cached, {"field.pt", "renders.npz", "strip.png"}),
         (unit, {"refiner.pt", "strip.png", "metrics.jsonl"}),
     ):
         files |= {"config.yaml", "metrics.json", "manifest.json"}

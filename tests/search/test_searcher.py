@@ -1,8 +1,10 @@
 """Tune and the searcher together: real Ray, fake training."""
 
 import math
+import re
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +22,7 @@ from cbnerf.search.plan import Plan, Unit
 from cbnerf.search.racing import Metrics
 from cbnerf.search.searcher import Recorder, TuneSearcher
 from cbnerf.search.state import StudyState
+from cbnerf.search.status import StatusLine
 from cbnerf.search.tracking import Tracker
 
 pytestmark = pytest.mark.search
@@ -114,12 +117,14 @@ def test_a_failed_unit_tells_why_and_the_search_goes_on(
 
     monkeypatch.setattr(driver, "UnitTrainable", run_units)
     monkeypatch.setattr(driver, "MAX_FAILURES", 0)
+    monkeypatch.setattr(driver, "StatusLine", partial(StatusLine, interval=0.0))
     state = StudyState(plan)
     driver._search(plan, state, concurrency=2)
     Tracker(StudyState(plan)).sync()
     output, errors = capfd.readouterr()
     assert "#00  arcade failed: train/loss not finite\n" in output
     assert "#00  blinds failed: RuntimeError: out of luck\n" in output
+    assert re.search(r"^none finished yet \| \d/2 ended \| ", output, re.MULTILINE)
     assert "#01  20.000 *" in output and "Traceback" not in output + errors
     assert states(state) == [TrialState.FAIL, TrialState.COMPLETE]
     client = MlflowClient(tracking_uri(plan.storage))

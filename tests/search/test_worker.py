@@ -44,6 +44,8 @@ def test_scenes_that_share_a_codebook_are_trained_once_and_each_is_scored(
     best = state.best()
     assert state.is_over and best is not None
     assert len(list(plan.cache.folder.glob("field-*"))) == 2
+    strips = {file.name for file in plan.trial_folder(0, "all").glob("*.png")}
+    assert strips == {"strip.png", "strip-1.png"}
     scores = [score_best(plan, plan.base, unit.configuration, scene) for scene in plan.scenes]
     mean = sum(score["refined"]["val/psnr"] for score in scores) / 2
     assert mean == pytest.approx(best.value) and mean == pytest.approx(metrics["val/psnr"])

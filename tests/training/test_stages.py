@@ -1,7 +1,6 @@
 import json
 from pathlib import Path
 
-import imageio.v3 as iio
 import pytest
 import torch
 from comparing import assert_same_state, read_files
@@ -12,8 +11,15 @@ from cbnerf.data.scene import Scene
 from cbnerf.nerf.model import AUTO_PRECISION
 from cbnerf.overrides import load_config, with_overrides
 from cbnerf.training.checkpoint import load_checkpoint
+from cbnerf.training.evaluation import refine_views
 from cbnerf.training.models import load_field, load_refiner
-from cbnerf.training.stages import read_metrics, run_field, run_refiner
+from cbnerf.training.stages import (
+    read_metrics,
+    read_strip,
+    run_field,
+    run_refiner,
+    shown_view,
+)
 
 CPU = torch.device("cpu")
 
@@ -55,9 +61,10 @@ def run(stage: str, config: Config, tiny_scene: Scene, tiny_renders: Renders, tm
 
 def test_a_finished_folder_holds_its_files(stage: str, run, config: Config, tmp_path: Path):
     metrics, _ = run(tmp_path / "new")
-    files = {"field": "renders.npz", "refiner": "strip.png"}
+    files = {"field": {"renders.npz", "strip.png"}, "refiner": {"strip.png"}}
     names = {file.name for file in (tmp_path / "new").iterdir()}
-    assert names == {f"{stage}.pt", files[stage], "config.yaml", "metrics.json", "manifest.json"}
+    always = {"config.yaml", "metrics.json", "manifest.json"}
+    assert names == {f"{stage}.pt"} | files[stage] | always
     assert load_config(tmp_path / "new" / "config.yaml") == config
     assert json.loads((tmp_path / "new" / "metrics.json").read_text(encoding="utf-8")) == metrics
     assert {"train/loss", "val/psnr", "seconds"} < set(metrics)
@@ -66,8 +73,26 @@ def test_a_finished_folder_holds_its_files(stage: str, run, config: Config, tmp_
     assert metrics["parameters"] == sum(p.numel() for p in model.parameters()) > 0
     if stage == "field":
         assert load_renders(tmp_path / "new" / "renders.npz").rgb.shape == (10, 48, 64, 3)
+
+
+def test_a_strip_holds_a_validation_view(
+    stage: str, run, tiny_scene: Scene, tiny_renders: Renders, config: Config, tmp_path: Path
+):
+    file = tmp_path / "new" / "strip.png"
+    assert read_strip(file, 2) is None
+    run(file.parent)
+    if stage == "field":
+        images = read_strip(file, 2)
+        expected = [tiny_scene.images[4], load_renders(file.parent / "renders.npz").rgb[4]]
     else:
-        assert iio.imread(tmp_path / "new" / "strip.png").shape == (48, 3 * 64 + 2 * 4, 3)
+        images = read_strip(file, 3)
+        refiner = load_refiner(file.parent / "refiner.pt", CPU)
+        refined = refine_views(refiner, tiny_renders.of([4]), CPU)[0]
+        expected = [tiny_scene.images[4], tiny_renders.rgb[4], refined]
+    assert images is not None and shown_view(config, 10) == 4
+    assert [torch.equal(*pair) for pair in zip(images, expected, strict=True)] == [True] * len(
+        images
+    )
 
 
 def test_a_finished_folder_is_not_trained_again(run, tmp_path: Path):
