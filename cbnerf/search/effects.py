@@ -1,0 +1,277 @@
+"""What each knob of a study does to the objective, in its own unit, with a 95 % interval.
+
+An additive model of the measured units, never of what was imputed for pruned configurations:
+
+    values[c, s, r] = baseline[s, r] + scale[r] (f_1(c) + ... + f_K(c) + residual[c])
+                      + by_scene[c, s] + by_rung[c, r] + noise[c, s, r]
+
+f_k is a smooth function of knob k (of a category: one value each) that is zero with a prior
+probability of a half; its effect is the highest minus the lowest value over the searched range, on
+the mean of the scenes and after a full training. The residual holds interactions of knobs. Noise is
+Student's t, for some trainings diverge. A unit that the race left out is missing at random: whether
+it was trained depended on measured units alone, so pruning does not bias the posterior.
+
+A Gibbs sampler with a fixed seed draws from the posterior. Names in this file:
+
+    values[c, s, r]     quality of configuration c on scene s at rung r; NaN where not measured
+    worth[c]            sum of all f and the residual
+    seen[c], sure[c]    the worth as c's units tell it, and the precision of that
+    columns[k][c, p]    basis functions of knob k at the configurations
+    weights[k][p]       their coefficients, a priori N(0, spread^2)
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cbnerf.search.spec import Choices, Range
+from cbnerf.search.state import StudyState
+
+Array = NDArray[np.floating]
+
+ENOUGH = 4
+"""Number of configurations below which no effect is estimated."""
+_WAVES = 5
+"""Cosines of a function of an ordered knob; wave j has the prior deviation 1 / j, as in Brownian
+motion, so that steps are as likely as slopes."""
+_GRID = 33
+"""Points of a range at which its function is evaluated."""
+_SPREADS = np.array([0.0, 0.03, 0.06, 0.125, 0.25, 0.5, 1.0, 2.0])
+"""Prior deviations of a function, in deviations of the configurations; zero is as likely as all
+others together."""
+_CHANCES = np.array([0.5] + [0.5 / (len(_SPREADS) - 1)] * (len(_SPREADS) - 1))
+_DEGREES = 4.0
+"""Of Student's t."""
+_SWEEPS, _BURN = 1500, 300
+
+
+class Effect(NamedTuple):
+    """The effect of one knob, in units of the objective."""
+
+    knob: str
+    size: float
+    """Posterior mean of the highest minus the lowest value of the knob's function."""
+    low: float
+    """Lower end of the 95 % interval; 0 where no effect is seen."""
+    high: float
+    best: Any
+    """The value of the knob at which the posterior mean of its function is highest."""
+    is_bounded: bool
+    """Whether the study says anything: else the knob could explain all that differs."""
+
+    @property
+    def is_seen(self) -> bool:
+        return self.low > 0
+
+
+def study_effects(state: StudyState) -> list[Effect]:
+    """Effects on the first objective, the largest first; none with fewer than `ENOUGH`
+    configurations, or if nothing differs."""
+    space, plan = state.plan.spec.space, state.plan
+    trials = state.study.get_trials(deepcopy=False)
+    numbers = [n for n in state.started if space.keys() <= trials[n].params.keys()]
+    values = np.full((len(numbers), len(plan.trainings), plan.rungs), np.nan)
+    for row, number in enumerate(numbers):
+        for (scene, rung), metrics in state.results(number).items():
+            if metrics is not None:
+                quality = metrics[plan.spec.objectives[0]]
+                values[row, plan.trainings.index(scene), rung] = quality
+    knobs = {name: [trials[n].params[name] for n in numbers] for name in space}
+    return estimate_effects(values, knobs, space)
+
+
+def estimate_effects(
+    values: Array, knobs: dict[str, list[Any]], space: dict[str, Range | Choices], *, seed: int = 0
+) -> list[Effect]:
+    """Effects of the `knobs`, of which each configuration has a value, the largest first."""
+    trained = ~np.isnan(values).all(axis=(1, 2))
+    values = values[trained]
+    if len(values) < ENOUGH or (unit := _deviation(values)) == 0:
+        return []
+    bases = {name: _Basis(space[name]) for name in knobs}
+    columns = [
+        basis.at([knobs[name][c] for c in np.flatnonzero(trained)]) for name, basis in bases.items()
+    ]
+    sampler = _Sampler(values / unit, columns, np.random.default_rng(seed))
+    draws: list[list[Array]] = []
+    for sweep in range(_SWEEPS):
+        sampler.sweep()
+        if sweep >= _BURN:
+            draws.append(list(sampler.weights))
+    effects = []
+    for (name, basis), weights in zip(bases.items(), zip(*draws, strict=True), strict=True):
+        functions = np.array(weights) @ basis.functions.T * unit
+        reach = np.ptp(functions, axis=1)
+        low, high = map(float, np.quantile(reach, [0.025, 0.975]))
+        best = basis.levels[int(functions.mean(axis=0).argmax())]
+        effects.append(Effect(name, float(reach.mean()), low, high, best, high < 2 * unit))
+    return sorted(effects, key=lambda effect: -effect.size)
+
+
+def _deviation(values: Array) -> float:
+    """Robust standard deviation of the configurations, each the median of its paired differences
+    from the median configuration; of all differences where those are equal."""
+    paired = values - np.nanmedian(values, axis=0)
+    each = np.nanmedian(paired, axis=(1, 2))
+    for deviations in (each, paired[~np.isnan(paired)]):
+        typical = 1.4826 * float(np.median(abs(deviations - np.median(deviations))))
+        if spread := max(typical, float(deviations.std()) / 3):
+            return spread
+    return 0.0
+
+
+class _Basis:
+    """The basis functions of a knob, with mean zero over its levels."""
+
+    def __init__(self, domain: Range | Choices):
+        self._domain = domain
+        if isinstance(domain, Range):
+            ends = np.array([domain.low, domain.high], float)
+            low, high = np.log(ends) if domain.log else ends
+            places = np.linspace(low, high, _GRID)
+            self.levels: list[Any] = list(np.exp(places) if domain.log else places)
+        else:
+            self.levels = list(domain.choices)
+        self._is_ordered = all(type(level) in (int, float, np.float64) for level in self.levels)
+        if self._is_ordered:
+            self.levels.sort()
+        raw = self._raw(self.levels)
+        self._mean = raw.mean(axis=0)
+        self._size = math.sqrt(((raw - self._mean) ** 2).sum(axis=1).mean()) or 1.0
+        self.functions = self.at(self.levels)
+        """[level, p]"""
+
+    def at(self, values: Sequence[Any]) -> Array:
+        """The basis functions [value, p]; the sum of their squares is 1 on average."""
+        return (self._raw(values) - self._mean) / self._size
+
+    def _raw(self, values: Sequence[Any]) -> Array:
+        if not self._is_ordered:
+            return np.array([[float(value == level) for level in self.levels] for value in values])
+        where = np.array([self._place(value) for value in values])
+        waves = np.arange(1, _WAVES + 1)
+        cosines = np.cos(np.pi * where[:, None] * waves) / waves
+        return np.column_stack([2 * where - 1, cosines])
+
+    def _place(self, value: Any) -> float:
+        """From 0 to 1 over the range, or over the order of the choices."""
+        domain = self._domain
+        if isinstance(domain, Choices):
+            return self.levels.index(value) / max(len(self.levels) - 1, 1)
+        scaled = np.array([domain.low, domain.high, value], float)
+        low, high, here = np.log(scaled) if domain.log else scaled
+        return float((here - low) / (high - low))
+
+
+class _Sampler:
+    """Gibbs sampling of the additive model, on values with a deviation of about 1."""
+
+    def __init__(self, values: Array, columns: list[Array], rng: np.random.Generator):
+        self._known, self._rng, self._columns = ~np.isnan(values), rng, columns
+        middle = np.nanmean(values, axis=0)
+        self._baseline = np.nan_to_num(middle)
+        self._values = np.where(self._known, values, 0.0)
+        count, scenes, rungs = values.shape
+        self.weights = [np.zeros(block.shape[1]) for block in columns]
+        self._scale = np.ones(rungs)
+        self._residual, self._worth = np.zeros(count), np.zeros(count)
+        self._by_scene, self._by_rung = np.zeros((count, scenes)), np.zeros((count, rungs))
+        self._scene_variance, self._rung_variance = 0.01, np.full(rungs, 0.01)
+        self._noise = np.full(rungs, 0.01)
+        self._precision = self._known / self._noise
+
+    def sweep(self) -> None:
+        """Draw every parameter once, given all others."""
+        self._draw_worth()
+        self._draw_levels()
+        self._draw_deviations()
+        self._draw_noise()
+
+    def _draw_worth(self) -> None:
+        """The functions and the residual variance with the residuals integrated out, then these."""
+        rest = self._values - self._baseline - self._by_scene[:, :, None] - self._by_rung[:, None]
+        sure = (self._precision * self._scale**2).sum(axis=(1, 2)) + 1e-9
+        seen = (self._precision * self._scale * rest).sum(axis=(1, 2)) / sure
+        parts = [block @ w for block, w in zip(self._columns, self.weights, strict=True)]
+        total = np.sum(parts, axis=0)
+        variances = _SPREADS[1:] ** 2
+        spread = variances[:, None] + 1 / sure
+        logs = -0.5 * (np.log(spread) + (seen - total) ** 2 / spread).sum(axis=1)
+        variance = variances[self._choose(logs)]
+        sharp = 1 / (variance + 1 / sure)
+        shift = self._normal(sharp.sum(), (sharp * (seen - total)).sum())
+        self._baseline = self._baseline + shift * self._scale
+        seen = seen - shift
+        for k in self._rng.permutation(len(parts)):
+            self.weights[k] = self._draw_weights(
+                self._columns[k], seen - total + parts[k], sharp
+            )
+            after = self._columns[k] @ self.weights[k]
+            total, parts[k] = total + after - parts[k], after
+        self._residual = self._normal(sure + 1 / variance, sure * (seen - total))
+        self._worth = total + self._residual
+
+    def _draw_weights(self, columns: Array, left: Array, sharp: Array) -> Array:
+        """Coefficients of one knob, whose spread is drawn with them integrated out."""
+        lengths, axes = np.linalg.eigh((columns.T * sharp) @ columns)
+        pull = axes.T @ (columns.T @ (sharp * left))
+        variances = _SPREADS[:, None] ** 2
+        given = variances / (1 + variances * lengths.clip(0))
+        logs = 0.5 * (given * pull**2 - np.log1p(variances * lengths.clip(0))).sum(axis=1)
+        chosen = given[self._choose(logs + np.log(_CHANCES))]
+        return axes @ (chosen * pull + np.sqrt(chosen) * self._rng.normal(size=len(pull)))
+
+    def _draw_levels(self) -> None:
+        """The baselines, and how large differences are at the lower rungs."""
+        aside = self._by_scene[:, :, None] + self._by_rung[:, None]
+        worth = self._worth[:, None, None]
+        left = self._precision * (self._values - aside - worth * self._scale)
+        self._baseline = self._normal(self._precision.sum(axis=0) + 1e-9, left.sum(axis=0))
+        left = self._precision * (self._values - aside - self._baseline) * worth
+        sharp = (self._precision * worth**2).sum(axis=(0, 1)) + 4.0  # a priori N(1, 1/4)
+        self._scale = self._normal(sharp, left.sum(axis=(0, 1)) + 4.0)
+        self._scale[-1] = 1.0
+
+    def _draw_deviations(self) -> None:
+        """What a configuration is worth on one scene, or at one rung, beyond its worth."""
+        rest = self._values - self._baseline - self._worth[:, None, None] * self._scale
+        left = (self._precision * (rest - self._by_rung[:, None])).sum(axis=2)
+        sharp = self._precision.sum(axis=2) + 1 / self._scene_variance
+        self._by_scene = self._normal(sharp, left)
+        self._scene_variance = float(self._variance(self._by_scene[self._known.any(axis=2)]))
+        left = (self._precision * (rest - self._by_scene[:, :, None])).sum(axis=1)
+        sharp = self._precision.sum(axis=1) + 1 / self._rung_variance
+        self._by_rung = self._normal(sharp, left)
+        self._by_rung[:, -1] = 0.0  # part of the residual
+        reached = self._known.any(axis=1)
+        for rung in range(len(self._scale) - 1):
+            self._rung_variance[rung] = self._variance(self._by_rung[reached[:, rung], rung])
+
+    def _draw_noise(self) -> None:
+        """Student's t as Gaussians of different variances."""
+        expected = self._baseline + self._worth[:, None, None] * self._scale
+        expected = expected + self._by_scene[:, :, None] + self._by_rung[:, None]
+        squares = np.where(self._known, (self._values - expected) ** 2, 0.0)
+        rates = (_DEGREES + squares / self._noise) / 2
+        mixing = self._rng.gamma((_DEGREES + 1) / 2, 1 / rates)
+        count, total = self._known.sum(axis=(0, 1)), (mixing * squares).sum(axis=(0, 1))
+        self._noise = (total / 2 + 1e-3) / self._rng.gamma(count / 2 + 1.0)
+        self._precision = self._known * mixing / self._noise
+
+    def _variance(self, deviations: Array) -> Array:
+        """A variance given deviations with mean zero."""
+        shape, rate = len(deviations) / 2 + 1.0, (deviations**2).sum() / 2 + 1e-3
+        return rate / self._rng.gamma(shape)
+
+    def _normal(self, precision: Any, pull: Any) -> Any:
+        """Gaussian draws with the mean `pull / precision`."""
+        noise = self._rng.normal(size=np.shape(precision))
+        return pull / precision + noise / np.sqrt(precision)
+
+    def _choose(self, logs: Array) -> int:
+        """An index, with chances proportional to exp(`logs`)."""
+        chances = np.exp(logs - logs.max()).cumsum()
+        return int(np.searchsorted(chances, self._rng.random() * chances[-1]))
