@@ -2,13 +2,15 @@
 
 An additive model of the measured units, never of what was imputed for pruned configurations:
 
-    values[c, s, r] = baseline[s, r] + scale[r] (f_1(c) + ... + f_K(c) + residual[c])
-                      + by_scene[c, s] + by_rung[c, r] + noise[c, s, r]
+    values[c, s, r] = baseline[s, r] + scale[s, r] (f_1(c) + ... + f_K(c) + products[c]
+                      + residual[c]) + by_scene[c, s] + by_rung[c, r] + noise[c, s, r]
 
 f_k is a smooth function of knob k (of a category: one value each) that is zero with a prior
 probability of a half; its effect is the highest minus the lowest value over the searched range, on
-the mean of the scenes and after a full training. The residual holds interactions of knobs. Noise is
-Student's t, for some trainings diverge. A unit that the race left out is missing at random: whether
+the mean of the scenes and after a full training. The scales say that some scenes and rungs tell
+configurations further apart than others. Products of two knobs, about one a study a priori, keep an
+interaction from passing for an effect where the sampler has searched only a corner; other
+interactions are in the residual. Noise and deviations are Student's t, for some trainings diverge. A unit that the race left out is missing at random: whether
 it was trained depended on measured units alone, so pruning does not bias the posterior.
 
 A Gibbs sampler with a fixed seed draws from the posterior. Names in this file:
@@ -16,12 +18,13 @@ A Gibbs sampler with a fixed seed draws from the posterior. Names in this file:
     values[c, s, r]     quality of configuration c on scene s at rung r; NaN where not measured
     worth[c]            sum of all f and the residual
     seen[c], sure[c]    the worth as c's units tell it, and the precision of that
-    columns[k][c, p]    basis functions of knob k at the configurations
+    columns[k][c, p]    basis functions of knob or pair k at the configurations
     weights[k][p]       their coefficients, a priori N(0, spread^2)
 """
 
 import math
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,11 +43,11 @@ motion, so that steps are as likely as slopes."""
 _GRID = 33
 """Points of a range at which its function is evaluated."""
 _SPREADS = np.array([0.0, 0.03, 0.06, 0.125, 0.25, 0.5, 1.0, 2.0])
-"""Prior deviations of a function, in deviations of the configurations; zero is as likely as all
-others together."""
-_CHANCES = np.array([0.5] + [0.5 / (len(_SPREADS) - 1)] * (len(_SPREADS) - 1))
-_DEGREES = 4.0
+"""Prior deviations of a function, in deviations of the configurations."""
+_DEGREES = 3.0
 """Of Student's t."""
+_SURE_OF_SCALE = 4.0
+"""Prior precision of the scales, whose prior mean is 1."""
 _SWEEPS, _BURN = 1500, 300
 
 
@@ -64,6 +67,7 @@ class Effect(NamedTuple):
 
     @property
     def is_seen(self) -> bool:
+        """Whether the interval does not hold zero."""
         return self.low > 0
 
 
@@ -95,12 +99,15 @@ def estimate_effects(
     columns = [
         basis.at([knobs[name][c] for c in np.flatnonzero(trained)]) for name, basis in bases.items()
     ]
-    sampler = _Sampler(values / unit, columns, np.random.default_rng(seed))
-    draws: list[list[Array]] = []
-    for sweep in range(_SWEEPS):
-        sampler.sweep()
-        if sweep >= _BURN:
-            draws.append(list(sampler.weights))
+    leads = [
+        block[:, : basis.num_leads] for block, basis in zip(columns, bases.values(), strict=True)
+    ]
+    products = [
+        np.einsum("cp,cq->cpq", one, other).reshape(len(values), -1)
+        for one, other in combinations(leads, 2)
+    ]
+    sampler = _Sampler(values / unit, columns, products, np.random.default_rng(seed))
+    draws = [sampler.sweep() for _ in range(_SWEEPS)][_BURN:]
     effects = []
     for (name, basis), weights in zip(bases.items(), zip(*draws, strict=True), strict=True):
         functions = np.array(weights) @ basis.functions.T * unit
@@ -143,6 +150,8 @@ class _Basis:
         self._size = math.sqrt(((raw - self._mean) ** 2).sum(axis=1).mean()) or 1.0
         self.functions = self.at(self.levels)
         """[level, p]"""
+        self.num_leads = 1 if self._is_ordered else len(self.levels)
+        """So many of them, from the first one, have products with those of other knobs."""
 
     def at(self, values: Sequence[Any]) -> Array:
         """The basis functions [value, p]; the sum of their squares is 1 on average."""
@@ -166,37 +175,64 @@ class _Basis:
         return float((here - low) / (high - low))
 
 
+class _Tails:
+    """Student's t as Gaussians of different variances; one scale for each part of the last axis."""
+
+    def __init__(self, shape: tuple[int, ...], rng: np.random.Generator):
+        self._rng, self._variance = rng, np.full(shape[-1], 0.01)
+        self.precision = np.full(shape, 100.0)
+        """Of each deviation."""
+
+    def draw(self, deviations: Array, known: NDArray[np.bool_]) -> None:
+        """Draw scales and precisions given the known deviations."""
+        squares = np.where(known, deviations**2, 0.0)
+        rates = (_DEGREES + squares / self._variance) / 2
+        mixing = self._rng.gamma((_DEGREES + 1) / 2, 1 / rates)
+        axes = tuple(range(deviations.ndim - 1))
+        rate = (mixing * squares).sum(axis=axes) / 2 + 1e-3
+        self._variance = rate / self._rng.gamma(known.sum(axis=axes) / 2 + 1.0)
+        self.precision = mixing / self._variance
+
+
 class _Sampler:
     """Gibbs sampling of the additive model, on values with a deviation of about 1."""
 
-    def __init__(self, values: Array, columns: list[Array], rng: np.random.Generator):
-        self._known, self._rng, self._columns = ~np.isnan(values), rng, columns
-        middle = np.nanmean(values, axis=0)
-        self._baseline = np.nan_to_num(middle)
-        self._values = np.where(self._known, values, 0.0)
+    def __init__(
+        self, values: Array, knobs: list[Array], products: list[Array], rng: np.random.Generator
+    ):
+        self._known, self._rng, self._columns = ~np.isnan(values), rng, [*knobs, *products]
+        self._num_knobs = len(knobs)
+        acts = np.repeat([0.5, 1 / (1 + len(products))], [len(knobs), len(products)])
+        others = np.outer(acts, np.ones(len(_SPREADS) - 1)) / (len(_SPREADS) - 1)
+        self._chances = np.log(np.column_stack([1 - acts, others]))
         count, scenes, rungs = values.shape
-        self.weights = [np.zeros(block.shape[1]) for block in columns]
-        self._scale = np.ones(rungs)
-        self._residual, self._worth = np.zeros(count), np.zeros(count)
+        self._baseline = np.nan_to_num(np.nansum(values, axis=0) / self._known.sum(axis=0).clip(1))
+        self._values = np.where(self._known, values, 0.0)
+        self._weights = [np.zeros(block.shape[1]) for block in self._columns]
+        self._scale, self._worth = np.ones((scenes, rungs)), np.zeros(count)
         self._by_scene, self._by_rung = np.zeros((count, scenes)), np.zeros((count, rungs))
-        self._scene_variance, self._rung_variance = 0.01, np.full(rungs, 0.01)
-        self._noise = np.full(rungs, 0.01)
-        self._precision = self._known / self._noise
+        self._noise = _Tails(values.shape, rng)
+        self._of_scenes, self._of_rungs = _Tails((count, scenes), rng), _Tails((count, rungs), rng)
 
-    def sweep(self) -> None:
-        """Draw every parameter once, given all others."""
-        self._draw_worth()
-        self._draw_levels()
-        self._draw_deviations()
-        self._draw_noise()
+    def sweep(self) -> list[Array]:
+        """Draw every parameter once, given all others; returns the weights of the knobs for the
+        mean of the scenes at the last rung."""
+        precision = self._known * self._noise.precision
+        self._draw_worth(precision)
+        self._draw_levels(precision)
+        self._draw_deviations(precision)
+        scale = self._scale[:, -1].mean()
+        return [weights * scale for weights in self._weights[: self._num_knobs]]
 
-    def _draw_worth(self) -> None:
+    def _draw_worth(self, precision: Array) -> None:
         """The functions and the residual variance with the residuals integrated out, then these."""
         rest = self._values - self._baseline - self._by_scene[:, :, None] - self._by_rung[:, None]
-        sure = (self._precision * self._scale**2).sum(axis=(1, 2)) + 1e-9
-        seen = (self._precision * self._scale * rest).sum(axis=(1, 2)) / sure
-        parts = [block @ w for block, w in zip(self._columns, self.weights, strict=True)]
-        total = np.sum(parts, axis=0)
+        sure = (precision * self._scale**2).sum(axis=(1, 2)) + 1e-9
+        seen = (precision * self._scale * rest).sum(axis=(1, 2)) / sure
+        total = sum(
+            (block @ w for block, w in zip(self._columns, self._weights, strict=True) if w.any()),
+            np.zeros(len(sure)),
+        )
         variances = _SPREADS[1:] ** 2
         spread = variances[:, None] + 1 / sure
         logs = -0.5 * (np.log(spread) + (seen - total) ** 2 / spread).sum(axis=1)
@@ -205,66 +241,54 @@ class _Sampler:
         shift = self._normal(sharp.sum(), (sharp * (seen - total)).sum())
         self._baseline = self._baseline + shift * self._scale
         seen = seen - shift
-        for k in self._rng.permutation(len(parts)):
-            self.weights[k] = self._draw_weights(
-                self._columns[k], seen - total + parts[k], sharp
-            )
-            after = self._columns[k] @ self.weights[k]
-            total, parts[k] = total + after - parts[k], after
-        self._residual = self._normal(sure + 1 / variance, sure * (seen - total))
-        self._worth = total + self._residual
+        for k in self._blocks():
+            columns = self._columns[k]
+            total = total - columns @ self._weights[k]
+            self._weights[k] = self._draw_weights(k, seen - total, sharp)
+            total = total + columns @ self._weights[k]
+        self._worth = total + self._normal(sure + 1 / variance, sure * (seen - total))
 
-    def _draw_weights(self, columns: Array, left: Array, sharp: Array) -> Array:
-        """Coefficients of one knob, whose spread is drawn with them integrated out."""
+    def _blocks(self) -> Array:
+        """The knobs and as many pairs, for a study has more of those, in any order."""
+        pairs = np.arange(self._num_knobs, len(self._columns))
+        some = self._rng.permutation(pairs)[: self._num_knobs]
+        return self._rng.permutation([*range(self._num_knobs), *some])
+
+    def _draw_weights(self, k: int, left: Array, sharp: Array) -> Array:
+        """Coefficients of one block, whose spread is drawn with them integrated out."""
+        columns = self._columns[k]
         lengths, axes = np.linalg.eigh((columns.T * sharp) @ columns)
         pull = axes.T @ (columns.T @ (sharp * left))
-        variances = _SPREADS[:, None] ** 2
-        given = variances / (1 + variances * lengths.clip(0))
-        logs = 0.5 * (given * pull**2 - np.log1p(variances * lengths.clip(0))).sum(axis=1)
-        chosen = given[self._choose(logs + np.log(_CHANCES))]
+        variances, lengths = _SPREADS[:, None] ** 2, lengths.clip(0)
+        given = variances / (1 + variances * lengths)
+        logs = 0.5 * (given * pull**2 - np.log1p(variances * lengths)).sum(axis=1)
+        chosen = given[self._choose(logs + self._chances[k])]
         return axes @ (chosen * pull + np.sqrt(chosen) * self._rng.normal(size=len(pull)))
 
-    def _draw_levels(self) -> None:
-        """The baselines, and how large differences are at the lower rungs."""
-        aside = self._by_scene[:, :, None] + self._by_rung[:, None]
+    def _draw_levels(self, precision: Array) -> None:
+        """The baselines, and how large differences are on each scene and rung."""
+        rest = self._values - self._by_scene[:, :, None] - self._by_rung[:, None]
         worth = self._worth[:, None, None]
-        left = self._precision * (self._values - aside - worth * self._scale)
-        self._baseline = self._normal(self._precision.sum(axis=0) + 1e-9, left.sum(axis=0))
-        left = self._precision * (self._values - aside - self._baseline) * worth
-        sharp = (self._precision * worth**2).sum(axis=(0, 1)) + 4.0  # a priori N(1, 1/4)
-        self._scale = self._normal(sharp, left.sum(axis=(0, 1)) + 4.0)
-        self._scale[-1] = 1.0
+        left = (precision * (rest - worth * self._scale)).sum(axis=0)
+        self._baseline = self._normal(precision.sum(axis=0) + 1e-9, left)
+        left = (precision * worth * (rest - self._baseline)).sum(axis=0)
+        sharp = (precision * worth**2).sum(axis=0)
+        self._scale = self._normal(sharp + _SURE_OF_SCALE, left + _SURE_OF_SCALE)
 
-    def _draw_deviations(self) -> None:
-        """What a configuration is worth on one scene, or at one rung, beyond its worth."""
+    def _draw_deviations(self, precision: Array) -> None:
+        """Deviations by scene, by rung (at the last one they are part of the residual) and noise."""
         rest = self._values - self._baseline - self._worth[:, None, None] * self._scale
-        left = (self._precision * (rest - self._by_rung[:, None])).sum(axis=2)
-        sharp = self._precision.sum(axis=2) + 1 / self._scene_variance
-        self._by_scene = self._normal(sharp, left)
-        self._scene_variance = float(self._variance(self._by_scene[self._known.any(axis=2)]))
-        left = (self._precision * (rest - self._by_scene[:, :, None])).sum(axis=1)
-        sharp = self._precision.sum(axis=1) + 1 / self._rung_variance
-        self._by_rung = self._normal(sharp, left)
-        self._by_rung[:, -1] = 0.0  # part of the residual
-        reached = self._known.any(axis=1)
-        for rung in range(len(self._scale) - 1):
-            self._rung_variance[rung] = self._variance(self._by_rung[reached[:, rung], rung])
-
-    def _draw_noise(self) -> None:
-        """Student's t as Gaussians of different variances."""
-        expected = self._baseline + self._worth[:, None, None] * self._scale
-        expected = expected + self._by_scene[:, :, None] + self._by_rung[:, None]
-        squares = np.where(self._known, (self._values - expected) ** 2, 0.0)
-        rates = (_DEGREES + squares / self._noise) / 2
-        mixing = self._rng.gamma((_DEGREES + 1) / 2, 1 / rates)
-        count, total = self._known.sum(axis=(0, 1)), (mixing * squares).sum(axis=(0, 1))
-        self._noise = (total / 2 + 1e-3) / self._rng.gamma(count / 2 + 1.0)
-        self._precision = self._known * mixing / self._noise
-
-    def _variance(self, deviations: Array) -> Array:
-        """A variance given deviations with mean zero."""
-        shape, rate = len(deviations) / 2 + 1.0, (deviations**2).sum() / 2 + 1e-3
-        return rate / self._rng.gamma(shape)
+        left = (precision * (rest - self._by_rung[:, None])).sum(axis=2)
+        sharp = precision.sum(axis=2)
+        self._by_scene = self._normal(sharp + self._of_scenes.precision, left)
+        self._of_scenes.draw(self._by_scene, sharp > 0)
+        left = (precision * (rest - self._by_scene[:, :, None])).sum(axis=1)
+        sharp = precision.sum(axis=1)
+        self._by_rung = self._normal(sharp + self._of_rungs.precision, left)
+        self._by_rung[:, -1] = 0.0
+        self._of_rungs.draw(self._by_rung, sharp > 0)
+        rest = rest - self._by_scene[:, :, None] - self._by_rung[:, None]
+        self._noise.draw(rest, self._known)
 
     def _normal(self, precision: Any, pull: Any) -> Any:
         """Gaussian draws with the mean `pull / precision`."""

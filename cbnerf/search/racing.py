@@ -337,7 +337,7 @@ class Racing:
         return Pruned(reason, [about[name] for name in self._objectives])
 
     def _verdict(self, quality: str, number: int, rival: int) -> Verdict:
-        margin = self._stopping.margin * _SCALES[quality] / _SCALES["val/psnr"]
+        margin = self._stopping.margin_of(quality)
         return self._race(quality, rival).verdict(self._values[quality][number], margin)
 
     def _race(self, quality: str, rival: int) -> PairedRace:

@@ -95,6 +95,11 @@ class StudyState:
         return [number for number in self.started if number not in self._under_way]
 
     @property
+    def finished(self) -> list[int]:
+        """Fully trained configurations."""
+        return list(self._racing.finished)
+
+    @property
     def num_ended(self) -> int:
         """Number of ended configurations, including those beyond a limit."""
         return len(self._results) - len(self._under_way)
