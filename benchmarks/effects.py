@@ -117,7 +117,9 @@ def worth(plan: Plan, world: World, knobs: dict[str, Any]) -> float:
     places = {name: _place(plan, name, knobs[name]) for name in world.functions}
     total = 0.0
     for name, function in world.functions.items():
-        total += float(np.interp(places[name] * (len(function) - 1), range(len(function)), function))
+        total += float(
+            np.interp(places[name] * (len(function) - 1), range(len(function)), function)
+        )
     return total + sum(
         size * (2 * places[a] - 1) * (2 * places[b] - 1) for a, b, size in world.products
     )

@@ -124,6 +124,7 @@ def _print_outcome(plan: Plan, outcome: Outcome) -> None:
     phases = ", ".join(f"{phase} {spent:.0f} s" for phase, spent in outcome.seconds.items())
     print(f"time       {phases}")
     print(f"best       configuration {outcome.best}, {_pasted(plan.folder / 'best.yaml')}")
+    print(f"lead       {outcome.standing}")
     print(f"report     {_pasted(plan.folder / 'report.html')}")
     uri = tracking_uri(plan.storage)
     page = f"#/experiments/{outcome.experiment_id}/runs?{_CHARTS}"

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cbnerf.search.spec import Choices, Range
+from cbnerf.search.spec import UNITS, Choices, Range, shown_knob, with_unit
 from cbnerf.search.state import StudyState
 
 Array = NDArray[np.floating]
@@ -42,12 +42,14 @@ _WAVES = 5
 motion, so that steps are as likely as slopes."""
 _GRID = 33
 """Points of a range at which its function is evaluated."""
-_SPREADS = np.array([0.0, 0.03, 0.06, 0.125, 0.25, 0.5, 1.0, 2.0])
+_SPREADS = np.array([0.0, 0.03, 0.06, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0])
 """Prior deviations of a function, in deviations of the configurations."""
+_ACTS = 0.75
+"""Prior probability that a knob has an effect."""
 _DEGREES = 3.0
 """Of Student's t."""
-_SURE_OF_SCALE = 4.0
-"""Prior precision of the scales, whose prior mean is 1."""
+_SURE_OF_RUNGS = 8.0
+"""Prior precision of the scales of a scene around its usual scale, which is a priori N(1, 1)."""
 _SWEEPS, _BURN = 1500, 300
 
 
@@ -69,6 +71,18 @@ class Effect(NamedTuple):
     def is_seen(self) -> bool:
         """Whether the interval does not hold zero."""
         return self.low > 0
+
+    def describe(self, quality: str) -> str:
+        """What the study says of the knob."""
+        if self.is_seen:
+            return f"{with_unit(self.size, quality)}, best at {shown_knob(self.best)}"
+        within = f"(within +-{with_unit(self.high, quality)})"
+        return f"no effect seen {within}" if self.is_bounded else f"too few configurations {within}"
+
+
+def title_of(quality: str) -> str:
+    """Heading of the effects on a quality."""
+    return f"Effect of each knob ({UNITS[quality]}, 95 % interval)"
 
 
 def study_effects(state: StudyState) -> list[Effect]:
@@ -202,7 +216,7 @@ class _Sampler:
     ):
         self._known, self._rng, self._columns = ~np.isnan(values), rng, [*knobs, *products]
         self._num_knobs = len(knobs)
-        acts = np.repeat([0.5, 1 / (1 + len(products))], [len(knobs), len(products)])
+        acts = np.repeat([_ACTS, 1 / (1 + len(products))], [len(knobs), len(products)])
         others = np.outer(acts, np.ones(len(_SPREADS) - 1)) / (len(_SPREADS) - 1)
         self._chances = np.log(np.column_stack([1 - acts, others]))
         count, scenes, rungs = values.shape
@@ -220,15 +234,48 @@ class _Sampler:
         precision = self._known * self._noise.precision
         self._draw_worth(precision)
         self._draw_levels(precision)
-        self._draw_deviations(precision)
+        rest = self._values - self._baseline - self._worth[:, None, None] * self._scale
+        rest -= self._by_scene[:, :, None] + self._by_rung[:, None]
+        self._noise.draw(rest, self._known)
+        self._of_scenes.draw(self._by_scene, self._known.any(axis=2))
+        self._of_rungs.draw(self._by_rung, self._known.any(axis=1))
         scale = self._scale[:, -1].mean()
         return [weights * scale for weights in self._weights[: self._num_knobs]]
 
     def _draw_worth(self, precision: Array) -> None:
-        """The functions and the residual variance with the residuals integrated out, then these."""
-        rest = self._values - self._baseline - self._by_scene[:, :, None] - self._by_rung[:, None]
-        sure = (precision * self._scale**2).sum(axis=(1, 2)) + 1e-9
-        seen = (precision * self._scale * rest).sum(axis=(1, 2)) / sure
+        """What a configuration is worth, with its deviations integrated out, and then these.
+
+        Integrating out those by scene leaves precisions [c, s, r, r]; with them those by rung have
+        the precision `of_rungs` [c, r, r].
+        """
+        total = precision.sum(axis=2) + self._of_scenes.precision
+        left = -np.einsum("csr,csq->csrq", precision, precision / total[:, :, None])
+        left += precision[..., None] * np.eye(len(self._by_rung[0]))
+        rest = self._values - self._baseline
+        of_scale = np.einsum("csrq,sq->csr", left, self._scale)
+        of_rest = np.einsum("csrq,csq->csr", left, rest)
+        prior = self._of_rungs.precision
+        prior[:, -1] = 1e9  # deviations at the last rung are part of the residual
+        of_rungs = left.sum(axis=1) + prior[..., None] * np.eye(prior.shape[1])
+        sides = np.stack([of_scale.sum(axis=1), of_rest.sum(axis=1)], axis=2)
+        solved = np.linalg.solve(of_rungs, sides)
+        sure = (of_scale * self._scale).sum(axis=(1, 2)) + 1e-9
+        sure -= (sides[..., 0] * solved[..., 0]).sum(axis=1)
+        pull = (of_rest * self._scale).sum(axis=(1, 2))
+        pull -= (sides[..., 0] * solved[..., 1]).sum(axis=1)
+        self._worth, shift = self._draw_functions(pull / sure, sure)
+        self._baseline = self._baseline + shift * self._scale
+
+        spread = np.linalg.inv(np.linalg.cholesky(of_rungs)).swapaxes(1, 2)
+        worth = (self._worth + shift)[:, None]
+        self._by_rung = solved[..., 1] - worth * solved[..., 0]
+        self._by_rung += (spread @ self._rng.normal(size=(*prior.shape, 1)))[..., 0]
+        rest = rest - worth[..., None] * self._scale - self._by_rung[:, None]
+        self._by_scene = self._normal(total, (precision * rest).sum(axis=2))
+
+    def _draw_functions(self, seen: Array, sure: Array) -> tuple[Array, float]:
+        """The worth of the configurations and a shift of all: the functions of knobs and pairs, and
+        the variance of the residuals, with these integrated out; and then these."""
         total = sum(
             (block @ w for block, w in zip(self._columns, self._weights, strict=True) if w.any()),
             np.zeros(len(sure)),
@@ -239,20 +286,20 @@ class _Sampler:
         variance = variances[self._choose(logs)]
         sharp = 1 / (variance + 1 / sure)
         shift = self._normal(sharp.sum(), (sharp * (seen - total)).sum())
-        self._baseline = self._baseline + shift * self._scale
         seen = seen - shift
         for k in self._blocks():
             columns = self._columns[k]
             total = total - columns @ self._weights[k]
             self._weights[k] = self._draw_weights(k, seen - total, sharp)
             total = total + columns @ self._weights[k]
-        self._worth = total + self._normal(sure + 1 / variance, sure * (seen - total))
+        residuals = self._normal(sure + 1 / variance, sure * (seen - total))
+        return total + residuals, float(shift)
 
-    def _blocks(self) -> Array:
+    def _blocks(self) -> list[int]:
         """The knobs and as many pairs, for a study has more of those, in any order."""
         pairs = np.arange(self._num_knobs, len(self._columns))
         some = self._rng.permutation(pairs)[: self._num_knobs]
-        return self._rng.permutation([*range(self._num_knobs), *some])
+        return self._rng.permutation([*range(self._num_knobs), *some]).tolist()
 
     def _draw_weights(self, k: int, left: Array, sharp: Array) -> Array:
         """Coefficients of one block, whose spread is drawn with them integrated out."""
@@ -273,22 +320,9 @@ class _Sampler:
         self._baseline = self._normal(precision.sum(axis=0) + 1e-9, left)
         left = (precision * worth * (rest - self._baseline)).sum(axis=0)
         sharp = (precision * worth**2).sum(axis=0)
-        self._scale = self._normal(sharp + _SURE_OF_SCALE, left + _SURE_OF_SCALE)
-
-    def _draw_deviations(self, precision: Array) -> None:
-        """Deviations by scene, by rung (at the last one they are part of the residual) and noise."""
-        rest = self._values - self._baseline - self._worth[:, None, None] * self._scale
-        left = (precision * (rest - self._by_rung[:, None])).sum(axis=2)
-        sharp = precision.sum(axis=2)
-        self._by_scene = self._normal(sharp + self._of_scenes.precision, left)
-        self._of_scenes.draw(self._by_scene, sharp > 0)
-        left = (precision * (rest - self._by_scene[:, :, None])).sum(axis=1)
-        sharp = precision.sum(axis=1)
-        self._by_rung = self._normal(sharp + self._of_rungs.precision, left)
-        self._by_rung[:, -1] = 0.0
-        self._of_rungs.draw(self._by_rung, sharp > 0)
-        rest = rest - self._by_scene[:, :, None] - self._by_rung[:, None]
-        self._noise.draw(rest, self._known)
+        total = self._scale.sum(axis=1, keepdims=True)
+        usual = self._normal(1 + _SURE_OF_RUNGS * self._scale.shape[1], 1 + _SURE_OF_RUNGS * total)
+        self._scale = self._normal(sharp + _SURE_OF_RUNGS, left + _SURE_OF_RUNGS * usual)
 
     def _normal(self, precision: Any, pull: Any) -> Any:
         """Gaussian draws with the mean `pull / precision`."""

@@ -238,6 +238,11 @@ def with_unit(value: float, quality: str) -> str:
     return f"{value:.{3 if quality == 'val/psnr' else 4}f} {UNITS[quality]}"
 
 
+def shown_knob(value: object) -> str:
+    """A value of a knob, a real one with three digits."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def load_spec(path: Path) -> SearchSpec:
     """Read a search specification; a mistake is a `ValueError` of one line that names the file."""
     content = load_yaml(path)

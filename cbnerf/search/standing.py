@@ -35,13 +35,12 @@ class Standing(NamedTuple):
     """Training seconds of the best and its ties."""
 
     def describe(self) -> str:
-        """One sentence."""
-        name = f"configuration {self.best}"
+        """One sentence, after the name of the configuration."""
         if self.runner_up is None:
-            return f"{name}, the only one that was trained to its end"
+            return "the only one that was trained to its end"
         lead, noise = (with_unit(value, self.quality) for value in (self.lead, self.noise))
         verdict = "more than" if self.lead > self.noise else "within"
-        text = f"{name}, {lead} ahead of number {self.runner_up}: {verdict} the noise ({noise})"
+        text = f"{lead} ahead of number {self.runner_up}, {verdict} the noise ({noise})"
         if not self.ties:
             return text
         text += f"; ties: {_listed(self.ties)}; the cheapest is "

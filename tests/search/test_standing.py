@@ -44,7 +44,7 @@ def test_a_lead_beyond_the_noise_is_no_tie(study):
     standing = study([25.0, 25.5, 25.2], [1.0, 1.0, 1.0])
     assert (standing.best, standing.runner_up, standing.ties) == (1, 2, [])
     assert standing.lead == pytest.approx(0.3) and standing.noise < 0.1
-    assert standing.describe().startswith("configuration 1, 0.300 dB ahead of number 2: more than")
+    assert standing.describe().startswith("0.300 dB ahead of number 2, more than")
 
 
 def test_ties_are_named_and_the_cheapest_of_them_is_marked(study):
@@ -82,7 +82,7 @@ def test_one_scene_is_judged_by_the_spread_between_seeds(study):
 def test_only_fully_trained_configurations_are_compared(study):
     standing = study([25.0, math.nan], [1.0, 1.0])
     assert standing.runner_up is None
-    assert standing.describe() == "configuration 0, the only one that was trained to its end"
+    assert standing.describe() == "the only one that was trained to its end"
     assert study([math.nan], [1.0]) is None
 
 
