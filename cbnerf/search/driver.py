@@ -75,11 +75,13 @@ def run_study(
         best, standing = state.best(), find_standing(state)
         if best is None or standing is None:
             return None
+        since = time.time()
         with _timed(seconds, "scoring and report"):
             config = with_overrides(plan.base, best.params)
             scores = score_once(plan, config, best.number)
             files = write_report(state, config, best.number, scores)
-            tracker.log_report(files, dict(zip(plan.spec.objectives, best.values, strict=True)))
+            reached = dict(zip(plan.spec.objectives, best.values, strict=True))
+            tracker.log_report(files, reached, since)
         return Outcome(best.number, standing.describe(), scores, seconds, tracker.experiment_id)
     except BaseException:
         with suppress(MlflowException):  # MLflow may have failed for the same reason.
