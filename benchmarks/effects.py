@@ -2,10 +2,10 @@
 
     python benchmarks/effects.py
 
-Synthetic studies over the space of the recorded trainings (`search_space.yaml`), with the platform's
-sampler and race. What a configuration is worth is made up; how scenes, rungs and seeds differ from
-that is drawn from the recorded trainings (`search_table.py`), in proportion to the effects. Two
-generators: `smooth` adds up monotone or bent functions of the knobs; `rough`, which nothing was
+Synthetic studies over the space of the recorded trainings (`search_space.yaml`), with the
+platform's sampler and race. What a configuration is worth is made up; how scenes, rungs and seeds
+differ from that is drawn from the recorded trainings (`search_table.py`), in proportion to the
+effects. Two generators: `smooth` adds up monotone or bent functions of the knobs; `rough`, which nothing was
 tuned on, has steps, narrow valleys and products of two knobs. The true effect of a knob is the
 highest minus the lowest mean over all other knobs.
 """
@@ -205,9 +205,9 @@ def main(options: Options) -> None:
 
 
 _ABOUT = (
-    "*Holds*: the 95 % interval holds the true effect, of all knobs, of those without an effect, of "
-    "those with one, and of those with one that is seen. *Seen*: the interval does not hold zero. "
-    "*First*: the knob with the largest effect is ranked first.\n"
+    "*Holds*: the 95 % interval holds the true effect, of all knobs, of those without an effect, "
+    "of those with one, and of those with one that is seen. *Seen*: the interval does not hold "
+    "zero. *First*: the knob with the largest effect is ranked first.\n"
 )
 _HEADER = (
     "| configurations | pruned | holds | without effect | with effect | seen ones | seen, without "

@@ -5,13 +5,14 @@ An additive model of the measured units, never of what was imputed for pruned co
     values[c, s, r] = baseline[s, r] + scale[s, r] (f_1(c) + ... + f_K(c) + products[c]
                       + residual[c]) + by_scene[c, s] + by_rung[c, r] + noise[c, s, r]
 
-f_k is a smooth function of knob k (of a category: one value each) that is zero with a prior
-probability of a half; its effect is the highest minus the lowest value over the searched range, on
-the mean of the scenes and after a full training. The scales say that some scenes and rungs tell
-configurations further apart than others. Products of two knobs, about one a study a priori, keep an
-interaction from passing for an effect where the sampler has searched only a corner; other
-interactions are in the residual. Noise and deviations are Student's t, for some trainings diverge. A unit that the race left out is missing at random: whether
-it was trained depended on measured units alone, so pruning does not bias the posterior.
+f_k is a smooth function of knob k (of a category: one value each), or zero; its effect is the
+highest minus the lowest value over the searched range, on the mean of the scenes and after a full
+training. The scales say that some scenes and rungs tell configurations further apart than others.
+Products of two knobs, about one a study a priori, keep an interaction from passing for an effect
+where the sampler has searched only a corner; other interactions are in the residual. Noise and
+deviations are Student's t, for some trainings diverge. A unit that the race left out is missing at
+random: whether it was trained depended on measured units alone, so pruning does not bias the
+posterior.
 
 A Gibbs sampler with a fixed seed draws from the posterior. Names in this file:
 
@@ -48,8 +49,8 @@ _ACTS = 0.75
 """Prior probability that a knob has an effect."""
 _DEGREES = 3.0
 """Of Student's t."""
-_SURE_OF_RUNGS = 8.0
-"""Prior precision of the scales of a scene around its usual scale, which is a priori N(1, 1)."""
+_SURE_OF_SCALE = 8.0
+"""Prior precision of a scale around what its scene and its rung lead to expect."""
 _SWEEPS, _BURN = 1500, 300
 
 
@@ -223,7 +224,8 @@ class _Sampler:
         self._baseline = np.nan_to_num(np.nansum(values, axis=0) / self._known.sum(axis=0).clip(1))
         self._values = np.where(self._known, values, 0.0)
         self._weights = [np.zeros(block.shape[1]) for block in self._columns]
-        self._scale, self._worth = np.ones((scenes, rungs)), np.zeros(count)
+        self._scale, self._of_rung = np.ones((scenes, rungs)), np.zeros(rungs)
+        self._worth = np.zeros(count)
         self._by_scene, self._by_rung = np.zeros((count, scenes)), np.zeros((count, rungs))
         self._noise = _Tails(values.shape, rng)
         self._of_scenes, self._of_rungs = _Tails((count, scenes), rng), _Tails((count, rungs), rng)
@@ -320,9 +322,17 @@ class _Sampler:
         self._baseline = self._normal(precision.sum(axis=0) + 1e-9, left)
         left = (precision * worth * (rest - self._baseline)).sum(axis=0)
         sharp = (precision * worth**2).sum(axis=0)
-        total = self._scale.sum(axis=1, keepdims=True)
-        usual = self._normal(1 + _SURE_OF_RUNGS * self._scale.shape[1], 1 + _SURE_OF_RUNGS * total)
-        self._scale = self._normal(sharp + _SURE_OF_RUNGS, left + _SURE_OF_RUNGS * usual)
+        self._scale = self._normal(sharp + _SURE_OF_SCALE, left + _SURE_OF_SCALE * self._usual())
+
+    def _usual(self) -> Array:
+        """What the scales [s, r] are expected to be: a value of the scene and one of the rung, which
+        are a priori N(1, 1) and N(0, 1/4)."""
+        scenes, rungs = self._scale.shape
+        left = _SURE_OF_SCALE * (self._scale - self._of_rung).sum(axis=1, keepdims=True)
+        of_scene = self._normal(np.full((scenes, 1), 1 + _SURE_OF_SCALE * rungs), 1 + left)
+        left = _SURE_OF_SCALE * (self._scale - of_scene).sum(axis=0)
+        self._of_rung = self._normal(np.full(rungs, 4 + _SURE_OF_SCALE * scenes), left)
+        return of_scene + self._of_rung
 
     def _normal(self, precision: Any, pull: Any) -> Any:
         """Gaussian draws with the mean `pull / precision`."""

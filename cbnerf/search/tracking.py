@@ -8,8 +8,8 @@ the difference to what they do hold. Runs are found by the tag `cbnerf.key`:
     configuration/NUMBER         closed once it has the tag `outcome`
     unit/NUMBER/SCENE            all rungs of a configuration on a scene; a child of the former
 
-Start and end of a run are those of the training. Only a failure has a status of one: what was pruned
-is FINISHED, and its tag `outcome` says `pruned`.
+Start and end of a run are those of the training. Only failures are FAILED: what was pruned is
+FINISHED, and its tag `outcome` says `pruned`.
 """
 
 import subprocess
@@ -230,7 +230,7 @@ class Tracker:
         self._open.discard(number)
 
     def _stop(self, run: TrackedRun, number: int, ended: int | None) -> None:
-        """End the run of a unit that was not trained to its end, for its configuration has ended."""
+        """End the run of a unit that is not trained further, for its configuration has ended."""
         run.set_status("FINISHED", ended)
         run.write(tags={_OUTCOME: "pruned" if number in self._state.pruned else "stopped"})
 
