@@ -5,9 +5,9 @@
 Synthetic studies over the space of the recorded trainings (`search_space.yaml`), with the
 platform's sampler and race. What a configuration is worth is made up; how scenes, rungs and seeds
 differ from that is drawn from the recorded trainings (`search_table.py`), in proportion to the
-effects. Two generators: `smooth` adds up monotone or bent functions of the knobs; `rough`, which nothing was
-tuned on, has steps, narrow valleys and products of two knobs. The true effect of a knob is the
-highest minus the lowest mean over all other knobs.
+effects. Two generators: `smooth` adds up monotone or bent functions of the knobs; `rough` has
+steps, narrow valleys and products of two knobs. The true effect of a knob is the highest minus the
+lowest mean over all other knobs.
 """
 
 import time

@@ -38,9 +38,9 @@ Array = NDArray[np.floating]
 
 ENOUGH = 4
 """Number of configurations below which no effect is estimated."""
-_WAVES = 5
-"""Cosines of a function of an ordered knob; wave j has the prior deviation 1 / j, as in Brownian
-motion, so that steps are as likely as slopes."""
+_WAVES = 6
+"""Cosines of a function of an ordered knob beside a parabola, which makes up for their level ends;
+wave j has the prior deviation 1 / j, as in Brownian motion, so steps are as likely as slopes."""
 _GRID = 33
 """Points of a range at which its function is evaluated."""
 _SPREADS = np.array([0.0, 0.03, 0.06, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0])
@@ -178,7 +178,8 @@ class _Basis:
         where = np.array([self._place(value) for value in values])
         waves = np.arange(1, _WAVES + 1)
         cosines = np.cos(np.pi * where[:, None] * waves) / waves
-        return np.column_stack([2 * where - 1, cosines])
+        slope = 2 * where - 1
+        return np.column_stack([slope, slope**2, cosines])
 
     def _place(self, value: Any) -> float:
         """From 0 to 1 over the range, or over the order of the choices."""
@@ -325,8 +326,8 @@ class _Sampler:
         self._scale = self._normal(sharp + _SURE_OF_SCALE, left + _SURE_OF_SCALE * self._usual())
 
     def _usual(self) -> Array:
-        """What the scales [s, r] are expected to be: a value of the scene and one of the rung, which
-        are a priori N(1, 1) and N(0, 1/4)."""
+        """What the scales [s, r] are expected to be: the sum of a value of the scene, a priori
+        N(1, 1), and one of the rung, N(0, 1/4)."""
         scenes, rungs = self._scale.shape
         left = _SURE_OF_SCALE * (self._scale - self._of_rung).sum(axis=1, keepdims=True)
         of_scene = self._normal(np.full((scenes, 1), 1 + _SURE_OF_SCALE * rungs), 1 + left)
