@@ -44,7 +44,7 @@ class Options:
     space: Path = Path("benchmarks/search_space.yaml")
     sizes: tuple[int, ...] = (8, 16, 32, 64)
     """Configurations of a study."""
-    studies: int = 40
+    studies: int = 12
     """Of each size and generator."""
     output: Path = Path("benchmarks/results/search/effects.md")
 
