@@ -25,7 +25,7 @@ from cbnerf.report.tables import to_markdown
 from cbnerf.search.driver import Outcome, find_precision, quieten_libraries, run_study
 from cbnerf.search.estimate import bytes_needed, describe_price
 from cbnerf.search.machines import num_slots
-from cbnerf.search.mlflow_store import tracking_uri, without_password
+from cbnerf.search.mlflow_store import runs_page, tracking_uri, without_password
 from cbnerf.search.plan import Plan
 from cbnerf.search.report import known_scores, scene_table, write_report
 from cbnerf.search.request import (
@@ -40,8 +40,6 @@ from cbnerf.search.state import StudyState
 from cbnerf.search.tracking import NOT_COMPARABLE
 
 _PROGRAM, _INTERRUPTED = "tune.py", 130
-_CHARTS = "compareRunsMode=CHART&workflowType=machine_learning"
-"""MLflow's UI opens on its pages for language models by default."""
 
 
 def main(default_config: Path) -> None:
@@ -127,7 +125,7 @@ def _print_outcome(plan: Plan, outcome: Outcome) -> None:
     print(f"lead       {outcome.standing}")
     print(f"report     {_pasted(plan.folder / 'report.html')}")
     uri = tracking_uri(plan.storage)
-    page = f"#/experiments/{outcome.experiment_id}/runs?{_CHARTS}"
+    page = runs_page(outcome.experiment_id, plan.spec.objectives[0])
     if uri.startswith("http"):
         print(f"compare    {without_password(uri)}/{page}")
     else:

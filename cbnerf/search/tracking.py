@@ -201,7 +201,7 @@ class Tracker:
         if (folder / STRIP_FILE).exists():  # only of stage 2
             strip = iio.imread(folder / STRIP_FILE)
             for target in (run, parent):
-                self._client.log_image(target.id, strip, key=f"{scene}/strip", step=0)
+                self._client.log_image(target.id, strip, key=f"val_{scene}/strip", step=0)
         names = [name for name in ("psnr", "gain") if f"val/{name}" in metrics]
         parent.write(_metrics({f"val_{scene}/{name}": metrics[f"val/{name}"] for name in names}, 0))
         self._log_stage(run, folder, self._plan.stage)
