@@ -216,7 +216,8 @@ class _Sampler:
     def __init__(
         self, values: Array, knobs: list[Array], products: list[Array], rng: np.random.Generator
     ):
-        self._known, self._rng, self._columns = ~np.isnan(values), rng, [*knobs, *products]
+        self._known: NDArray[np.bool_] = ~np.isnan(values)
+        self._rng, self._columns = rng, [*knobs, *products]
         self._num_knobs = len(knobs)
         acts = np.repeat([_ACTS, 1 / (1 + len(products))], [len(knobs), len(products)])
         others = np.outer(acts, np.ones(len(_SPREADS) - 1)) / (len(_SPREADS) - 1)
@@ -224,7 +225,7 @@ class _Sampler:
         count, scenes, rungs = values.shape
         self._baseline = np.nan_to_num(np.nansum(values, axis=0) / self._known.sum(axis=0).clip(1))
         self._values = np.where(self._known, values, 0.0)
-        self._weights = [np.zeros(block.shape[1]) for block in self._columns]
+        self._weights: list[Array] = [np.zeros(block.shape[1]) for block in self._columns]
         self._scale, self._of_rung = np.ones((scenes, rungs)), np.zeros(rungs)
         self._worth = np.zeros(count)
         self._by_scene, self._by_rung = np.zeros((count, scenes)), np.zeros((count, rungs))

@@ -30,7 +30,8 @@ class TrackedRun:
         self.tags = dict(run.data.tags)
         self._params = set(run.data.params)
         self._metrics = list(run.data.metrics)
-        self._inputs = {(i.dataset.name, i.dataset.digest) for i in run.inputs.dataset_inputs}
+        inputs = run.inputs.dataset_inputs if run.inputs else []
+        self._inputs = {(one.dataset.name, one.dataset.digest) for one in inputs}
         self._points: dict[tuple[str, int], float] | None = None
 
     def write(
