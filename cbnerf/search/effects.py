@@ -235,14 +235,14 @@ class _Sampler:
     def sweep(self) -> list[Array]:
         """Draw every parameter once, given all others; returns the weights of the knobs for the
         mean of the scenes at the last rung."""
-        precision = self._known * self._noise.precision
+        precision = np.where(self._known, self._noise.precision, 0.0)
         self._draw_worth(precision)
         self._draw_levels(precision)
         rest = self._values - self._baseline - self._worth[:, None, None] * self._scale
         rest -= self._by_scene[:, :, None] + self._by_rung[:, None]
         self._noise.draw(rest, self._known)
-        self._of_scenes.draw(self._by_scene, self._known.any(axis=2))
-        self._of_rungs.draw(self._by_rung, self._known.any(axis=1))
+        self._of_scenes.draw(self._by_scene, np.asarray(self._known.any(axis=2)))
+        self._of_rungs.draw(self._by_rung, np.asarray(self._known.any(axis=1)))
         scale = self._scale[:, -1].mean()
         return [weights * scale for weights in self._weights[: self._num_knobs]]
 

@@ -1,6 +1,9 @@
 """Runs of MLflow: what they hold, and idempotent writing."""
 
+import subprocess
 from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
@@ -102,3 +105,16 @@ def log_batch(
     )
     for start in range(_BATCH, len(metrics), _BATCH):
         client.log_batch(run_id, metrics[start : start + _BATCH])
+
+
+@cache
+def git_commit() -> str | None:
+    """The commit of this code; None outside of a repository."""
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except OSError:  # there is no git
+        return None
+    return answer.stdout.strip() or None

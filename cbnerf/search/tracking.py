@@ -12,12 +12,10 @@ Start and end of a run are those of the training. Only failures are FAILED: what
 FINISHED, and its tag `outcome` says `pruned`.
 """
 
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,7 +30,7 @@ from cbnerf.search.inputs import SCORING, TRAINING, scene_inputs
 from cbnerf.search.mlflow_store import first_line, legal_key, open_client, open_experiment
 from cbnerf.search.plan import Unit
 from cbnerf.search.racing import Metrics
-from cbnerf.search.runs import TrackedRun, find_runs
+from cbnerf.search.runs import TrackedRun, find_runs, git_commit
 from cbnerf.search.state import StudyState
 from cbnerf.training.checkpoint import CHECKPOINT_FILES, Stage, save_weights
 from cbnerf.training.stages import CONFIG_FILE, METRICS_FILE, STRIP_FILE, read_metrics
@@ -216,7 +214,11 @@ class Tracker:
         elif len(finished) < len(self._plan.trainings):
             tags, status = {_OUTCOME: "failed"}, "FAILED"
         else:
-            means = {name: sum(m[name] for m in finished) / len(finished) for name in finished[0]}
+            means = {
+                name: sum(metrics[name] for metrics in finished) / len(finished)
+                for name in finished[0]
+                if name.startswith("val/") or "/" not in name  # a child has all of a training
+            }
             parent.write(_metrics(means, 0))
         ends = []
         for training in self._plan.trainings:
@@ -262,7 +264,7 @@ class Tracker:
             tags |= {"cbnerf.study_id": self._state.id, "mlflow.source.name": _PROGRAM}
             if plan.data is None:
                 tags["cbnerf.warning"] = NOT_COMPARABLE
-            if commit := _git_commit():
+            if commit := git_commit():
                 tags["mlflow.source.git.commit"] = commit
             created = self._client.create_run(self.experiment_id, start, tags, name)
             self._runs[key] = TrackedRun(self._client, created)
@@ -338,15 +340,3 @@ def _configuration_key(number: int) -> str:
 
 def _unit_key(number: int, scene: str) -> str:
     return f"unit/{number}/{scene}"
-
-
-@cache
-def _git_commit() -> str | None:
-    try:
-        answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    except OSError:  # there is no git
-        return None
-    return answer.stdout.strip() or None

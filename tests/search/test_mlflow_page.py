@@ -72,7 +72,8 @@ def test_the_printed_page_opens_on_the_configurations_the_best_on_top(
         unit = state.next_unit()
         assert unit is not None
         about = (unit.configuration, unit.scene, unit.overrides, psnr)
-        state.record(unit, leave_unit(plan, *about))
+        training = {"codebook/used": 0.5, "train/loss": 0.1}
+        state.record(unit, leave_unit(plan, *about) | training)
     tracker = Tracker(state)
     tracker.sync()
     page = f"{serve(tracking_uri(plan.storage))}/{runs_page(tracker.experiment_id, 'val/psnr')}"
@@ -87,4 +88,4 @@ def test_the_printed_page_opens_on_the_configurations_the_best_on_top(
     ]  # fmt: skip
     assert "<strong>3</strong> matching runs" in shown
     # Charts and images: the means over the scenes before the scenes.
-    assert re.findall(r">(val|val_arcade|arcade)</div>", shown) == ["val", "val_arcade"]
+    assert re.findall(r">(codebook|train|val|val_arcade)</div>", shown) == ["val", "val_arcade"]
