@@ -8,7 +8,7 @@ from optuna.trial import TrialState
 from plotly.io import to_html as chart_to_html
 
 from cbnerf.report.page import Chart
-from cbnerf.search.effects import ENOUGH, Effect, title_of
+from cbnerf.search.effects import ENOUGH, Effect
 from cbnerf.search.spec import UNITS
 from cbnerf.search.state import StudyState
 
@@ -29,7 +29,7 @@ def _figures(state: StudyState, effects: Sequence[Effect]) -> Iterator[tuple[str
     study, objectives = state.study, state.plan.spec.objectives
     if effects:
         about = "Highest minus lowest mean over the searched range; grey: no effect is seen."
-        yield title_of(objectives[0]), about, _effects(effects, objectives[0])
+        yield "Effects", about, _effects(effects, objectives[0])
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     for index, name in enumerate(objectives):
         # Without a target, which several objectives need, Optuna also draws the best so far.

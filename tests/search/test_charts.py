@@ -70,7 +70,7 @@ def test_effects_are_drawn_with_their_intervals_the_largest_on_top(tiny_plan):
         Effect("codebook.size", 0.125, 0.0, 0.375, 64, True),
     ]
     first, *_ = drawn = list(charts(state, effects))
-    assert first.title == "Effect of each knob (dB, 95 % interval)"
+    assert first.title == "Effects"
     assert [chart.title for chart in drawn[1:]] == ["History of val/psnr", "Race"]
     match = re.search(r"Plotly\.newPlot\(\s*\"chart-0\",\s*(\[.*?\}\]),", first.html, re.DOTALL)
     assert match is not None

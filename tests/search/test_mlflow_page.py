@@ -24,6 +24,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.search,
     pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or google-chrome"),
+    pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),  # MLflow's
 ]
 
 
