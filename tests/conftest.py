@@ -29,7 +29,7 @@ LONGEST = [
     "test_worker.py", "test_spec_sweep.py",
     "test_searcher.py", "test_compare.py", "test_readme.py",
     "test_divergence.py", "test_devices.py",
-    "test_precision.py", "test_stages.py",
+    "test_precision.py", "test_stages.py", "test_effects.py", "test_mlflow_page.py",
 ]  # fmt: skip
 """Files that take long, the longest first."""
 

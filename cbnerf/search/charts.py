@@ -1,24 +1,22 @@
 """Charts of a study: those of Optuna, the units of each configuration, and the cost."""
 
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import optuna.visualization as visualization
 import plotly.graph_objects as go
-from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from plotly.io import to_html as chart_to_html
 
 from cbnerf.report.page import Chart
+from cbnerf.search.effects import ENOUGH, Effect
+from cbnerf.search.spec import UNITS
 from cbnerf.search.state import StudyState
 
-_ENOUGH = 4
-"""Number of finished or pruned configurations that a chart of importances needs."""
 
-
-def charts(state: StudyState) -> Iterator[Chart]:
-    """The charts of a study; the first one embeds plotly's script for all."""
-    for index, (title, about, figure) in enumerate(_figures(state)):
+def charts(state: StudyState, effects: Sequence[Effect]) -> Iterator[Chart]:
+    """The charts of a study and of the effects of its knobs; the first one embeds plotly's script
+    for all."""
+    for index, (title, about, figure) in enumerate(_figures(state, effects)):
         figure.update_layout(title=None, margin={"t": 30})
         html = chart_to_html(
             figure, full_html=False, include_plotlyjs=index == 0, div_id=f"chart-{index}"
@@ -26,9 +24,12 @@ def charts(state: StudyState) -> Iterator[Chart]:
         yield Chart(title, about, html)
 
 
-def _figures(state: StudyState) -> Iterator[tuple[str, str, go.Figure]]:
+def _figures(state: StudyState, effects: Sequence[Effect]) -> Iterator[tuple[str, str, go.Figure]]:
     """Title, a sentence and the chart."""
     study, objectives = state.study, state.plan.spec.objectives
+    if effects:
+        about = "Highest minus lowest mean over the searched range; grey: no effect is seen."
+        yield "Effects", about, _effects(effects, objectives[0])
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     for index, name in enumerate(objectives):
         # Without a target, which several objectives need, Optuna also draws the best so far.
@@ -38,45 +39,37 @@ def _figures(state: StudyState) -> Iterator[tuple[str, str, go.Figure]]:
     if len(objectives) in (2, 3):
         figure = visualization.plot_pareto_front(study, target_names=list(objectives))
         yield "Pareto front", "No configuration is better in all objectives.", figure
-    if len(complete) >= _ENOUGH and len(state.plan.spec.space) > 1:
+    if len(complete) >= ENOUGH and len(state.plan.spec.space) > 1:
         first = objectives[0]
         # Optuna minimises a target; it knows the direction of a single objective.
         target = None if len(objectives) == 1 else lambda trial: -trial.values[0]
         figure = visualization.plot_parallel_coordinate(study, target=target, target_name=first)
         about = f"One line per configuration, the darker the better in {first}."
         yield "Parallel coordinates", about, figure
-        about = "Share of each knob in what separates good configurations (PED-ANOVA)."
-        yield "Importances", about, importances(state)
     yield "Race", "Units of each configuration, and what became of it.", _race(state)
     if state.field_seconds:
         about = "Training seconds: measured, and what the same configurations would have taken."
         yield "Cost", about, _cost(state)
 
 
-def importances(state: StudyState) -> go.Figure:
-    """PED-ANOVA importance of each knob, overall and, if scenes train separately, by scene."""
-    figure = go.Figure()
-    evaluator, first = PedAnovaImportanceEvaluator(), state.plan.spec.objectives[0]
-    # PED-ANOVA minimises a target.
-    targets = {"overall": lambda trial: -trial.values[0]}
-    trainings = state.plan.trainings
-    for scene in trainings if len(trainings) > 1 else ():
-        targets[scene] = lambda trial, s=scene: -_value_on(state, trial, s, first)
-    for name, target in targets.items():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # It warns that it minimises.
-            shares = get_param_importances(state.study, evaluator=evaluator, target=target)
-        visible = True if name == "overall" else "legendonly"
-        bar = go.Bar(x=list(shares), y=list(shares.values()), name=name, visible=visible)
-        figure.add_trace(bar)
+def _effects(effects: Sequence[Effect], quality: str) -> go.Figure:
+    """Sizes with 95 % intervals, the largest on top; knobs without an effect are grey."""
+    rows = effects[::-1]
+    sizes = [effect.size for effect in rows]
+    whiskers = {
+        "symmetric": False,
+        "array": [effect.high - effect.size for effect in rows],
+        "arrayminus": [effect.size - effect.low for effect in rows],
+    }
+    colors = ["#1f77b4" if effect.is_seen else "#c4c4c4" for effect in rows]
+    bar = go.Bar(
+        x=sizes, y=[effect.knob for effect in rows], orientation="h", error_x=whiskers,
+        marker_color=colors, hovertext=[effect.describe(quality) for effect in rows],
+    )  # fmt: skip
+    figure = go.Figure(bar)
+    figure.update_layout(xaxis_title=UNITS[quality], height=120 + 36 * len(rows))
+    figure.update_yaxes(automargin=True)
     return figure
-
-
-def _value_on(state: StudyState, trial: FrozenTrial, scene: str, quality: str) -> float:
-    """The objective on one scene at the highest rung reached; the mean if it was not trained."""
-    reached = [(rung, m) for (s, rung), m in state.results(trial.number).items() if s == scene]
-    metrics = max(reached, key=lambda pair: pair[0], default=(0, None))[1]
-    return metrics[quality] if metrics else trial.values[0]
 
 
 def _race(state: StudyState) -> go.Figure:

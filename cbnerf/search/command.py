@@ -26,7 +26,7 @@ from cbnerf.report.tables import to_markdown
 from cbnerf.search.driver import Outcome, find_precision, quieten_libraries, run_study
 from cbnerf.search.estimate import bytes_needed, describe_price
 from cbnerf.search.machines import num_slots
-from cbnerf.search.mlflow_store import tracking_uri, without_password
+from cbnerf.search.mlflow_store import runs_page, tracking_uri, without_password
 from cbnerf.search.plan import Plan
 from cbnerf.search.report import known_scores, scene_table, write_report
 from cbnerf.search.request import (
@@ -41,8 +41,6 @@ from cbnerf.search.state import StudyState
 from cbnerf.search.tracking import NOT_COMPARABLE
 
 _PROGRAM, _INTERRUPTED = "tune.py", 130
-_CHARTS = "compareRunsMode=CHART&workflowType=machine_learning"
-"""MLflow's UI opens on its pages for language models by default."""
 
 
 def main(default_config: Path) -> None:
@@ -125,9 +123,10 @@ def _print_outcome(plan: Plan, outcome: Outcome) -> None:
     phases = ", ".join(f"{phase} {spent:.0f} s" for phase, spent in outcome.seconds.items())
     print(f"time       {phases}")
     print(f"best       configuration {outcome.best}, {_pasted(plan.folder / 'best.yaml')}")
+    print(f"lead       {outcome.standing}")
     print(f"report     {_pasted(plan.folder / 'report.html')}")
     uri = tracking_uri(plan.storage)
-    page = f"#/experiments/{outcome.experiment_id}/runs?{_CHARTS}"
+    page = runs_page(outcome.experiment_id, plan.spec.objectives[0])
     if uri.startswith("http"):
         print(f"compare    {without_password(uri)}/{page}")
     else:

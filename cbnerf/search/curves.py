@@ -7,6 +7,7 @@ begins, or resumes, appends a point without metrics at step 0.
 import json
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +46,12 @@ def append_point(folder: Path, step: int, metrics: dict[str, float]) -> None:
     point = Point(step, metrics, platform.node(), int(time.time() * 1000))
     with (folder / CURVES_FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(point._asdict()) + "\n")
+
+
+def first_and_last(points: Sequence[Point]) -> tuple[int | None, int | None]:
+    """When a unit began and was last seen, in milliseconds since 1970; None if it has not begun."""
+    times = [point.time for point in points]
+    return min(times, default=None), max(times, default=None)
 
 
 def read_curves(folder: Path) -> list[Point]:

@@ -22,6 +22,7 @@ from cbnerf.search.machines import num_slots, worker_resources
 from cbnerf.search.plan import Plan
 from cbnerf.search.report import SceneScores, score_once, write_report
 from cbnerf.search.searcher import Recorder, TuneSearcher
+from cbnerf.search.standing import find_standing
 from cbnerf.search.state import StudyState
 from cbnerf.search.status import StatusLine
 from cbnerf.search.tasks import call, for_each_scene, is_of_memory, reason
@@ -44,6 +45,8 @@ class Outcome(NamedTuple):
 
     best: int
     """Number of the best configuration."""
+    standing: str
+    """How far it leads, and its ties."""
     scores: SceneScores
     """Scores of the best configuration."""
     seconds: dict[str, float]
@@ -70,15 +73,17 @@ def run_study(
                 say("all configurations of this study are done; nothing is trained again")
             else:
                 _train(plan, state, seconds, concurrency)
-        best = state.best()
-        if best is None:
+        best, standing = state.best(), find_standing(state)
+        if best is None or standing is None:
             return None
+        since = time.time()
         with _timed(seconds, "scoring and report"):
             config = with_overrides(plan.base, best.params)
             scores = score_once(plan, config, best.number)
             files = write_report(state, config, best.number, scores)
-            tracker.log_report(files, dict(zip(plan.spec.objectives, best.values, strict=True)))
-        return Outcome(best.number, scores, seconds, tracker.experiment_id)
+            reached = dict(zip(plan.spec.objectives, best.values, strict=True))
+            tracker.log_report(files, reached, since)
+        return Outcome(best.number, standing.describe(), scores, seconds, tracker.experiment_id)
     except BaseException:
         with suppress(MlflowException):  # MLflow may have failed for the same reason.
             tracker.interrupt()

@@ -10,7 +10,7 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlencode, urlsplit, urlunsplit
 
 from filelock import FileLock
 from mlflow import MlflowClient
@@ -80,6 +80,19 @@ def plain_errors() -> Iterator[None]:
         yield
     except MlflowException as error:
         raise ValueError(f"MLflow: {first_line(error)}") from None
+
+
+def runs_page(experiment_id: str, quality: str) -> str:
+    """The address, below that of the server, of the charts of a study's configurations, the best in
+    this quality on top."""
+    query = {
+        "compareRunsMode": "CHART",
+        "workflowType": "machine_learning",  # else it opens on pages for language models
+        "orderByKey": f"metrics.`{quality}`",
+        "orderByAsc": "false",
+        "searchFilter": "tags.`cbnerf.kind` = 'configuration'",
+    }
+    return f"#/experiments/{experiment_id}/runs?{urlencode(query, quote_via=quote, safe='')}"
 
 
 def without_password(uri: str) -> str:

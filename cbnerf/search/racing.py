@@ -235,7 +235,7 @@ class Racing:
     def best(self) -> int | None:
         """The finished configuration with the highest first objective."""
         first = self._objectives[0]
-        return max(self.finished, key=lambda n: self.finished[n][first], default=None)
+        return max(list(self.finished), key=lambda n: self.finished[n][first], default=None)
 
     def front(self) -> list[int]:
         """The Pareto front: finished configurations that no other one dominates."""
@@ -337,7 +337,7 @@ class Racing:
         return Pruned(reason, [about[name] for name in self._objectives])
 
     def _verdict(self, quality: str, number: int, rival: int) -> Verdict:
-        margin = self._stopping.margin * _SCALES[quality] / _SCALES["val/psnr"]
+        margin = self._stopping.margin_of(quality)
         return self._race(quality, rival).verdict(self._values[quality][number], margin)
 
     def _race(self, quality: str, rival: int) -> PairedRace:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from cbnerf.config import Config
@@ -10,9 +11,11 @@ from cbnerf.overrides import save_config
 from cbnerf.report.page import Code, Page, Section, write_page
 from cbnerf.report.tables import Cell, Table
 from cbnerf.search.charts import charts
+from cbnerf.search.effects import Effect, study_effects, title_of
 from cbnerf.search.held_out import study_gallery
 from cbnerf.search.plan import Plan
-from cbnerf.search.spec import QUALITIES
+from cbnerf.search.spec import QUALITIES, shown_knob, with_unit
+from cbnerf.search.standing import find_standing
 from cbnerf.search.state import StudyState
 from cbnerf.search.tasks import for_each_scene
 from cbnerf.search.tracking import NOT_COMPARABLE
@@ -93,8 +96,10 @@ def study_page(
     state: StudyState, best: Config, number: int, scores: SceneScores, best_yaml: str
 ) -> Page:
     """The report: best configuration, scores of each scene, charts, all configurations."""
-    plan = state.plan
-    notes = [
+    plan, effects, standing = state.plan, study_effects(state), find_standing(state)
+    notes = [f"best: configuration {standing.best}, {standing.describe()}"] if standing else []
+    notes += describe_effects(effects)
+    notes += [
         f"{plan.method} at {plan.resolution}, protocol holdout, {plan.source}",
         f"precision of stage 1: {best.field.precision}",
         f"{len(state.ended)} configurations, {len(state.pruned)} of them pruned; charts show the "
@@ -108,10 +113,36 @@ def study_page(
         notes,
         [
             Section(configurations, [scene_table(scores), Code("best.yaml", best_yaml)]),
-            Section("", [*study_gallery(state), *charts(state)]),
+            *effects_section(effects, plan.spec.objectives[0]),
+            Section("", [*study_gallery(state), *charts(state, effects)]),
             Section("Configurations", [configuration_table(state)]),
         ],
     )
+
+
+def describe_effects(effects: Sequence[Effect]) -> list[str]:
+    """One sentence on the knobs that act and one on those that do not; none without effects."""
+    acting = [effect.knob for effect in effects if effect.is_seen]
+    idle = [effect.knob for effect in effects if not effect.is_seen and effect.is_bounded]
+    unknown = [effect.knob for effect in effects if not effect.is_seen and not effect.is_bounded]
+    sentences = {
+        "knobs with an effect, the largest first": acting,
+        "knobs without an effect that is seen": idle,
+        "too few configurations to tell": unknown,
+    }
+    return [f"{about}: {', '.join(knobs)}" for about, knobs in sentences.items() if knobs]
+
+
+def effects_section(effects: Sequence[Effect], quality: str) -> list[Section]:
+    """The table of effects, the largest first; none if nothing could be estimated."""
+    header = ["knob", "effect", "95 % interval", "says"]
+    rows = []
+    for effect in effects:
+        low, high = with_unit(effect.low, quality), with_unit(effect.high, quality)
+        size = with_unit(effect.size, quality)
+        cells = [effect.knob, size, f"{low} to {high}", effect.describe(quality)]
+        rows.append([Cell(text, effect.is_seen) for text in cells])
+    return [Section(title_of(quality), [Table("", header, rows)])] if rows else []
 
 
 def configuration_table(state: StudyState) -> Table:
@@ -123,14 +154,10 @@ def configuration_table(state: StudyState) -> Table:
     for trial in trials:
         if trial.params:
             values = [f"{value:.5g}" for value in trial.values or []] or ["-"] * len(objectives)
-            knobs = [_short(trial.params.get(name, "")) for name in names]
+            knobs = [shown_knob(trial.params.get(name, "")) for name in names]
             cells = [str(trial.number), *values, state.describe_end(trial), *knobs]
             rows.append([Cell(text) for text in cells])
     return Table("", ["#", *objectives, "end", *names], rows)
-
-
-def _short(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _row(

@@ -1,10 +1,13 @@
 """Runs of MLflow: what they hold, and idempotent writing."""
 
+import subprocess
 from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.entities import DatasetInput, Metric, Param, Run, RunTag
 
 _BATCH = 800
 
@@ -30,6 +33,8 @@ class TrackedRun:
         self.tags = dict(run.data.tags)
         self._params = set(run.data.params)
         self._metrics = list(run.data.metrics)
+        inputs = run.inputs.dataset_inputs if run.inputs else []
+        self._inputs = {(one.dataset.name, one.dataset.digest) for one in inputs}
         self._points: dict[tuple[str, int], float] | None = None
 
     def write(
@@ -54,13 +59,27 @@ class TrackedRun:
             self._params.update(params)
             self.tags.update(tags)
 
-    def set_status(self, status: str) -> None:
+    def add_inputs(self, inputs: Sequence[DatasetInput]) -> None:
+        """Add datasets that have not been logged."""
+        new = {(i.dataset.name, i.dataset.digest): i for i in inputs}
+        new = {key: one for key, one in new.items() if key not in self._inputs}
+        if new:
+            self._client.log_inputs(self.id, list(new.values()))
+            self._inputs.update(new)
+
+    def remove_tag(self, name: str) -> None:
+        if name in self.tags:
+            self._client.delete_tag(self.id, name)
+            del self.tags[name]
+
+    def set_status(self, status: str, end_time: int | None = None) -> None:
+        """Change the status; one that ends the run has a time in milliseconds, now by default."""
         if status == self.status:
             return
         if status == "RUNNING":
             self._client.update_run(self.id, status=status)
         else:
-            self._client.set_terminated(self.id, status)
+            self._client.set_terminated(self.id, status, end_time)
         self.status = status
 
     def _known_points(self) -> dict[tuple[str, int], float]:
@@ -86,3 +105,16 @@ def log_batch(
     )
     for start in range(_BATCH, len(metrics), _BATCH):
         client.log_batch(run_id, metrics[start : start + _BATCH])
+
+
+@cache
+def git_commit() -> str | None:
+    """The commit of this code; None outside of a repository."""
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except OSError:  # there is no git
+        return None
+    return answer.stdout.strip() or None

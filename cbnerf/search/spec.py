@@ -23,6 +23,7 @@ Sampler = Literal["sobol-tpe", "tpe", "random"]
 Quality = Literal["val/psnr", "val/ssim"]
 Cost = Literal["seconds", "parameters", "codebook.size"]
 QUALITIES: tuple[str, ...] = get_args(Quality)
+UNITS = {"val/psnr": "dB", "val/ssim": "SSIM"}
 COSTS: tuple[str, ...] = get_args(Cost)
 MOST_TRIALS = 100_000
 """Length that the arrays of the race may have."""
@@ -128,6 +129,10 @@ class Stopping:
         _require(self.margin >= 0, "stopping.margin must not be negative")
         _require(0 < self.threshold < 0.5, "stopping.threshold must lie between 0 and 0.5")
 
+    def margin_of(self, quality: str) -> float:
+        """The margin in units of a quality."""
+        return self.margin if quality == "val/psnr" else self.margin / 30
+
 
 def _value(name: str, value: Any) -> Any:
     """A value of a knob, of its type and within its limits."""
@@ -226,6 +231,16 @@ class SearchSpec:
             _require(name in self.space, f"initial: {name} is not in the space")
             lies_in = value in self.space[name]
             _require(lies_in, f"initial: {name} = {shown(value)} lies outside the space")
+
+
+def with_unit(value: float, quality: str) -> str:
+    """A difference of a quality, with its unit."""
+    return f"{value:.{3 if quality == 'val/psnr' else 4}f} {UNITS[quality]}"
+
+
+def shown_knob(value: object) -> str:
+    """A value of a knob, a real one with three digits."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def load_spec(path: Path) -> SearchSpec:

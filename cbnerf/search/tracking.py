@@ -5,16 +5,17 @@ the difference to what they do hold. Runs are found by the tag `cbnerf.key`:
 
     report                       the closing report
     field/ENTRY                  stage 1 of a scene, by its cache entry
-    configuration/NUMBER         closed once it has the tag `cbnerf.ended`
+    configuration/NUMBER         closed once it has the tag `outcome`
     unit/NUMBER/SCENE            all rungs of a configuration on a scene; a child of the former
+
+Start and end of a run are those of the training. Only failures are FAILED: what was pruned is
+FINISHED, and its tag `outcome` says `pruned`.
 """
 
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,17 +25,22 @@ from mlflow.entities import Metric
 from tqdm import tqdm
 
 from cbnerf.config import flatten_field
-from cbnerf.search.curves import Point, read_curves
+from cbnerf.search.curves import Point, first_and_last, read_curves
+from cbnerf.search.inputs import SCORING, TRAINING, scene_inputs
 from cbnerf.search.mlflow_store import first_line, legal_key, open_client, open_experiment
 from cbnerf.search.plan import Unit
 from cbnerf.search.racing import Metrics
-from cbnerf.search.runs import TrackedRun, find_runs
+from cbnerf.search.runs import TrackedRun, find_runs, git_commit
 from cbnerf.search.state import StudyState
 from cbnerf.training.checkpoint import CHECKPOINT_FILES, Stage, save_weights
-from cbnerf.training.stages import CONFIG_FILE, STRIP_FILE, read_metrics
+from cbnerf.training.stages import CONFIG_FILE, METRICS_FILE, STRIP_FILE, read_metrics
 
-_ENDED = "cbnerf.ended"
-"""Tag of a configuration's run: `finished`, `stopped` or `failed`."""
+_OUTCOME, _REASON = "outcome", "outcome_reason"
+"""Tags of a configuration or a unit: `finished`, `pruned`, `failed`, or `stopped` where the
+configuration has failed on another scene; and why."""
+_BEST = "best"
+"""Tag of the run of the best configuration."""
+_PROGRAM = "tune.py"
 _NOTE = "mlflow.note.content"
 NOT_COMPARABLE = "built-in scenes: not comparable with the paper"
 
@@ -73,10 +79,12 @@ class Tracker:
             self._is_loaded = False  # A call that failed may have been carried out.
             raise
 
-    def log_report(self, files: list[Path], metrics: Metrics) -> None:
-        """Write the closing report of the study."""
+    def log_report(self, files: list[Path], metrics: Metrics, since: float) -> None:
+        """Write the closing report of the study, begun `since` (seconds since 1970)."""
         self._load()
-        run = self._run("report", "report", {"cbnerf.kind": "report"}, {})
+        run = self._run("report", "report", {"cbnerf.kind": "report"}, {}, int(since * 1000))
+        for training in self._plan.trainings:
+            run.add_inputs(scene_inputs(self._plan, training, SCORING))
         run.write(_metrics(metrics, 0))
         for file in files:
             self._client.log_artifact(run.id, str(file))
@@ -106,7 +114,7 @@ class Tracker:
                 self._write_unit(unit, metrics)
             self.num_written += 1
         for unit, reason in self._state.failures[self._num_failures :]:
-            self._open_unit(unit).write(tags={_NOTE: reason})
+            self._open_unit(unit).write(tags={_NOTE: reason, _REASON: reason})
             self._num_failures += 1
         ended = [number for number in sorted(self._open) if self._state.has_ended(number)]
         # The search goes on meanwhile; a configuration with a new unit is closed next time.
@@ -114,6 +122,7 @@ class Tracker:
         for number in ended:
             if number not in pending:
                 self._close(number)
+        self._mark_best()
 
     def _write_field(self, scene: str, entry: str) -> None:
         folder, key = self._plan.cache.folder / entry, f"field/{entry}"
@@ -125,10 +134,13 @@ class Tracker:
         tags = {"cbnerf.kind": "field", "cbnerf.scene": scene, "cbnerf.field": entry}
         knobs = flatten_field(self._plan.base)
         params = {"scene": scene, **knobs, "precision": knobs["field.precision"]}
-        run = self._run(key, f"stage 1 {scene}", tags, params)
+        ended = int((folder / METRICS_FILE).stat().st_mtime * 1000)
+        started = ended - int(metrics["seconds"] * 1000)
+        run = self._run(key, f"stage 1 {scene}", tags, params, started)
+        run.add_inputs(scene_inputs(self._plan, scene, TRAINING))
         run.write(_metrics(metrics, int(metrics["steps"])))
         self._log_stage(run, folder, "field")
-        run.set_status("FINISHED")
+        run.set_status("FINISHED", ended)
 
     def _open_unit(self, unit: Unit) -> TrackedRun:
         """The run of a unit, and of its configuration; RUNNING unless the latter is closed."""
@@ -138,17 +150,21 @@ class Tracker:
             return self._runs[key]
         precision = plan.config_of(unit).field.precision
         about = {"method": plan.method, "resolution": plan.resolution, "precision": precision}
+        started, _ = first_and_last(self._curves(unit))
         parent = self._run(
             _configuration_key(number), f"configuration {number:02d}",
             {"cbnerf.kind": "configuration"}, about | dict(plan.spec.fixed) | unit.overrides,
+            started,
         )  # fmt: skip
         field = self._runs.get(f"field/{self._state.fields.get(unit.scene)}")
         child = self._run(
             key, f"{number:02d} {unit.scene}",
             {"cbnerf.kind": "scene", "cbnerf.scene": unit.scene, "mlflow.parentRunId": parent.id,
              "cbnerf.field_run": field.id if field else ""},
-            {"scene": unit.scene, **unit.overrides},
+            {"scene": unit.scene, **unit.overrides}, started,
         )  # fmt: skip
+        for run in (parent, child):
+            run.add_inputs(scene_inputs(plan, unit.scene, TRAINING))
         if not self._is_closed(number):
             self._open.add(number)
             for run in (parent, child):
@@ -160,18 +176,22 @@ class Tracker:
     def _write_unit(self, unit: Unit, metrics: Metrics | None) -> None:
         """The curves and the metrics of a recorded unit; of a full training also its files."""
         run = self._open_unit(unit)
-        if run.status == "FINISHED":
+        if run.tags.get(_OUTCOME) == "finished":
             return
-        _write_curves(run, self._curves(unit))
+        points = self._curves(unit)
+        _, ended = first_and_last(points)
+        _write_curves(run, points)
         if metrics is None:
-            run.set_status("FAILED")
+            run.set_status("FAILED", ended)
+            run.write(tags={_OUTCOME: "failed"})
             return
         run.write(_metrics(metrics, int(metrics["steps"])))
         if unit.rung == self._plan.rungs - 1:
             self._write_results(run, unit, metrics)
-            run.set_status("FINISHED")
+            run.set_status("FINISHED", ended)
+            run.write(tags={_OUTCOME: "finished"})
         elif self._is_closed(unit.configuration):
-            run.set_status("KILLED")
+            self._stop(run, unit.configuration, ended)
 
     def _write_results(self, run: TrackedRun, unit: Unit, metrics: Metrics) -> None:
         folder = self._plan.trial_folder(unit.configuration, unit.scene)
@@ -179,51 +199,74 @@ class Tracker:
         if (folder / STRIP_FILE).exists():  # not of fields of earlier versions
             strip = iio.imread(folder / STRIP_FILE)
             for target in (run, parent):
-                self._client.log_image(target.id, strip, key=f"{scene}/strip", step=0)
+                self._client.log_image(target.id, strip, key=f"val_{scene}/strip", step=0)
         names = [name for name in ("psnr", "gain") if f"val/{name}" in metrics]
-        parent.write(_metrics({f"{scene}/{name}": metrics[f"val/{name}"] for name in names}, 0))
+        parent.write(_metrics({f"val_{scene}/{name}": metrics[f"val/{name}"] for name in names}, 0))
         self._log_stage(run, folder, self._plan.stage)
 
     def _close(self, number: int) -> None:
         """Write how a configuration has ended: with the means over its scenes if all finished."""
         parent = self._runs[_configuration_key(number)]
         finished = [m for m in self._state.full_results(number).values() if m is not None]
-        tags = {}
+        tags, status = {_OUTCOME: "finished"}, "FINISHED"
         if (pruned := self._state.pruned.get(number)) is not None:
-            how, status = "stopped", "KILLED"
-            tags[_NOTE] = f"stopped: {pruned.reason}"
+            tags = {_OUTCOME: "pruned", _REASON: pruned.reason, _NOTE: f"pruned: {pruned.reason}"}
         elif len(finished) < len(self._plan.trainings):
-            how, status = "failed", "FAILED"
+            tags, status = {_OUTCOME: "failed"}, "FAILED"
         else:
-            how, status = "finished", "FINISHED"
-            means = {name: sum(m[name] for m in finished) / len(finished) for name in finished[0]}
+            means = {
+                name: sum(metrics[name] for metrics in finished) / len(finished)
+                for name in finished[0]
+                if name.startswith("val/") or "/" not in name  # a child has all of a training
+            }
             parent.write(_metrics(means, 0))
-        for scene in self._plan.trainings:
-            child = self._runs.get(_unit_key(number, scene))
-            if child is not None and child.status == "RUNNING":
-                child.set_status("KILLED")
-        parent.set_status(status)
-        parent.write(tags=tags | {_ENDED: how})  # Last: it marks the run as complete.
+        ends = []
+        for training in self._plan.trainings:
+            if child := self._runs.get(_unit_key(number, training)):
+                _, ended = first_and_last(read_curves(self._plan.trial_folder(number, training)))
+                ends += [ended] if ended else []
+                if child.status == "RUNNING":
+                    self._stop(child, number, ended)
+        parent.set_status(status, max(ends, default=None))
+        parent.write(tags=tags)  # Last: it marks the run as complete.
         self._open.discard(number)
+
+    def _stop(self, run: TrackedRun, number: int, ended: int | None) -> None:
+        """End the run of a unit that is not trained further, for its configuration has ended."""
+        run.set_status("FINISHED", ended)
+        run.write(tags={_OUTCOME: "pruned" if number in self._state.pruned else "stopped"})
+
+    def _mark_best(self) -> None:
+        """Only the best of the closed configurations has the tag `best`."""
+        best = self._state.best()
+        if best is None or not self._is_closed(best.number):
+            return
+        chosen = _configuration_key(best.number)
+        for key, run in self._runs.items():
+            if key != chosen:
+                run.remove_tag(_BEST)
+        self._runs[chosen].write(tags={_BEST: "true"})
 
     def _is_closed(self, number: int) -> bool:
         run = self._runs.get(_configuration_key(number))
-        return run is not None and _ENDED in run.tags
+        return run is not None and _OUTCOME in run.tags
 
     def _curves(self, unit: Unit) -> list[Point]:
         return read_curves(self._plan.trial_folder(unit.configuration, unit.scene))
 
-    def _run(self, key: str, name: str, tags: dict[str, str], params: dict[str, Any]) -> TrackedRun:
-        """The run with this key, created if there is none."""
+    def _run(
+        self, key: str, name: str, tags: dict[str, str], params: dict[str, Any], start: int | None
+    ) -> TrackedRun:
+        """The run with this key, created if there is none, begun at `start` (milliseconds)."""
         if key not in self._runs:
             plan = self._plan
             tags |= {"cbnerf.key": key, "cbnerf.study": plan.name, "cbnerf.data": plan.source}
-            tags["cbnerf.study_id"] = self._state.id
+            tags |= {"cbnerf.study_id": self._state.id, "mlflow.source.name": _PROGRAM}
             if plan.data is None:
                 tags["cbnerf.warning"] = NOT_COMPARABLE
-            if commit := _git_commit():
+            if commit := git_commit():
                 tags["mlflow.source.git.commit"] = commit
-            created = self._client.create_run(self.experiment_id, run_name=name, tags=tags)
+            created = self._client.create_run(self.experiment_id, start, tags, name)
             self._runs[key] = TrackedRun(self._client, created)
         self._runs[key].write(params=params)
         return self._runs[key]
@@ -297,15 +340,3 @@ def _configuration_key(number: int) -> str:
 
 def _unit_key(number: int, scene: str) -> str:
     return f"unit/{number}/{scene}"
-
-
-@cache
-def _git_commit() -> str | None:
-    try:
-        answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    except OSError:  # there is no git
-        return None
-    return answer.stdout.strip() or None

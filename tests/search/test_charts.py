@@ -1,19 +1,20 @@
 """The charts of a study with planted results."""
 
+import json
 import re
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
-from cbnerf.search.charts import charts, importances
+from cbnerf.search.charts import charts
+from cbnerf.search.effects import Effect
 from cbnerf.search.plan import Unit
 from cbnerf.search.state import StudyState
 
 pytestmark = pytest.mark.search
 
 ALONE = {"rule": "none"}
-CHARTS = ["History of val/psnr", "Parallel coordinates", "Importances", "Race", "Cost"]
+CHARTS = ["History of val/psnr", "Parallel coordinates", "Race", "Cost"]
 
 
 def run(state: StudyState, score: Callable[[Unit], float]) -> None:
@@ -23,7 +24,7 @@ def run(state: StudyState, score: Callable[[Unit], float]) -> None:
 
 
 def titles(state: StudyState) -> list[str]:
-    return [chart.title for chart in charts(state)]
+    return [chart.title for chart in charts(state, [])]
 
 
 def beta(unit: Unit) -> float:
@@ -34,7 +35,7 @@ def test_a_study_with_a_shared_stage_1_has_all_charts(tiny_plan):
     state = StudyState(tiny_plan(trials=6, stopping=ALONE))
     run(state, beta)
     state.record_field("arcade", "field-arcade-0123", 30.0)
-    drawn = list(charts(state))
+    drawn = list(charts(state, []))
     assert [chart.title for chart in drawn] == CHARTS
     assert all(chart.html.count("Plotly.newPlot(") == 1 for chart in drawn)
 
@@ -42,7 +43,7 @@ def test_a_study_with_a_shared_stage_1_has_all_charts(tiny_plan):
 def test_charts_load_nothing_from_elsewhere(tiny_plan):
     state = StudyState(tiny_plan(trials=4, stopping=ALONE))
     run(state, beta)
-    html = "".join(chart.html for chart in charts(state))
+    html = "".join(chart.html for chart in charts(state, []))
     tags = re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", html)
     assert tags and not any(re.search(r"(?:src|href)=", tag) for tag in tags)
 
@@ -61,25 +62,19 @@ def test_several_objectives_have_histories_and_a_pareto_front(tiny_plan, objecti
     assert titles(state)[:3] == [*histories, "Pareto front"]
 
 
-@pytest.mark.parametrize(
-    "scenes, bars", [("arcade", ["overall"]), ("arcade,blinds", ["overall", "arcade", "blinds"])]
-)
-def test_importances_tell_what_makes_a_configuration_good(tiny_plan, scenes: str, bars: list[str]):
-    """One knob decides who is best, another one who is worst."""
-    space: dict[str, Any] = {
-        "codebook.beta": {"low": 0.0, "high": 1.0},
-        "codebook.ema_decay": {"low": 0.1, "high": 0.9},
-    }
-    plan = tiny_plan(scenes, trials=60, stopping=ALONE, space=space, sampler="random")
-    state = StudyState(plan)
-
-    def score(unit: Unit) -> float:
-        best, worst = unit.overrides["codebook.beta"], unit.overrides["codebook.ema_decay"]
-        return 20 + best - 5 * (worst > 0.75)
-
-    run(state, score)
-    drawn = importances(state).data
-    assert [bar.name for bar in drawn] == bars
-    for bar in drawn:
-        shares = dict(zip(bar.x, bar.y, strict=True))
-        assert shares["codebook.beta"] > 2 * shares["codebook.ema_decay"]
+def test_effects_are_drawn_with_their_intervals_the_largest_on_top(tiny_plan):
+    state = StudyState(tiny_plan(trials=2, stopping=ALONE))
+    run(state, beta)
+    effects = [
+        Effect("codebook.beta", 0.5, 0.25, 1.0, 2.0, True),
+        Effect("codebook.size", 0.125, 0.0, 0.375, 64, True),
+    ]
+    first, *_ = drawn = list(charts(state, effects))
+    assert first.title == "Effects"
+    assert [chart.title for chart in drawn[1:]] == ["History of val/psnr", "Race"]
+    match = re.search(r"Plotly\.newPlot\(\s*\"chart-0\",\s*(\[.*?\}\]),", first.html, re.DOTALL)
+    assert match is not None
+    (bar,) = json.loads(match[1])
+    assert bar["y"] == ["codebook.size", "codebook.beta"]  # plotly draws from the bottom
+    assert bar["error_x"]["array"] == [0.25, 0.5] and bar["error_x"]["arrayminus"] == [0.125, 0.25]
+    assert bar["marker"]["color"][0] != bar["marker"]["color"][1]

@@ -4,7 +4,7 @@ import pytest
 
 from cbnerf.overrides import load_config, with_overrides
 from cbnerf.report.tables import Table, to_html, to_markdown
-from cbnerf.search.report import configuration_table, scene_table, write_report
+from cbnerf.search.report import configuration_table, scene_table, study_page, write_report
 from cbnerf.search.state import StudyState
 from cbnerf.search.tracking import NOT_COMPARABLE
 
@@ -81,3 +81,28 @@ def test_the_report_names_the_best_and_its_file_can_be_trained_from(tiny_plan):
     page = by_name["report.html"].read_text(encoding="utf-8")
     assert all("precision of stage 1: bfloat16" in written for written in (text, page))
     assert all(to_html(table) in page for table in tables)
+
+
+def test_the_report_says_which_knobs_act_and_which_do_not(tiny_plan):
+    space = {
+        "codebook.size": {"choices": [64, 128]},
+        "codebook.beta": {"low": 0.05, "high": 2.0, "log": True},
+    }
+    plan = tiny_plan("arcade,blinds", trials=12, stopping={"rule": "none"}, space=space)
+    state = StudyState(plan)
+    while unit := state.next_unit():
+        psnr = 20.0 + 0.5 * (unit.overrides["codebook.size"] == 128)
+        state.record(unit, {"val/psnr": psnr + len(unit.scene), "seconds": 1.0})
+    best = state.best()
+    assert best is not None
+    shown = {scene: scores(20.0, 1.0) for scene in plan.scenes}
+    page = study_page(state, plan.base, best.number, shown, "")
+    assert page.notes[0].startswith(f"best: configuration {best.number}, 0.000 dB ahead of")
+    assert page.notes[1] == "knobs with an effect, the largest first: codebook.size"
+    assert page.notes[2] == "knobs without an effect that is seen: codebook.beta"
+    (section,) = [one for one in page.sections if one.title.startswith("Effect of each knob (dB")]
+    (table,) = section.blocks
+    assert isinstance(table, Table)
+    (size, beta) = (row for _, *row in cells(table)[1:])
+    assert size[0].startswith("0.5") and size[-1].endswith("dB, best at 128")
+    assert beta[1].startswith("0.000 dB to ") and beta[-1].startswith("no effect seen (within +-")

@@ -26,6 +26,7 @@ from cbnerf.data.llff import write_capture
 from cbnerf.nerf.model import AUTO_PRECISION
 from cbnerf.overrides import load_config
 from cbnerf.search import command
+from cbnerf.search.mlflow_store import runs_page
 from cbnerf.search.request import Options, read_request, settle
 from cbnerf.search.state import StudyState
 from cbnerf.search.steering import enqueue
@@ -180,7 +181,7 @@ def test_the_end_tells_all_that_a_user_wants_to_know(story: Story):
     assert len(best) == 1 and best[0].endswith(str(story.study / "best.yaml"))
     store, experiment = experiment_of(story.folder)
     assert lines[-2] == f"compare    mlflow ui --backend-store-uri {store}"
-    page = f"http://127.0.0.1:5000/#/experiments/{experiment}/runs?compareRunsMode=CHART&workflowType=machine_learning"
+    page = f"http://127.0.0.1:5000/{runs_page(experiment, 'val/psnr')}"
     assert lines[-1] == f"           and open {page}"
 
 

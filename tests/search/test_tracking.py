@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -16,7 +17,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from cbnerf.overrides import save_config
-from cbnerf.search.curves import append_point, begin_curves
+from cbnerf.search.curves import CURVES_FILE, Point, append_point, begin_curves
 from cbnerf.search.mlflow_store import legal_key, tracking_uri
 from cbnerf.search.plan import Plan, Unit
 from cbnerf.search.state import StudyState
@@ -131,7 +132,8 @@ def test_a_configuration_is_a_run_with_its_knobs_and_means(plan: Plan, leave_uni
     }  # fmt: skip
     assert run.data.metrics == {
         "val/psnr": 21.0, "val/ssim": 0.5, "val/gain": 0.25, "seconds": 1.5, "steps": 10,
-        "arcade/psnr": 20.0, "arcade/gain": 0.25, "blinds/psnr": 22.0, "blinds/gain": 0.25,
+        "val_arcade/psnr": 20.0, "val_arcade/gain": 0.25,
+        "val_blinds/psnr": 22.0, "val_blinds/gain": 0.25,
     }  # fmt: skip
     assert any("arcade" in file for file in files_of(plan, run, "images"))
 
@@ -174,6 +176,7 @@ def test_stage_1_runs_are_linked_to_the_runs_that_use_them(plan: Plan, tmp_path:
     assert runs["unit/0/arcade"].data.tags["cbnerf.field_run"] == field.info.run_id
     assert field.info.status == "FINISHED" and "mlflow.parentRunId" not in field.data.tags
     assert field.data.params["field.kind"] == "planes"
+    assert field.info.end_time - field.info.start_time == 3000  # milliseconds
     assert field.data.params["precision"] == "bfloat16"
     assert not any(name.startswith("codebook.") for name in field.data.params)
     assert steps_of(plan, field, "val/psnr") == [(20, 19.0)]
@@ -182,6 +185,79 @@ def test_stage_1_runs_are_linked_to_the_runs_that_use_them(plan: Plan, tmp_path:
     )
     checkpoint = load_checkpoint(Path(logged), "field", torch.device("cpu"))
     assert torch.equal(checkpoint.model["planes"], torch.ones(2)) and not checkpoint.optimizer
+
+
+def test_runs_last_as_long_as_their_training(race: Plan, leave_unit: Leave):
+    state = StudyState(race)
+    for unit in (begin(state), begin(state)):
+        folder = race.trial_folder(0, unit.scene)
+        late = 4000 * race.scenes.index(unit.scene)
+        points = [Point(step, {}, "node", 1_000_000 + late + 500 * step) for step in (0, 2)]
+        lines = [json.dumps(point._asdict()) + "\n" for point in points]
+        (folder / CURVES_FILE).write_text("".join(lines), encoding="utf-8")
+        state.record(unit, None)
+    Tracker(state).sync()
+    times = {k: (r.info.start_time, r.info.end_time) for k, r in runs_of(race).items()}
+    assert times == {
+        "configuration/0": (1_000_000, 1_005_000), "unit/0/arcade": (1_000_000, 1_001_000),
+        "unit/0/blinds": (1_004_000, 1_005_000),
+    }  # fmt: skip
+
+
+def test_scenes_are_inputs_of_the_runs_that_see_them(plan: Plan, leave_unit: Leave):
+    for scene in plan.scenes:
+        plan.load_scene(scene, plan.base.data)  # draws it
+    state = finished(plan, leave_unit)
+    leave_field(plan, state, "arcade")
+    tracker = Tracker(state)
+    tracker.sync()
+    tracker.log_report([], {"val/psnr": 21.0}, time.time())
+    Tracker(StudyState(plan)).sync()
+    seen = {
+        key: sorted(
+            (one.dataset.name, tag.value) for one in run.inputs.dataset_inputs for tag in one.tags
+        )
+        for key, run in runs_of(plan).items()
+    }
+    arcade, blinds = ([(name, part) for part in ("train", "val")] for name in plan.scenes)
+    assert seen["unit/0/arcade"] == seen["field/field-arcade-0123"] == arcade
+    assert seen["configuration/0"] == arcade + blinds
+    assert seen["report"] == [(n, part) for n in plan.scenes for part in ("test", "val")]
+    first, *_ = runs_of(plan)["unit/0/arcade"].inputs.dataset_inputs
+    folder = plan.scene_folder("arcade", plan.base.data.width)
+    assert mlflow.data.get_source(first).uri == str(folder)
+    found = MlflowClient(tracking_uri(plan.storage)).search_runs(
+        [tracker.experiment_id], "dataset.name = 'blinds' and dataset.context = 'test'"
+    )
+    assert [run.data.tags["cbnerf.key"] for run in found] == ["report"]
+
+
+def test_photographs_that_cannot_be_read_here_are_no_inputs(plan: Plan, leave_unit: Leave):
+    Tracker(finished(plan, leave_unit)).sync()
+    assert not any(run.inputs.dataset_inputs for run in runs_of(plan).values())
+
+
+def test_the_best_configuration_is_tagged_and_rows_are_tidy(plan: Plan, leave_unit: Leave):
+    state = StudyState(plan)
+    tracker = Tracker(state)
+    for psnr, best in ((20.0, 0), (21.0, 1), (19.0, 1)):
+        for _ in plan.scenes:
+            train(state, leave_unit, psnr)
+        tracker.sync()
+        tagged = [k for k, run in runs_of(plan).items() if run.data.tags.get("best") == "true"]
+        assert tagged == [f"configuration/{best}"]
+    mlflow.set_tracking_uri(tracking_uri(plan.storage))
+    try:
+        rows = mlflow.search_runs(
+            [tracker.experiment_id], "tags.`cbnerf.kind` = 'configuration'",
+            order_by=["metrics.`val/psnr` DESC"],
+        )  # fmt: skip
+    finally:
+        mlflow.set_tracking_uri(None)
+    assert list(rows["metrics.val/psnr"]) == [21.0, 20.0, 19.0]
+    assert list(rows["tags.outcome"]) == ["finished"] * 3
+    assert list(rows["tags.mlflow.source.name"]) == ["tune.py"] * 3
+    assert list(rows["metrics.val_blinds/psnr"]) == [21.0, 20.0, 19.0]
 
 
 def test_fields_are_logged_once_and_not_read_again(plan: Plan):
@@ -262,7 +338,7 @@ def test_what_a_killed_driver_missed_is_written_once(race: Plan, leave_unit: Lea
     before = everything(race)
     runs = runs_of(race)
     assert runs["configuration/0"].info.status == "FINISHED"
-    assert runs["configuration/0"].data.metrics["arcade/psnr"] == 20.0
+    assert runs["configuration/0"].data.metrics["val_arcade/psnr"] == 20.0
     for scene in race.scenes:
         assert runs[f"unit/0/{scene}"].info.status == "FINISHED"
         assert runs[f"unit/0/{scene}"].data.metrics["val/psnr"] == 20.0
@@ -271,8 +347,8 @@ def test_what_a_killed_driver_missed_is_written_once(race: Plan, leave_unit: Lea
     child = runs[f"unit/1/{pruned.scene}"]
     assert child.data.metrics["val/psnr"] == 17.0
     assert child.data.params["codebook.size"] == str(pruned.overrides["codebook.size"])
-    statuses = {run.info.status for key, run in runs.items() if "/1" in key}
-    assert statuses == {"KILLED"}
+    ends = {(r.info.status, r.data.tags["outcome"]) for key, r in runs.items() if "/1" in key}
+    assert ends == {("FINISHED", "pruned")}
     again = StudyState(race)
     again.next_unit()
     Tracker(again).sync()
@@ -325,25 +401,32 @@ def test_a_failed_unit_fails_its_configuration_and_says_why(plan: Plan, leave_un
     assert runs["unit/0/blinds"].data.tags["mlflow.note.content"] == "train/loss not finite"
     assert steps_of(plan, runs["unit/0/blinds"], "val/psnr") == [(5, 1.0)]
     assert runs["configuration/0"].info.status == "FAILED"
+    outcomes = {key: run.data.tags["outcome"] for key, run in runs.items()}
+    assert outcomes == {
+        "configuration/0": "failed", "unit/0/arcade": "finished", "unit/0/blinds": "failed",
+    }  # fmt: skip
+    assert runs["unit/0/blinds"].data.tags["outcome_reason"] == "train/loss not finite"
     assert "val/psnr" not in runs["configuration/0"].data.metrics
 
 
-def test_other_units_of_a_failed_configuration_end_as_killed(race: Plan, leave_unit: Leave):
+def test_only_what_failed_looks_like_a_failure(race: Plan, leave_unit: Leave):
     state = StudyState(race)
     train(state, leave_unit)
     state.record(begin(state), None)
     Tracker(state).sync()
     assert statuses_of(race) == {
-        "configuration/0": "FAILED", "unit/0/arcade": "KILLED", "unit/0/blinds": "FAILED",
+        "configuration/0": "FAILED", "unit/0/arcade": "FINISHED", "unit/0/blinds": "FAILED",
     }  # fmt: skip
+    assert runs_of(race)["unit/0/arcade"].data.tags["outcome"] == "stopped"
 
 
 def test_the_report_is_one_run_with_its_files(plan: Plan, tmp_path: Path):
     file = tmp_path / "report.md"
     file.write_text("# Study", encoding="utf-8")
     for psnr in (21.0, 21.0, 22.0):
-        Tracker(StudyState(plan)).log_report([file], {"val/psnr": psnr})
+        Tracker(StudyState(plan)).log_report([file], {"val/psnr": psnr}, time.time() - 10)
     run = runs_of(plan)["report"]
+    assert run.info.end_time - run.info.start_time >= 10_000
     assert files_of(plan, run) == ["report.md"] and run.info.status == "FINISHED"
     assert steps_of(plan, run, "val/psnr") == [(0, 21.0), (0, 22.0)]
 
@@ -359,7 +442,7 @@ def test_a_lower_rung_leaves_its_curve_and_nothing_else(race: Plan, leave_unit: 
     assert steps_of(race, child, "seconds") == [(last, 1.5)]
 
 
-def test_a_pruned_configuration_ends_as_killed_and_a_late_unit_opens_nothing(
+def test_a_pruned_configuration_is_no_failure_and_a_late_unit_opens_nothing(
     race: Plan, leave_unit: Leave
 ):
     state = StudyState(race)
@@ -375,14 +458,17 @@ def test_a_pruned_configuration_ends_as_killed_and_a_late_unit_opens_nothing(
     )
     tracker.sync()
     runs = runs_of(race)
-    assert {runs[key].info.status for key in ("configuration/1", "unit/1/arcade")} == {"KILLED"}
-    assert "to beat #00" in runs["configuration/1"].data.tags["mlflow.note.content"]
+    assert {runs[key].info.status for key in ("configuration/1", "unit/1/arcade")} == {"FINISHED"}
+    tags = runs["configuration/1"].data.tags
+    assert tags["outcome"] == runs["unit/1/arcade"].data.tags["outcome"] == "pruned"
+    assert "to beat #00" in tags["outcome_reason"] and "pruned: " in tags["mlflow.note.content"]
     state.record(
         late, {"val/psnr": 2.0, "val/ssim": 0.5, "val/gain": 0.25, "seconds": 1.0, "steps": 10}
     )
     tracker.sync()
     run = runs_of(race)[f"unit/1/{late.scene}"]
-    assert run.info.status == "KILLED" and run.data.metrics["val/psnr"] == 2.0
+    assert run.info.status == "FINISHED" and run.data.metrics["val/psnr"] == 2.0
+    assert run.data.tags["outcome"] == "pruned"
 
 
 def test_a_configuration_that_ends_during_a_sync_is_closed_with_all_its_units(
@@ -410,7 +496,7 @@ def test_a_scene_of_any_name_has_metrics_and_images(plan: Plan, leave_unit: Leav
     plan = replace(plan, scenes=(name,))
     Tracker(finished(plan, leave_unit)).sync()
     run = runs_of(plan)["configuration/0"]
-    assert run.data.metrics[f"{legal_key(name)}/psnr"] == 20.0
+    assert run.data.metrics[f"val_{legal_key(name)}/psnr"] == 20.0
     assert run.data.metrics["val/ssim"] == 0.5 and "val/gain" in run.data.metrics
     assert any(legal_key(name) in file for file in files_of(plan, run, "images"))
 

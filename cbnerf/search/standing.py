@@ -1,0 +1,94 @@
+"""How far the best configuration leads, and which others cannot be told from it."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import t as student
+
+from cbnerf.search.spec import with_unit
+from cbnerf.search.state import StudyState
+
+_SURE_OF_NOISE = 4
+"""The seed-to-seed spread of the race counts as this many scenes."""
+_LISTED = 5
+"""So many ties are named."""
+
+
+class Standing(NamedTuple):
+    """The best fully trained configuration among the others."""
+
+    quality: str
+    """The first objective, in which they are compared."""
+    best: int
+    runner_up: int | None
+    """None if no other has been trained to its end."""
+    lead: float
+    """Of the best, in the mean of the scenes."""
+    noise: float
+    """A lead below this is no difference: 97.5 % of what seeds and scenes do by chance."""
+    ties: list[int]
+    """Others whose distance from the best is within such a noise, the closest first."""
+    cheapest: int
+    """Of the best and its ties, that with the fewest training seconds."""
+    seconds: dict[int, float]
+    """Training seconds of the best and its ties."""
+
+    def describe(self) -> str:
+        """One sentence, after the name of the configuration."""
+        if self.runner_up is None:
+            return "the only one that was trained to its end"
+        lead, noise = (with_unit(value, self.quality) for value in (self.lead, self.noise))
+        verdict = "more than" if self.lead > self.noise else "within"
+        text = f"{lead} ahead of number {self.runner_up}, {verdict} the noise ({noise})"
+        if not self.ties:
+            return text
+        text += f"; ties: {_listed(self.ties)}; the cheapest is "
+        if self.cheapest == self.best:
+            return text + "the best itself"
+        costs = f"{self.seconds[self.cheapest]:.0f} s instead of {self.seconds[self.best]:.0f} s"
+        return text + f"number {self.cheapest} ({costs})"
+
+
+def find_standing(state: StudyState) -> Standing | None:
+    """The standing of the best configuration; None before one has finished.
+
+    Configurations are compared by paired differences over the scenes of a full training. A spread
+    of differences from few scenes is uncertain: it is pooled with the seed-to-seed spread that
+    `stopping.margin` gives, and the quantile is of Student's t.
+    """
+    best = state.best()
+    if best is None:
+        return None
+    quality = state.plan.spec.objectives[0]
+    values: dict[int, np.ndarray] = {}
+    seconds: dict[int, float] = {}
+    for number in state.ranking():
+        results = [m for m in state.full_results(number).values() if m is not None]
+        values[number] = np.array([metrics[quality] for metrics in results])
+        seconds[number] = sum(metrics.get("seconds", math.nan) for metrics in results)
+    spread = state.plan.spec.stopping.margin_of(quality)
+    others = []
+    for number, scores in values.items():
+        differences = values[best.number] - scores
+        if number != best.number:
+            others.append((float(differences.mean()), _noise(differences, spread), number))
+    others.sort()
+    lead, noise, runner_up = others[0] if others else (math.inf, 0.0, None)
+    ties = [number for lead, noise, number in others if lead <= noise]
+    known = {number: seconds[number] for number in (best.number, *ties)}
+    cheapest = min(known, key=lambda number: known[number])
+    return Standing(quality, best.number, runner_up, lead, noise, ties, cheapest, known)
+
+
+def _listed(numbers: list[int]) -> str:
+    """The first few of them."""
+    more = f" and {len(numbers) - _LISTED} more" if len(numbers) > _LISTED else ""
+    return ", ".join(map(str, numbers[:_LISTED])) + more
+
+
+def _noise(differences: np.ndarray, spread: float) -> float:
+    """What the mean of the differences exceeds by chance in 2.5 % of cases."""
+    degrees = len(differences) - 1 + _SURE_OF_NOISE
+    squares = ((differences - differences.mean()) ** 2).sum() + _SURE_OF_NOISE * spread**2
+    return float(student.ppf(0.975, degrees) * math.sqrt(squares / degrees / len(differences)))

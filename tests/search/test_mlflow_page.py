@@ -1,0 +1,92 @@
+"""The page of MLflow that `tune.py` names, in a real browser."""
+
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.error import URLError
+
+import optuna
+import pytest
+
+from cbnerf.search.mlflow_store import runs_page, tracking_uri
+from cbnerf.search.plan import Plan
+from cbnerf.search.state import StudyState
+from cbnerf.search.tracking import Tracker
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+pytestmark = [
+    pytest.mark.search,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or google-chrome"),
+    pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),  # MLflow's
+]
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[str], str]]:
+    """Start MLflow's server on a store; returns its address."""
+    servers: list[subprocess.Popen[bytes]] = []
+
+    def start(store: str) -> str:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store]
+        command += ["--port", port, "--workers", "1"]
+        quiet = subprocess.DEVNULL
+        servers.append(subprocess.Popen(command, stdout=quiet, stderr=quiet))
+        address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 300
+        while time.monotonic() < deadline:
+            assert servers[0].poll() is None, "the server has ended"
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5).close()
+                return address
+            except (URLError, TimeoutError):
+                time.sleep(0.2)
+        raise TimeoutError(address)
+
+    yield start
+    for server in servers:
+        server.terminate()
+        server.wait(60)
+
+
+def test_the_printed_page_opens_on_the_configurations_the_best_on_top(
+    tiny_plan: Callable[..., Plan],
+    leave_unit: Callable[..., dict[str, float]],
+    empty_store: Path,
+    serve: Callable[[str], str],
+    tmp_path: Path,
+):
+    plan = tiny_plan("arcade", trials=3, stopping={"rule": "none"}).with_precision("float32")
+    plan.storage.mkdir()
+    shutil.copy(empty_store, plan.storage / "mlflow.db")
+    state = StudyState(plan, optuna.create_study(direction="maximize"))
+    state.study.set_user_attr("id", "page")
+    for psnr in (20.0, 22.0, 21.0):
+        unit = state.next_unit()
+        assert unit is not None
+        about = (unit.configuration, unit.scene, unit.overrides, psnr)
+        training = {"codebook/used": 0.5, "train/loss": 0.1}
+        state.record(unit, leave_unit(plan, *about) | training)
+    tracker = Tracker(state)
+    tracker.sync()
+    page = f"{serve(tracking_uri(plan.storage))}/{runs_page(tracker.experiment_id, 'val/psnr')}"
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1900,1300",
+        f"--user-data-dir={tmp_path / 'browser'}", "--virtual-time-budget=40000", "--dump-dom",
+        page,
+    ]  # fmt: skip
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    assert re.findall(r">(configuration \d+|\d+ arcade)<", shown)[:3] == [
+        "configuration 01", "configuration 02", "configuration 00",
+    ]  # fmt: skip
+    assert "<strong>3</strong> matching runs" in shown
+    # Charts and images: the means over the scenes before the scenes.
+    assert re.findall(r">(codebook|train|val|val_arcade)</div>", shown) == ["val", "val_arcade"]
