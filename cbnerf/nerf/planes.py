@@ -214,7 +214,9 @@ class _CompiledLookup(torch.autograd.Function):
     def forward(ctx, table: Tensor, points: Tensor, sizes: Sizes) -> Tensor:
         from cbnerf.nerf.plane_kernels import look_up
 
-        features, samples = look_up(table.detach().numpy(), points.numpy(), _table_layout(sizes))
+        points = points.contiguous()
+        layout = _table_layout(sizes)
+        features, samples = look_up(table.detach().numpy(), points.numpy(), layout)
         ctx.save_for_backward(points, torch.from_numpy(samples))
         ctx.sizes, ctx.num_rows = sizes, len(table)
         return torch.from_numpy(features)
@@ -224,7 +226,7 @@ class _CompiledLookup(torch.autograd.Function):
         from cbnerf.nerf.plane_kernels import gradient_of_table
 
         points, samples = (tensor.numpy() for tensor in ctx.saved_tensors)
-        layout = _table_layout(ctx.sizes)
+        layout, gradient = _table_layout(ctx.sizes), gradient.contiguous()
         total = gradient_of_table(gradient.numpy(), points, layout, samples, ctx.num_rows)
         return torch.from_numpy(total), None, None
 
