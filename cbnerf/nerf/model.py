@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from cbnerf.config import Config, FieldConfig
 from cbnerf.nerf.depths import NUM_KNOTS, PlaneSpace
-from cbnerf.nerf.fields import MLPField, Planes, PlanesField, ProposalField, total_variation
+from cbnerf.nerf.fields import MLPField, PlanesField, ProposalField
+from cbnerf.nerf.planes import Planes, total_variation
 from cbnerf.nerf.rays import Cameras, Rays, make_sub_pixel_rays
 from cbnerf.nerf.rendering import Rendering, composite, reaching_to_infinity, render_weights
 from cbnerf.nerf.sampling import prefix_sums, sample_importance, sample_stratified

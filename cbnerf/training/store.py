@@ -42,6 +42,8 @@ FIELD_CODE = (
     "metrics.py",
     "nerf/depths.py",
     "nerf/fields.py",
+    "nerf/planes.py",
+    "nerf/plane_kernels.py",
     "nerf/model.py",
     "nerf/rays.py",
     "nerf/rendering.py",

@@ -1,0 +1,175 @@
+"""Plane lookups on a CPU, compiled by numba: one pass over the points, nothing stored but samples.
+
+Arrays of this file: `table`, `[cells channels]`, holds the cells of all planes; `points` lie in
+[-1, 1]^3; `layout`, `[planes 5]`, has the height, the width, the first table row and the two axes
+of each plane, three planes per cell size; `samples`, `[points planes channels]`, are the
+interpolated cells; `features`, `[points channels * cell_sizes]`, their products.
+
+Sums are in a fixed order, also with several threads, since no two threads write to one plane.
+"""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TypeVar, no_type_check
+
+import numpy as np
+import torch
+from numba import njit
+
+Item = TypeVar("Item")
+
+
+@njit(inline="always")
+@no_type_check
+def _find_cell(place, count):
+    """The cell before a place in [-1, 1], and the share of the next one; outside, those at the
+    border. NaN has a valid cell, too, and NaN as its share."""
+    along = (place + 1.0) / 2.0 * (count - 1)
+    cell = min(int(along), count - 2) if along > 0.0 else 0
+    return cell, min(max(along - cell, 0.0), 1.0)
+
+
+@njit(inline="always")
+@no_type_check
+def _find_corner(point, plane, dtype):
+    """The first of four table rows, and the shares of all four."""
+    column, right = _find_cell(point[plane[3]], plane[1])
+    row, down = _find_cell(point[plane[4]], plane[0])
+    left, up = 1.0 - right, 1.0 - down
+    shares = dtype(up * left), dtype(up * right), dtype(down * left), dtype(down * right)
+    return plane[2] + row * plane[1] + column, shares
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"})
+@no_type_check
+def _look_up(table, points, layout, samples, features):
+    channels = table.shape[1]
+    for number in range(len(points)):
+        for index in range(len(layout)):
+            corner, (a, b, c, d) = _find_corner(points[number], layout[index], table.dtype.type)
+            below = corner + layout[index, 1]
+            for channel in range(channels):
+                samples[number, index, channel] = (
+                    a * table[corner, channel]
+                    + b * table[corner + 1, channel]
+                    + c * table[below, channel]
+                    + d * table[below + 1, channel]
+                )
+        for size in range(len(layout) // 3):
+            for channel in range(channels):
+                features[number, size * channels + channel] = (
+                    samples[number, 3 * size, channel]
+                    * samples[number, 3 * size + 1, channel]
+                    * samples[number, 3 * size + 2, channel]
+                )
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"})
+@no_type_check
+def _add_gradient(gradient, points, layout, samples, index, total):
+    """Add the gradient of plane `index` to its rows of `total`."""
+    channels = total.shape[1]
+    size = index // 3
+    other, another = 3 * size + (index + 1) % 3, 3 * size + (index + 2) % 3
+    for number in range(len(points)):
+        corner, (a, b, c, d) = _find_corner(points[number], layout[index], total.dtype.type)
+        below = corner + layout[index, 1]
+        for channel in range(channels):
+            slope = (
+                gradient[number, size * channels + channel]
+                * samples[number, other, channel]
+                * samples[number, another, channel]
+            )
+            total[corner, channel] += a * slope
+            total[corner + 1, channel] += b * slope
+            total[below, channel] += c * slope
+            total[below + 1, channel] += d * slope
+
+
+@njit(cache=True, nogil=True, fastmath={"contract", "reassoc"})
+@no_type_check
+def _total_variation(table, height, width, first, slopes):
+    """The term of one plane; its gradient goes to the plane's rows of `slopes`."""
+    channels = table.shape[1]
+    along = width * channels
+    rows = table[first : first + height * width].reshape(height, along)
+    slope_rows = slopes[first : first + height * width].reshape(height, along)
+    down = table.dtype.type(2.0 / ((height - 1) * along))
+    right = table.dtype.type(2.0 / (height * (along - channels)))
+    total = 0.0
+    for row in range(height):
+        here, slope = rows[row], slope_rows[row]
+        across = table.dtype.type(0.0)
+        for index in range(along - channels):
+            across += (here[index + channels] - here[index]) ** 2
+        for index in range(channels):
+            slope[index] += right * (here[index] - here[index + channels])
+            slope[along - 1 - index] += right * (
+                here[along - 1 - index] - here[along - 1 - index - channels]
+            )
+        for index in range(channels, along - channels):
+            slope[index] += right * (
+                here[index] + here[index] - here[index - channels] - here[index + channels]
+            )
+        total += right * across
+        if row + 1 < height:
+            below, slope_below = rows[row + 1], slope_rows[row + 1]
+            across = table.dtype.type(0.0)
+            for index in range(along):
+                step = below[index] - here[index]
+                across += step**2
+                slope[index] -= down * step
+                slope_below[index] += down * step
+            total += down * across
+    return total / 2
+
+
+def total_variation(table: np.ndarray, layout: np.ndarray) -> tuple[float, np.ndarray]:
+    """Mean squared difference of adjacent cells, summed over planes, and its gradient."""
+    slopes, terms = np.zeros_like(table), np.zeros(len(layout))
+
+    def add(index: int) -> None:
+        height, width, first = layout[index, :3]
+        terms[index] = _total_variation(table, height, width, first, slopes)
+
+    _run_all(add, range(len(layout)))
+    return float(terms.sum()), slopes
+
+
+def look_up(table: np.ndarray, points: np.ndarray, layout: np.ndarray) -> tuple[np.ndarray, ...]:
+    """`features` and `samples` of all points."""
+    channels = table.shape[1]
+    samples = np.empty((len(points), len(layout), channels), table.dtype)
+    features = np.empty((len(points), len(layout) // 3 * channels), table.dtype)
+    edges = np.linspace(0, len(points), torch.get_num_threads() + 1).astype(int)
+    _run_all(
+        lambda part: _look_up(table, points[part], layout, samples[part], features[part]),
+        [slice(*pair) for pair in zip(edges[:-1], edges[1:], strict=True)],
+    )
+    return features, samples
+
+
+def gradient_of_table(
+    gradient: np.ndarray, points: np.ndarray, layout: np.ndarray, samples: np.ndarray, rows: int
+) -> np.ndarray:
+    """The gradient of a table of so many rows from that of the features."""
+    total = np.zeros((rows, samples.shape[2]), samples.dtype)
+    _run_all(
+        lambda index: _add_gradient(gradient, points, layout, samples, index, total),
+        range(len(layout)),
+    )
+    return total
+
+
+def _run_all(task: Callable[[Item], None], items: Iterable[Item]) -> None:
+    if torch.get_num_threads() == 1:
+        for item in items:
+            task(item)
+    else:
+        list(_threads(torch.get_num_threads()).map(task, items))
+
+
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count)
