@@ -20,6 +20,7 @@ from cbnerf.overrides import with_overrides
 from cbnerf.search.estimate import measure_share, part_of_gpu
 from cbnerf.search.machines import num_slots, worker_resources
 from cbnerf.search.plan import Plan
+from cbnerf.search.racing import Metrics
 from cbnerf.search.report import SceneScores, score_once, write_report
 from cbnerf.search.searcher import Recorder, TuneSearcher
 from cbnerf.search.standing import find_standing
@@ -81,7 +82,7 @@ def run_study(
             config = with_overrides(plan.base, best.params)
             scores = score_once(plan, config, best.number)
             files = write_report(state, config, best.number, scores)
-            reached = dict(zip(plan.spec.objectives, best.values, strict=True))
+            reached: Metrics = dict(zip(plan.spec.objectives, best.values, strict=True))
             tracker.log_report(files, reached, since)
         return Outcome(best.number, standing.describe(), scores, seconds, tracker.experiment_id)
     except BaseException:
