@@ -57,7 +57,10 @@ _CPU_SIZE = {
     "refiner.patch_size": 32,
     "refiner.optim.batch_size": 8,
 }
-_LARGE_ON_CPU = _CPU_SIZE | {"field.optim.passes": 6.0, "refiner.optim.passes": 4.0}
+_LARGE_ON_CPU = _CPU_SIZE | {
+    # The cost of a step that does not depend on the batch grows with the planes.
+    "field.optim.batch_size": 2048, "field.optim.passes": 4.0, "refiner.optim.passes": 4.0,
+}  # fmt: skip
 RESOLUTIONS: dict[str, dict[str, Any]] = {
     "x2-504": {"data.width": 504},
     "x2-504-cpu": _LARGE_ON_CPU | {"data.width": 504},

@@ -1,4 +1,4 @@
-"""Plane lookups on a CPU, compiled by numba: one pass over the points, nothing stored but samples.
+"""Feature planes on a CPU, compiled by numba: composition, lookups and total variation.
 
 Arrays of this file: `table`, `[cells channels]`, holds the cells of all planes; `points` lie in
 [-1, 1]^3; `layout`, `[planes 5]`, has the height, the width, the first table row and the two axes
@@ -8,16 +8,29 @@ interpolated cells; `features`, `[points channels * cell_sizes]`, their products
 Sums are in a fixed order, also with several threads, since no two threads write to one plane.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import TypeVar, no_type_check
+from typing import Any, TypeVar, no_type_check
 
 import numpy as np
 import torch
 from numba import njit
 
 Item = TypeVar("Item")
+
+
+def compiled(*fastmath: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compile a function at its first call, with some of LLVM's flags for floating-point numbers,
+    and keep the result on disk where a folder for it can be written."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            return njit(cache=True, nogil=True, fastmath=set(fastmath))(function)
+        except RuntimeError:  # neither the package's folder nor the user's can be written
+            return njit(nogil=True, fastmath=set(fastmath))(function)
+
+    return decorate
 
 
 @njit(inline="always")
@@ -41,7 +54,7 @@ def _find_corner(point, plane, dtype):
     return plane[2] + row * plane[1] + column, shares
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"})
+@compiled("contract")
 @no_type_check
 def _look_up(table, points, layout, samples, features):
     channels = table.shape[1]
@@ -65,7 +78,7 @@ def _look_up(table, points, layout, samples, features):
                 )
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"})
+@compiled("contract")
 @no_type_check
 def _add_gradient(gradient, points, layout, samples, index, total):
     """Add the gradient of plane `index` to its rows of `total`."""
@@ -87,7 +100,92 @@ def _add_gradient(gradient, points, layout, samples, index, total):
             total[below + 1, channel] += d * slope
 
 
-@njit(cache=True, nogil=True, fastmath={"contract", "reassoc"})
+@njit(inline="always")
+@no_type_check
+def _find_coarse(index, count, coarse_count):
+    """Of a cell of a finer grid with aligned corners: the coarse cell before it, and the share of
+    the next one."""
+    along = index * (coarse_count - 1) / (count - 1)
+    cell = min(int(along), coarse_count - 2)
+    return cell, along - cell
+
+
+@compiled("contract")
+@no_type_check
+def _add_enlarged(grid, coarse, out):
+    """`out` becomes the sum of `grid` and of a coarser one, enlarged bilinearly."""
+    height, width, channels = grid.shape
+    row = np.empty(coarse.shape[1:], coarse.dtype)
+    for y in range(height):
+        above, share = _find_coarse(y, height, coarse.shape[0])
+        down, up = coarse.dtype.type(share), coarse.dtype.type(1.0 - share)
+        row[:] = up * coarse[above] + down * coarse[above + 1]
+        for x in range(width):
+            before, share = _find_coarse(x, width, coarse.shape[1])
+            right, left = coarse.dtype.type(share), coarse.dtype.type(1.0 - share)
+            for channel in range(channels):
+                out[y, x, channel] = grid[y, x, channel] + (
+                    left * row[before, channel] + right * row[before + 1, channel]
+                )
+
+
+@compiled("contract")
+@no_type_check
+def _add_reduced(gradient, coarse):
+    """Add to `coarse` what the gradient of a finer grid means for it: the adjoint of enlarging."""
+    height, width, channels = gradient.shape
+    row = np.empty(coarse.shape[1:], coarse.dtype)
+    for y in range(height):
+        row[:] = 0
+        for x in range(width):
+            before, share = _find_coarse(x, width, coarse.shape[1])
+            right, left = coarse.dtype.type(share), coarse.dtype.type(1.0 - share)
+            for channel in range(channels):
+                row[before, channel] += left * gradient[y, x, channel]
+                row[before + 1, channel] += right * gradient[y, x, channel]
+        above, share = _find_coarse(y, height, coarse.shape[0])
+        coarse[above] += coarse.dtype.type(1.0 - share) * row
+        coarse[above + 1] += coarse.dtype.type(share) * row
+
+
+def compose(pyramids: Sequence[Sequence[np.ndarray]], planes: Sequence[np.ndarray]) -> None:
+    """Write the sums of pyramids, each from fine to coarse, to the planes."""
+
+    def add(index: int) -> None:
+        *finer, total = pyramids[index]
+        for grid in reversed(finer[1:]):
+            enlarged = np.empty_like(grid)
+            _add_enlarged(grid, total, enlarged)
+            total = enlarged
+        if finer:
+            _add_enlarged(finer[0], total, planes[index])
+        else:
+            planes[index][:] = total
+
+    _run_all(add, range(len(planes)))
+
+
+def gradients_of_grids(
+    gradients: Sequence[np.ndarray], shapes: Sequence[Sequence[tuple[int, ...]]]
+) -> list[np.ndarray]:
+    """The gradients of all grids of pyramids from those of the planes; `shapes` are those of the
+    grids of each plane, from fine to coarse."""
+    found: list[list[np.ndarray]] = [[] for _ in gradients]
+
+    def add(index: int) -> None:
+        finer = gradients[index]
+        found[index].append(finer)
+        for shape in shapes[index][1:]:
+            coarse = np.zeros(shape, finer.dtype)
+            _add_reduced(finer, coarse)
+            found[index].append(coarse)
+            finer = coarse
+
+    _run_all(add, range(len(gradients)))
+    return [gradient for pyramid in found for gradient in pyramid]
+
+
+@compiled("contract", "reassoc")
 @no_type_check
 def _total_variation(table, height, width, first, slopes):
     """The term of one plane; its gradient goes to the plane's rows of `slopes`."""

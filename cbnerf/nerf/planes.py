@@ -7,7 +7,7 @@ heights and widths.
 
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -58,85 +58,73 @@ class FeaturePlanes(nn.Module):
         coarser = [[max(count // scale, 2) for count in cells] for scale in scales]
         self._sizes = tuple((count[b], count[a]) for count in coarser for a, b in _AXES)
         self._levels = levels
-        self.grids = nn.ParameterList()
-        for size in self._sizes:
-            for level in range(levels):
-                grid = torch.zeros(*size, channels)
-                self.grids.append(grid.uniform_(0.1, 0.9) if level == levels - 1 else grid)
-                size = (_half(size[0]), _half(size[1]))
+        self.grids = nn.ParameterList(
+            torch.empty(*_level_size(size, level), channels).uniform_(0.1, 0.9)
+            if level == levels - 1
+            else torch.zeros(*_level_size(size, level), channels)
+            for size in self._sizes
+            for level in range(levels)
+        )
 
     def compose(self) -> Planes:
         """The planes at their finest size."""
-        table = _Composition.apply(self._sizes, self._levels, *self.grids)
-        return Planes(table, self._sizes)
+        if _has_kernels(self.grids[0]):
+            table = _CompiledComposition.apply(self._sizes, self._levels, *self.grids)
+            return Planes(table, self._sizes)
+        planes = []
+        for first in range(0, len(self.grids), self._levels):
+            *finer, plane = self.grids[first : first + self._levels]
+            for grid in reversed(finer):
+                plane = grid + enlarge(plane, grid.shape[:2])
+            planes.append(plane.flatten(0, 1))
+        return Planes(torch.cat(planes), self._sizes)
 
 
-def _half(count: int) -> int:
-    """Cells of the next coarser grid: they lie on every other cell of the finer one, and the last
-    of them on or beyond its last cell."""
-    return count // 2 + 1
+def _level_size(size: tuple[int, int], level: int) -> tuple[int, int]:
+    return max(-(-size[0] // 2**level), 2), max(-(-size[1] // 2**level), 2)
 
 
-class _Composition(torch.autograd.Function):
-    """The table of some pyramids; `grids` are those of the first plane, fine to coarse, etc.
+def enlarge(
+    grid: Float[Tensor, "_ _ channels"], size: tuple[int, ...]
+) -> Float[Tensor, "height width channels"]:
+    """Bilinear with aligned corners: `F.interpolate` with a deterministic backward."""
+    for axis, count in enumerate(size):
+        last = grid.shape[axis] - 1
+        place = torch.linspace(0, last, count, dtype=grid.dtype, device=grid.device)
+        before = place.floor().clamp(max=last - 1)
+        share = (place - before).unflatten(0, (-1, *[1] * (grid.ndim - 1 - axis)))
+        first = before.int()
+        grid = torch.lerp(grid.index_select(axis, first), grid.index_select(axis, first + 1), share)
+    return grid
 
-    By hand, since the planes are large: autograd would write each of them several times.
-    """
+
+class _CompiledComposition(torch.autograd.Function):
+    """`compose` by the kernels for CPUs; `grids` are those of the first plane, fine to coarse,
+    etc."""
 
     @staticmethod
     def forward(ctx, sizes: Sizes, levels: int, *grids: Tensor) -> Tensor:
-        ctx.sizes, ctx.shapes = sizes, [grid.shape for grid in grids]
-        ctx.levels = levels
-        channels = grids[0].shape[-1]
-        table = grids[0].new_empty(sum(height * width for height, width in sizes), channels)
-        for number, plane in enumerate(split_table(table, sizes)):
-            pyramid = grids[number * levels : (number + 1) * levels]
-            total = pyramid[-1]
-            for grid in pyramid[-2:0:-1]:
-                total = add_doubled(grid, total, torch.empty_like(grid))
-            plane.copy_(total) if levels == 1 else add_doubled(pyramid[0], total, plane)
+        from cbnerf.nerf.plane_kernels import compose
+
+        ctx.sizes, ctx.levels, ctx.shapes = sizes, levels, [grid.shape for grid in grids]
+        num_cells = sum(height * width for height, width in sizes)
+        table = grids[0].new_empty(num_cells, grids[0].shape[-1])
+        arrays = [grid.detach().numpy() for grid in grids]
+        compose(_pyramids(arrays, levels), [plane.numpy() for plane in split_table(table, sizes)])
         return table
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # type: ignore[override]
-        gradients: list[Tensor | None] = [None, None]
-        for number, plane in enumerate(split_table(gradient, ctx.sizes)):
-            gradients.append(plane)
-            first = number * ctx.levels
-            for height, width, _ in ctx.shapes[first + 1 : first + ctx.levels]:
-                plane = _add_up(_add_up(plane, 1, width), 0, height)
-                gradients.append(plane)
-        return tuple(gradients)
+        from cbnerf.nerf.plane_kernels import gradients_of_grids
+
+        planes = [plane.numpy() for plane in split_table(gradient.contiguous(), ctx.sizes)]
+        gradients = gradients_of_grids(planes, _pyramids(ctx.shapes, ctx.levels))
+        return None, None, *(torch.from_numpy(array) for array in gradients)
 
 
-def add_doubled(
-    grid: Float[Tensor, "height width channels"],
-    coarse: Float[Tensor, "half_height half_width channels"],
-    out: Float[Tensor, "height width channels"],
-) -> Float[Tensor, "height width channels"]:
-    """Add a grid of half the resolution: bilinear, its cells lie on every other cell."""
-    height, width, channels = grid.shape
-    rows = coarse.new_empty(height, coarse.shape[1], channels)
-    rows[::2] = coarse[: (height + 1) // 2]
-    rows[1::2] = torch.lerp(coarse[: height // 2], coarse[1 : height // 2 + 1], 0.5)
-    torch.add(grid[:, ::2], rows[:, : (width + 1) // 2], out=out[:, ::2])
-    middle = torch.lerp(rows[:, : width // 2], rows[:, 1 : width // 2 + 1], 0.5)
-    torch.add(grid[:, 1::2], middle, out=out[:, 1::2])
-    return out
-
-
-def _add_up(fine: Tensor, axis: int, count: int) -> Tensor:
-    """Adjoint of doubling an axis from `count` cells."""
-    at, between = [slice(None)] * fine.ndim, [slice(None)] * fine.ndim
-    at[axis], between[axis] = slice(0, None, 2), slice(1, None, 2)
-    on, half = fine[tuple(at)], fine[tuple(between)] / 2
-    size = list(fine.shape)
-    size[axis] = count
-    coarse = fine.new_zeros(size)
-    coarse.narrow(axis, 0, on.shape[axis]).copy_(on)
-    coarse.narrow(axis, 0, half.shape[axis]).add_(half)
-    coarse.narrow(axis, 1, half.shape[axis]).add_(half)
-    return coarse
+def _pyramids(items: list[Any], levels: int) -> list[list[Any]]:
+    """The items of each plane."""
+    return [items[first : first + levels] for first in range(0, len(items), levels)]
 
 
 def interpolate_planes(

@@ -133,31 +133,29 @@ def test_planes_have_the_cells_of_their_axes():
     planes = FeaturePlanes((x, y, z), channels=2, levels=3, scales=(1, 3))
     sizes = planes.compose().sizes
     assert sizes == ((y, x), (z, x), (z, y), (2, 3), (2, 3), (2, 2))
-    # A coarser grid has a cell on every other one, and one at or beyond the last; at least two.
+    # ceil(size / 2^level), never less than two cells
     grids = [tuple(grid.shape[:2]) for grid in planes.grids][:9]
-    assert grids == [(7, 9), (4, 5), (3, 3), (5, 9), (3, 5), (2, 3), (5, 7), (3, 4), (2, 3)]
+    assert grids == [(7, 9), (4, 5), (2, 3), (5, 9), (3, 5), (2, 3), (5, 7), (3, 4), (2, 2)]
 
 
-def test_a_plane_is_the_sum_of_its_levels():
-    planes = FeaturePlanes((9, 9, 9), channels=1, levels=3, scales=(1,))
+def test_a_plane_is_the_sum_of_its_levels(kernels):
+    planes = FeaturePlanes((8, 8, 8), channels=1, levels=3, scales=(1,))
     with torch.no_grad():
         for grid in planes.grids:
             grid.zero_()
         planes.grids[0][3, 5, 0] = 7.0
         planes.grids[1].fill_(0.5)
         # A coarse grid that rises linearly rises linearly in the fine one.
-        planes.grids[2].copy_(torch.linspace(-1, 1, 3).expand(3, 3)[..., None])
-    expected = 0.5 + torch.linspace(-1, 1, 9).expand(9, 9).clone()
+        planes.grids[2].copy_(torch.linspace(-1, 1, 2).expand(2, 2)[..., None])
+    expected = 0.5 + torch.linspace(-1, 1, 8).expand(8, 8).clone()
     expected[3, 5] += 7
-    table, sizes = planes.compose()
-    first, second, _ = split_table(table, sizes)
+    first, second, _ = split_table(*planes.compose())
     torch.testing.assert_close(first[..., 0], expected)
     assert second.count_nonzero() == 0
 
 
 @pytest.mark.parametrize("cells", [(2, 3, 5), (7, 9, 17), (12, 10, 6)])
-def test_coarser_grids_are_enlarged_as_torch_does(cells: tuple[int, int, int]):
-    """Up to the cells that lie beyond the finest plane."""
+def test_coarser_grids_are_enlarged_as_torch_does(cells: tuple[int, int, int], kernels):
     torch.manual_seed(0)
     planes = FeaturePlanes(cells, channels=2, levels=2, scales=(1,))
     with torch.no_grad():
@@ -165,20 +163,27 @@ def test_coarser_grids_are_enlarged_as_torch_does(cells: tuple[int, int, int]):
             grid.uniform_()
     for number, plane in enumerate(split_table(*planes.compose())):
         fine, coarse = planes.grids[2 * number : 2 * number + 2]
-        size = [2 * count - 1 for count in coarse.shape[:2]]
         image = coarse.permute(2, 0, 1)[None]
+        size = fine.shape[:2]
         enlarged = F.interpolate(image, size, mode="bilinear", align_corners=True)[0]
-        expected = fine + enlarged.permute(1, 2, 0)[: fine.shape[0], : fine.shape[1]]
-        torch.testing.assert_close(plane, expected)
+        torch.testing.assert_close(plane, fine + enlarged.permute(1, 2, 0))
 
 
-def test_grids_learn_as_finite_differences_say():
-    planes = FeaturePlanes((5, 4, 3), channels=1, levels=3, scales=(1, 2)).double()
-    grids = list(planes.grids)
-    for grid in grids:
+@pytest.mark.parametrize("levels", [1, 3])
+def test_grids_learn_as_torch_says(levels: int, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("numba")
+    torch.manual_seed(0)
+    planes = FeaturePlanes((9, 6, 3), channels=2, levels=levels, scales=(1, 2)).double()
+    for grid in planes.grids:
         torch.nn.init.uniform_(grid)
-    apply, sizes = module._Composition.apply, planes.compose().sizes
-    torch.autograd.gradcheck(lambda *grids: apply(sizes, 3, *grids), grids)
+    weights = torch.rand_like(planes.compose().table)
+    gradients = []
+    for compiled in (True, False):
+        monkeypatch.setattr(module, "HAS_KERNELS", compiled)
+        loss = (planes.compose().table.square() * weights).sum()
+        gradients.append(torch.autograd.grad(loss, list(planes.grids)))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_new_field_starts_from_its_coarsest_grids_alone():
