@@ -79,6 +79,8 @@ def _explain(error: Exception, storage: Path) -> tuple[str, int]:
 def _run(options: Options, default_config: Path) -> None:
     if options.concurrency is not None and options.concurrency < 1:
         raise ValueError("--concurrency must be at least 1")
+    if options.confirm < 0:
+        raise ValueError("--confirm must be at least 0")
     # A mistake ends the command before Ray starts.
     checked = settle(read_request(options, default_config), options, has_gpu=None)
     request = checked.request
@@ -113,7 +115,7 @@ def _search(settled: Settled, options: Options) -> tuple[Plan, Outcome | None]:
         plan = plan.with_precision(precision := find_precision(plan))
         print(f"precision  {precision} in stage 1", flush=True)
         replace(request, resolution=plan.resolution, precision=precision).write(plan.folder)
-        return plan, run_study(plan, print, concurrency)
+        return plan, run_study(plan, print, concurrency, options.confirm)
 
 
 def _print_outcome(plan: Plan, outcome: Outcome) -> None:

@@ -19,19 +19,20 @@ from cbnerf.nerf.model import AUTO_PRECISION, Precision
 from cbnerf.overrides import with_overrides
 from cbnerf.search.estimate import measure_share, part_of_gpu
 from cbnerf.search.machines import num_slots, worker_resources
-from cbnerf.search.plan import Plan
+from cbnerf.search.plan import Plan, Unit
 from cbnerf.search.racing import Metrics
 from cbnerf.search.report import SceneScores, score_once, write_report
 from cbnerf.search.searcher import Recorder, TuneSearcher
 from cbnerf.search.standing import find_standing
 from cbnerf.search.state import StudyState
 from cbnerf.search.status import StatusLine
-from cbnerf.search.tasks import call, for_each_scene, is_of_memory, reason
+from cbnerf.search.tasks import call, for_each, for_each_scene, is_of_memory, reason
 from cbnerf.search.tracking import Tracker, repeated
 from cbnerf.search.worker import (
     MAX_FAILURES,
     UnitTrainable,
     find_precision_here,
+    retrain,
     run_base_field,
     run_units_together,
 )
@@ -57,12 +58,13 @@ class Outcome(NamedTuple):
 
 
 def run_study(
-    plan: Plan, say: Callable[[str], None], concurrency: int | None = None
+    plan: Plan, say: Callable[[str], None], concurrency: int | None = None, confirm: int = 0
 ) -> Outcome | None:
     """Run the remaining units of a study on the initialised Ray; None if all configurations failed.
 
     At most `concurrency` training runs are submitted at a time. Without it, twice as many as the
-    machines hold: an autoscaler adds machines for those that wait.
+    machines hold: an autoscaler adds machines for those that wait. The leaders are trained again
+    with `confirm` other seeds.
     """
     seconds: dict[str, float] = {}
     with _timed(seconds, "storage"):
@@ -74,6 +76,9 @@ def run_study(
                 say("all configurations of this study are done; nothing is trained again")
             else:
                 _train(plan, state, seconds, concurrency)
+            if missing := state.confirmation.missing(state.leaders(), confirm):
+                with _timed(seconds, "confirmation"):
+                    _confirm(_sharing_gpus(plan, (plan.stage,)), state, missing)
         best, standing = state.best(), find_standing(state)
         if best is None or standing is None:
             return None
@@ -102,6 +107,14 @@ def _train(
             _train_fields(_sharing_gpus(plan, ("field",)), state)
     with _timed(seconds, "search"):
         _search(_sharing_gpus(plan, (*own, plan.stage)), state, concurrency)
+
+
+def _confirm(plan: Plan, state: StudyState, missing: list[tuple[Unit, int]]) -> None:
+    """Train units again with other seeds."""
+    calls = {f"{unit.key}, seed {seed}": (unit, seed) for unit, seed in missing}
+    results = for_each(plan, retrain, calls, trains=True)
+    for name, metrics in tqdm(results, "confirmation", len(calls), disable=None):
+        state.confirmation.record(*calls[name], metrics)
 
 
 @contextmanager

@@ -115,6 +115,10 @@ class Plan(Experiment):
         """The folder of a configuration trained on a scene, or on `ALL_SCENES`."""
         return self.folder / "trials" / f"{number:04d}" / scene
 
+    def confirmation_folder(self, number: int, seed: int, scene: str) -> Path:
+        """As `trial_folder`, trained with another seed."""
+        return self.folder / "confirmation" / f"{number:04d}" / f"seed-{seed}" / scene
+
 
 def make_plan(
     spec: SearchSpec,

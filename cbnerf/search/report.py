@@ -113,6 +113,7 @@ def study_page(
         notes,
         [
             Section(configurations, [scene_table(scores), Code("best.yaml", best_yaml)]),
+            *confirmation_section(state),
             *effects_section(effects, plan.spec.objectives[0]),
             Section("", [*study_gallery(state), *charts(state, effects)]),
             Section("Configurations", [configuration_table(state)]),
@@ -143,6 +144,21 @@ def effects_section(effects: Sequence[Effect], quality: str) -> list[Section]:
         cells = [effect.knob, size, f"{low} to {high}", effect.describe(quality)]
         rows.append([Cell(text, effect.is_seen) for text in cells])
     return [Section(title_of(quality), [Table("", header, rows)])] if rows else []
+
+
+def confirmation_section(state: StudyState) -> list[Section]:
+    """The leaders after training with other seeds; nothing if none was confirmed."""
+    confirmed, seeds = state.confirmed(), state.confirmation.seeds(state.leaders())
+    if not confirmed:
+        return []
+    before, first = state.results_of_search(), state.plan.spec.objectives[0]
+    rows = []
+    for number in state.ranking()[: len(confirmed)]:
+        means = list(confirmed[number].values())
+        cells = [str(number), f"{sum(means) / len(means):.5g}", f"{before[number]:.5g}"]
+        rows.append([Cell(text) for text in cells])
+    header = ["#", f"mean {first} over other seeds ({len(seeds)})", "in the search"]
+    return [Section("Leaders trained again", [Table("", header, rows)])]
 
 
 def configuration_table(state: StudyState) -> Table:

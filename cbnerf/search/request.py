@@ -49,6 +49,9 @@ class Options:
     cache: str | None = None
     """URI of a store through which several clusters share trained stages, such as
     s3://bucket/cache."""
+    confirm: int = 0
+    """Train the three best configurations again with this many other seeds, and choose by the means
+    over those."""
     gpus: float | None = None
     """GPUs per process of a training run, at most 1; overrides the specification. Needed if
     machines with GPUs join only after trainings request them."""

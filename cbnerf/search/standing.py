@@ -33,6 +33,8 @@ class Standing(NamedTuple):
     """Of the best and its ties, that with the fewest training seconds."""
     seconds: dict[int, float]
     """Training seconds of the best and its ties."""
+    num_seeds: int
+    """Other seeds over which configurations are compared; 0 for that of the search."""
 
     def describe(self) -> str:
         """One sentence, after the name of the configuration."""
@@ -41,6 +43,8 @@ class Standing(NamedTuple):
         lead, noise = (with_unit(value, self.quality) for value in (self.lead, self.noise))
         verdict = "more than" if self.lead > self.noise else "within"
         text = f"{lead} ahead of number {self.runner_up}, {verdict} the noise ({noise})"
+        if self.num_seeds:
+            text += f", over other seeds ({self.num_seeds})"
         if not self.ties:
             return text
         text += f"; ties: {_listed(self.ties)}; the cheapest is "
@@ -55,7 +59,8 @@ def find_standing(state: StudyState) -> Standing | None:
 
     Configurations are compared by paired differences over the scenes of a full training. A spread
     of differences from few scenes is uncertain: it is pooled with the seed-to-seed spread that
-    `stopping.margin` gives, and the quantile is of Student's t.
+    `stopping.margin` gives, and the quantile is of Student's t. Once the leaders are confirmed by
+    other seeds, they alone are compared, by their means over those seeds.
     """
     best = state.best()
     if best is None:
@@ -63,11 +68,14 @@ def find_standing(state: StudyState) -> Standing | None:
     quality = state.plan.spec.objectives[0]
     values: dict[int, np.ndarray] = {}
     seconds: dict[int, float] = {}
-    for number in state.ranking():
+    confirmed = state.confirmed()
+    num_seeds = len(state.confirmation.seeds(state.leaders())) if confirmed else 0
+    for number in confirmed or state.ranking():
         results = [m for m in state.full_results(number).values() if m is not None]
-        values[number] = np.array([metrics[quality] for metrics in results])
+        scores = confirmed[number].values() if confirmed else [m[quality] for m in results]
+        values[number] = np.array(list(scores))
         seconds[number] = sum(metrics.get("seconds", math.nan) for metrics in results)
-    spread = state.plan.spec.stopping.margin_of(quality)
+    spread = state.plan.spec.stopping.margin_of(quality) / math.sqrt(max(num_seeds, 1))
     others = []
     for number, scores in values.items():
         differences = values[best.number] - scores
@@ -78,7 +86,7 @@ def find_standing(state: StudyState) -> Standing | None:
     ties = [number for lead, noise, number in others if lead <= noise]
     known = {number: seconds[number] for number in (best.number, *ties)}
     cheapest = min(known, key=lambda number: known[number])
-    return Standing(quality, best.number, runner_up, lead, noise, ties, cheapest, known)
+    return Standing(quality, best.number, runner_up, lead, noise, ties, cheapest, known, num_seeds)
 
 
 def _listed(numbers: list[int]) -> str:

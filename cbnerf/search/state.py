@@ -18,6 +18,7 @@ Knows Optuna, not Ray.
 
 import math
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import optuna
@@ -25,6 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from cbnerf.config import KnobError
 from cbnerf.overrides import with_overrides
+from cbnerf.search.confirmation import LEADERS, Confirmation
 from cbnerf.search.plan import Plan, Unit
 from cbnerf.search.racing import Metrics, Pruned, Racing, SceneRung, Verdict
 from cbnerf.search.sampler import make_sampler, open_study, propose, read_study, suggest
@@ -74,6 +76,7 @@ class StudyState:
         """Cache entries of the fields that all configurations refine, by scene."""
         self.field_seconds: dict[str, float] = attributes.get("field_seconds", {})
         """Training seconds of these fields, by scene."""
+        self.confirmation = Confirmation(plan, self.study)
         for trial in begun:
             self._restore(trial, attributes)
         for trial in under_way if adopt else ():  # They are judged by all results.
@@ -140,14 +143,31 @@ class StudyState:
         self.study.set_user_attr("field_seconds", self.field_seconds)
 
     def best(self) -> FrozenTrial | None:
-        """The fully trained configuration with the highest first objective."""
-        best = self._racing.best()
-        return None if best is None else self.study.get_trials(deepcopy=False)[best]
+        """The first of the `ranking`."""
+        ranking = self.ranking()
+        return self.study.get_trials(deepcopy=False)[ranking[0]] if ranking else None
 
     def ranking(self) -> list[int]:
-        """The fully trained configurations, the highest first objective first."""
-        finished, first = self._racing.finished, self.plan.spec.objectives[0]
-        return sorted(finished, key=lambda number: finished[number][first], reverse=True)
+        """The fully trained configurations, the highest first objective first; the leaders by their
+        means over other seeds, once all of them are confirmed."""
+        leaders, means = self.leaders(), self.confirmed()
+        if means:
+            leaders.sort(key=lambda number: -fmean(means.get(number, {"": -math.inf}).values()))
+        return leaders + list(self.results_of_search())[len(leaders) :]
+
+    def leaders(self) -> list[int]:
+        """The best configurations by the seed of the search, which others confirm."""
+        return list(self.results_of_search())[:LEADERS]
+
+    def confirmed(self) -> dict[int, dict[str, float]]:
+        """`Confirmation.means` of the leaders."""
+        return self.confirmation.means(self.leaders())
+
+    def results_of_search(self) -> dict[int, float]:
+        """The first objective of the fully trained configurations, the best first."""
+        first = self.plan.spec.objectives[0]
+        values = {number: about[first] for number, about in self._racing.finished.items()}
+        return dict(sorted(values.items(), key=lambda pair: -pair[1]))
 
     def verdict(self, configuration: int) -> Verdict | None:
         """What the race expects of a configuration; None for the incumbent and without one."""

@@ -1,8 +1,8 @@
-"""Ray tasks that run once for each scene, on any machine with free resources."""
+"""Ray tasks, such as one for each scene, on any machine with free resources."""
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -17,41 +17,49 @@ from cbnerf.search.worker import MAX_FAILURES
 def for_each_scene(
     plan: Plan, function: Callable[..., Any], *arguments: Any, trains: bool
 ) -> Iterator[tuple[str, Any]]:
-    """Call `function(plan, *arguments, scene)` as a Ray task for each scene; yields pairs of scene
-    and result in the order of completion.
+    """`for_each` scene, with `arguments` before its name."""
+    calls = {scene: (*arguments, scene) for scene in plan.scenes}
+    return for_each(plan, function, calls, trains=trains)
+
+
+def for_each(
+    plan: Plan, function: Callable[..., Any], calls: Mapping[str, Sequence[Any]], *, trains: bool
+) -> Iterator[tuple[str, Any]]:
+    """Call `function(plan, *arguments)` as a Ray task for each of the `calls`, which are arguments
+    by the name that messages use; yields pairs of name and result in the order of completion.
 
     A task whose process dies, for memory or with its machine, is retried `MAX_FAILURES` times. The
-    error of a scene that fails for good is raised after the other scenes have ended.
+    error of a call that fails for good is raised after the other ones have ended.
     """
     task = _remote(plan, function, trains=trains)
     pending: dict[Any, str] = {}
     waiting, losses, errors = [], Counter(), []
 
-    def start(scene: str) -> None:
-        pending[task.remote(plan, *arguments, scene)] = scene
+    def start(name: str) -> None:
+        pending[task.remote(plan, *calls[name])] = name
 
-    for scene in plan.scenes:
-        start(scene)
+    for name in calls:
+        start(name)
     while pending:
         (done,), _ = ray.wait(list(pending))
-        scene = pending.pop(done)
+        name = pending.pop(done)
         try:
             answer = ray.get(done)
         except RayTaskError as error:  # raised by the function; a retry would repeat it
             errors.append(error)
         except RayError as error:
-            losses[scene] += 1
-            tqdm.write(f"  {scene}: {reason(str(error))}")
-            if losses[scene] > MAX_FAILURES:
-                errors.append(ValueError(f"{scene}: {reason(str(error))} ({losses[scene]} times)"))
+            losses[name] += 1
+            tqdm.write(f"  {name}: {reason(str(error))}")
+            if losses[name] > MAX_FAILURES:
+                errors.append(ValueError(f"{name}: {reason(str(error))} ({losses[name]} times)"))
             elif isinstance(error, OutOfMemoryError):
-                waiting.append(scene)  # until another task has released its memory
+                waiting.append(name)  # until another task has released its memory
                 if pending:
                     continue
             else:
-                start(scene)
+                start(name)
         else:
-            yield scene, answer
+            yield name, answer
         if waiting:
             start(waiting.pop(0))
     if errors:

@@ -8,6 +8,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,21 @@ def run_units_together(about: Mapping[str, Any], plan: Plan) -> None:
         tune.report({"failure": str(error)})
 
 
+def retrain(plan: Plan, unit: Unit, seed: int) -> dict[str, float] | None:
+    """The metrics of a unit that is trained with another seed, on the same field if all
+    configurations share it; None if it failed in a way that a retry would repeat."""
+    try:
+        if plan.spec.resources.workers == 1:
+            return _run_unit(plan, unit, choose_device(), seed)
+        about = {"unit": unit, "seed": seed}
+        _train_together(plan, "confirmation", _retrain_in_worker, about, [])
+    except _LASTING:
+        return None
+    folder = plan.confirmation_folder(unit.configuration, seed, unit.scene)
+    _wait_to_see(folder)
+    return read_metrics(folder)
+
+
 def run_base_field(plan: Plan, scene_name: str) -> tuple[Path, dict[str, float]]:
     """The entry of the field that all configurations share, and its metrics."""
     with leaving_at_sigterm():
@@ -129,10 +145,15 @@ def score_best(
     return scores
 
 
-def _run_unit(plan: Plan, unit: Unit, device: torch.device) -> dict[str, float]:
-    """The metrics of a trained unit."""
+def _run_unit(
+    plan: Plan, unit: Unit, device: torch.device, seed: int | None = None
+) -> dict[str, float]:
+    """The metrics of a trained unit; with a `seed`, of one that is trained to confirm it."""
     config, folder = plan.config_of(unit), plan.trial_folder(unit.configuration, unit.scene)
-    part = plan.part(unit.rung)
+    trained, part = config, plan.part(unit.rung)
+    if seed is not None:
+        trained = replace(config, seed=seed)
+        folder = plan.confirmation_folder(unit.configuration, seed, unit.scene)
 
     def report(step: int, metrics: dict[str, float], checkpoint: Checkpoint, /) -> None:
         if process_rank() == 0:
@@ -142,12 +163,12 @@ def _run_unit(plan: Plan, unit: Unit, device: torch.device) -> dict[str, float]:
         begin_curves(folder)
     if plan.stage == "field":
         scene = from_rank_0(lambda: plan.load_scene(unit.scene, config.data))
-        return run_field(config, scene, folder, device=device, report=report, part=part)
+        return run_field(trained, scene, folder, device=device, report=report, part=part)
     (scene, renders), *joint = from_rank_0(
         lambda: [_load_pair(plan, config, name) for name in plan.scenes_of(unit.scene)]
     )
     return run_refiner(
-        config, scene, renders, folder, device=device, report=report, joint=joint, part=part
+        trained, scene, renders, folder, device=device, report=report, joint=joint, part=part
     )
 
 
@@ -219,6 +240,10 @@ def _walk_in_worker(about: dict[str, Any]) -> None:
     for index, unit in enumerate(about["units"]):
         metrics = _run_unit(about["plan"], Unit(**unit), device_of_worker())
         train.report({"unit": index, "ended": True, "metrics": metrics})
+
+
+def _retrain_in_worker(about: dict[str, Any]) -> None:
+    _run_unit(about["plan"], about["unit"], device_of_worker(), about["seed"])
 
 
 def _field_in_worker(about: dict[str, Any]) -> None:

@@ -17,27 +17,69 @@ SCENES = ("arcade", "blinds", "coral", "mosaic")
 
 
 @pytest.fixture
-def study(tiny_plan: Callable[..., Plan]) -> Callable[..., Standing | None]:
-    """The standing after configurations with these values, the same on all scenes but for `tilt`,
-    and these training seconds a scene."""
+def state_of(tiny_plan: Callable[..., Plan]) -> Callable[..., StudyState]:
+    """A study of configurations with these values, the same on all scenes but for `tilt`, and these
+    training seconds a scene."""
 
     def run(
-        values: list[float], seconds: list[float], tilt: Callable[[Unit], float] = lambda _: 0.0,
+        values: list[float], seconds: list[float] | None = None,
+        tilt: Callable[[Unit], float] = lambda _: 0.0,
         scenes: tuple[str, ...] = SCENES, **spec: Any,
-    ) -> Standing | None:  # fmt: skip
+    ) -> StudyState:  # fmt: skip
         plan = tiny_plan(
             ",".join(scenes), trials=len(values), **{"stopping": {"rule": "none"}} | spec
         )
-        study = optuna.create_study(direction="maximize")
-        state = StudyState(plan, study)
+        state = StudyState(plan, optuna.create_study(direction="maximize"))
         while unit := state.next_unit():
             number = unit.configuration
             psnr = values[number] + tilt(unit)
-            metrics = {"val/psnr": psnr, "val/ssim": psnr / 30, "seconds": seconds[number]}
+            spent = seconds[number] if seconds else 1.0
+            metrics = {"val/psnr": psnr, "val/ssim": psnr / 30, "seconds": spent}
             state.record(unit, None if math.isnan(values[number]) else metrics)
-        return find_standing(state)
+        return state
 
     return run
+
+
+@pytest.fixture
+def study(state_of: Callable[..., StudyState]) -> Callable[..., Standing | None]:
+    return lambda *arguments, **spec: find_standing(state_of(*arguments, **spec))
+
+
+def confirm(state: StudyState, values: dict[int, float | None], num_seeds: int = 2) -> None:
+    for unit, seed in state.confirmation.missing(state.leaders(), num_seeds):
+        value = values[unit.configuration]
+        tilt = 0.001 if seed % 2 else -0.001
+        metrics = None if value is None else {"val/psnr": value + tilt}
+        state.confirmation.record(unit, seed, metrics)
+
+
+def test_other_seeds_settle_which_leader_is_best(state_of):
+    state = state_of([25.0, 25.5, 25.49, 25.48])
+    missing = state.confirmation.missing(state.leaders(), 2)
+    assert {unit.configuration for unit, _ in missing} == {1, 2, 3}
+    assert len(missing) == 3 * len(SCENES) * 2 and {seed for _, seed in missing} == {1, 2}
+    confirm(state, {1: 25.2, 2: 25.6, 3: None})
+    assert state.confirmation.missing(state.leaders(), 2) == []
+    assert len(state.confirmation.missing(state.leaders(), 3)) == 3 * len(SCENES)
+    assert state.ranking() == [2, 1, 3, 0] and state.best().number == 2
+    standing = find_standing(state)
+    assert (standing.best, standing.runner_up, standing.num_seeds) == (2, 1, 2)
+    assert standing.lead == pytest.approx(0.4)
+    assert "0.400 dB ahead of number 1, more than the noise" in standing.describe()
+    assert "over other seeds (2)" in standing.describe()
+    again = StudyState(state.plan, state.study, adopt=False)
+    assert again.ranking() == state.ranking() and again.confirmed() == state.confirmed()
+
+
+def test_what_is_half_confirmed_changes_nothing(state_of):
+    state = state_of([25.0, 25.5, 25.49])
+    *missing, (unit, seed) = state.confirmation.missing(state.leaders(), 1)
+    for other, its in missing:
+        state.confirmation.record(other, its, {"val/psnr": float(other.configuration == 0)})
+    assert state.confirmed() == {} and state.ranking() == [1, 2, 0]
+    state.confirmation.record(unit, seed, {"val/psnr": 0.0})
+    assert state.ranking()[0] == 0
 
 
 def test_a_lead_beyond_the_noise_is_no_tie(study):

@@ -157,7 +157,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         # Meanwhile it has moved to another kind of machine.
         repeated = drivers.run(*COMMAND, precision="float32")
         enqueue(folder / "runs", NAME, [f"{knob}={value}" for knob, value in QUEUED.items()])
-        more = ["--resume", "--name", NAME, "--trials", "3"]
+        more = ["--resume", "--name", NAME, "--trials", "3", "--confirm", "1"]
         yield Story(folder, finished, repeated, drivers.run(*more, precision="float32"))
     finally:
         drivers.end_all()
@@ -233,6 +233,20 @@ def test_a_configuration_that_was_queued_is_trained(story: Story):
     scenes = ("arcade", "blinds")
     for config in (load_config(story.study / "trials/0002" / s / "config.yaml") for s in scenes):
         assert flatten(config).items() >= QUEUED.items()
+
+
+def test_other_seeds_confirm_the_leaders_on_the_same_fields(story: Story):
+    files = sorted(story.study.glob("confirmation/*/*/*/config.yaml"))
+    places = [file.relative_to(story.study / "confirmation").parts[:3] for file in files]
+    numbers, scenes = ("0000", "0001", "0002"), ("arcade", "blinds")
+    assert places == [(number, "seed-1", scene) for number in numbers for scene in scenes]
+    assert {load_config(file).seed for file in files} == {1}
+    state = StudyState(plan_of(story.folder / "runs", NAME), adopt=False)
+    best, means = state.best(), state.confirmed()
+    assert best is not None and best.number == max(means, key=lambda n: sum(means[n].values()))
+    assert f"best       configuration {best.number}, " in story.extended.output
+    assert "over other seeds (1)" in story.extended.output
+    assert "Leaders trained again" in (story.study / "report.md").read_text(encoding="utf-8")
 
 
 def experiment_of(folder: Path) -> tuple[str, str]:
