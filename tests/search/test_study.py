@@ -421,6 +421,7 @@ BAD_LINES = {
     "resolution": (["--resolution", "x9"], "resolution 'x9' is not one of auto"),
     "trials": (["--trials", "0"], "trials must be at least 1"),
     "concurrency": (["--concurrency", "0"], "--concurrency must be at least 1"),
+    "confirm": (["--confirm", "-1"], "--confirm must be at least 0"),
     "too many GPUs": (["--gpus", "1.5"], "(--gpus) = 1.5 must be 0, 1 or a part of 1"),
     "no stage 2": (["--method", "nerf"], "nerf ends with stage 1"),
     "name": (["--name", "a/b"], "'a/b' is not the name of a folder"),
