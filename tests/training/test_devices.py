@@ -13,6 +13,7 @@ from test_determinism import METHODS, make_config
 from cbnerf.config import Config
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
+from cbnerf.nerf import planes
 from cbnerf.overrides import with_overrides
 from cbnerf.training.evaluation import refine_views
 from cbnerf.training.field import train_field
@@ -22,6 +23,13 @@ from cbnerf.training.stages import ignore
 from cbnerf.training.video import write_videos
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels for CPUs round otherwise than the operations of torch that GPUs run, and Adam
+    makes much of the last bits."""
+    monkeypatch.setattr(planes, "HAS_KERNELS", False)
 
 
 def make_steps(name: str, steps: int) -> Config:
