@@ -127,6 +127,8 @@ def _print_outcome(plan: Plan, outcome: Outcome) -> None:
     print(f"best       configuration {outcome.best}, {_pasted(plan.folder / 'best.yaml')}")
     print(f"lead       {outcome.standing}")
     print(f"report     {_pasted(plan.folder / 'report.html')}")
+    if outcome.model is not None:
+        print(f"model      {outcome.model}")
     uri = tracking_uri(plan.storage)
     page = runs_page(outcome.experiment_id, plan.spec.objectives[0])
     if uri.startswith("http"):

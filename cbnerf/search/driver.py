@@ -55,6 +55,8 @@ class Outcome(NamedTuple):
     """Wall-clock seconds of each phase of this run."""
     experiment_id: str
     """MLflow experiment."""
+    model: str | None
+    """Address of the best configuration in MLflow's registry of models."""
 
 
 def run_study(
@@ -89,7 +91,10 @@ def run_study(
             files = write_report(state, config, best.number, scores)
             reached: Metrics = dict(zip(plan.spec.objectives, best.values, strict=True))
             tracker.log_report(files, reached, since)
-        return Outcome(best.number, standing.describe(), scores, seconds, tracker.experiment_id)
+            model = tracker.register_champion(best.number)
+        return Outcome(
+            best.number, standing.describe(), scores, seconds, tracker.experiment_id, model
+        )
     except BaseException:
         with suppress(MlflowException):  # MLflow may have failed for the same reason.
             tracker.interrupt()

@@ -25,6 +25,7 @@ from mlflow.entities import Metric
 from tqdm import tqdm
 
 from cbnerf.config import flatten_field
+from cbnerf.search.champion import register_champion
 from cbnerf.search.curves import Point, first_and_last, read_curves
 from cbnerf.search.inputs import SCORING, TRAINING, scene_inputs
 from cbnerf.search.mlflow_store import first_line, legal_key, open_client, open_experiment
@@ -89,6 +90,12 @@ class Tracker:
         for file in files:
             self._client.log_artifact(run.id, str(file))
         run.set_status("FINISHED")
+
+    def register_champion(self, number: int) -> str | None:
+        """`champion.register_champion` of a configuration."""
+        self._load()
+        run = self._runs[_configuration_key(number)]
+        return register_champion(self._client, self._state, number, run.id)
 
     def interrupt(self) -> None:
         """Mark open runs as killed; `sync` reopens them when the study resumes."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import imageio.v3 as iio
+import mlflow
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -32,6 +36,7 @@ from cbnerf.search.state import StudyState
 from cbnerf.search.steering import enqueue
 from cbnerf.strict_yaml import load_yaml
 from cbnerf.training.checkpoint import load_checkpoint
+from cbnerf.training.stages import read_strip, shown_view
 
 pytestmark = [
     pytest.mark.search,
@@ -270,6 +275,31 @@ def test_mlflow_holds_each_run_of_the_study_once(story: Story):
             steps = [point.step for point in curve]
             assert steps == sorted(set(steps)) and steps[-1] == 10
     assert all("val/psnr" in run.data.metrics for run in runs)
+
+
+def test_the_best_configuration_is_a_model_that_renders_and_refines(
+    story: Story, monkeypatch: pytest.MonkeyPatch
+):
+    store, _ = experiment_of(story.folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    (address,) = re.findall(r"^model +(.*)$", story.extended.output, re.MULTILINE)
+    assert address == f"models:/{NAME}@champion"
+    model = mlflow.pyfunc.load_model(address)
+    state = StudyState(plan_of(story.folder / "runs", NAME), adopt=False)
+    best = state.best()
+    assert best is not None
+    for scene in ("arcade", "blinds"):
+        strip = read_strip(state.plan.trial_folder(best.number, scene) / "strip.png", 3)
+        assert strip is not None
+        view = shown_view(state.plan.base, 13)
+        (png,) = model.predict([{"scene": scene, "view": view}])
+        assert np.array_equal(iio.imread(png), strip[2].numpy())
+    for scene, view in (("nowhere", 0), ("arcade", 13)):
+        with pytest.raises(Exception, match=f"no (scene '{scene}'|view {view})"):
+            model.predict([{"scene": scene, "view": view}])
+    versions = MlflowClient(store).search_model_versions(f"name = '{NAME}'")
+    chosen = {version.tags["cbnerf.configuration"] for version in versions}
+    assert str(best.number) in chosen and len(versions) == len(chosen)
 
 
 def test_a_study_keeps_to_the_precision_that_it_was_started_in(story: Story):
