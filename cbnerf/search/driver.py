@@ -240,6 +240,7 @@ def quieten_libraries() -> None:
     # These log tracebacks. The study prints their last line; Tune keeps them in error.txt.
     for library in ("mlflow", "ray.tune"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     # The searcher limits the number of pending trials.

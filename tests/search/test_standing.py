@@ -98,6 +98,20 @@ def test_ties_are_named_and_the_cheapest_of_them_is_marked(study):
     assert study([25.5, 25.49], [1.0, 2.0]).describe().endswith("the cheapest is the best itself")
 
 
+def test_differences_are_of_the_same_scene_whatever_was_trained_first(tiny_plan):
+    plan = tiny_plan(",".join(SCENES), trials=2, stopping={"rule": "none"})
+    state, units = StudyState(plan, optuna.create_study(direction="maximize")), []
+    while unit := state.next_unit():
+        units.append(unit)
+    assert len(units) == 2 * len(SCENES)
+    for unit in units[: len(SCENES)] + units[: len(SCENES) - 1 : -1]:
+        psnr = 20.0 + 3 * SCENES.index(unit.scene) + 0.3 * unit.configuration
+        state.record(unit, {"val/psnr": psnr, "val/ssim": 0.5, "seconds": 1.0})
+    standing = find_standing(state)
+    assert standing is not None and standing.best == 1 and standing.ties == []
+    assert standing.lead == pytest.approx(0.3) and standing.noise < 0.1
+
+
 def test_a_lead_that_changes_from_scene_to_scene_needs_to_be_larger(study):
     def tilt(unit: Unit) -> float:
         return unit.configuration * (SCENES.index(unit.scene) - 1.5)

@@ -190,7 +190,9 @@ def test_the_end_tells_all_that_a_user_wants_to_know(story: Story):
     assert lines[-1] == f"           and open {page}"
 
 
-@pytest.mark.parametrize("noise", ["[I 20", "INFO", "Warning", "WARNING", "Traceback", "pid="])
+@pytest.mark.parametrize(
+    "noise", ["[I 20", "INFO", "Warning", "WARNING", "Traceback", "pid=", "artifacts:"]
+)
 def test_libraries_are_silent(story: Story, noise: str):
     for ended in (story.finished, story.repeated, story.extended):
         assert noise not in ended.output + ended.errors
