@@ -158,9 +158,9 @@ def interpolate_planes(
 @lru_cache(maxsize=64)
 def _layout(sizes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, ...]:
     """Height, width and first table row of each plane (int32), and its two axes."""
-    height, width = torch.tensor(sizes, dtype=torch.int32, device=device).T[..., None].unbind(0)
-    first = (height * width).cumsum(0, dtype=torch.int32) - height * width
-    return height, width, first, torch.tensor(_AXES * (len(sizes) // 3), device=device)
+    layout = torch.from_numpy(_table_layout(sizes)).to(device)
+    height, width, first = layout[:, :3].int().T[..., None].unbind(0)
+    return height, width, first, layout[:, 3:]
 
 
 _CACHED_ROWS = 16384

@@ -71,9 +71,7 @@ def find_standing(state: StudyState) -> Standing | None:
     confirmed = state.confirmed()
     num_seeds = len(state.confirmation.seeds(state.leaders())) if confirmed else 0
     for number in confirmed or state.ranking():
-        # Recorded in the order in which the race has trained the scenes.
-        by_scene = state.full_results(number)
-        results = [m for scene in state.plan.trainings if (m := by_scene[scene]) is not None]
+        results = [m for m in state.full_results(number).values() if m is not None]
         scores = confirmed[number].values() if confirmed else [m[quality] for m in results]
         values[number] = np.array(list(scores))
         seconds[number] = sum(metrics.get("seconds", math.nan) for metrics in results)

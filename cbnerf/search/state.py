@@ -115,9 +115,9 @@ class StudyState:
         return self._results[configuration]
 
     def full_results(self, configuration: int) -> dict[str, Metrics | None]:
-        """Metrics at the last rung, by scene."""
-        last = self.plan.rungs - 1
-        return {s: m for (s, rung), m in self._results[configuration].items() if rung == last}
+        """Metrics at the last rung, by scene, in the order of the plan."""
+        results, last = self._results[configuration], self.plan.rungs - 1
+        return {s: results[s, last] for s in self.plan.trainings if (s, last) in results}
 
     def has_ended(self, configuration: int) -> bool:
         return configuration not in self._under_way
