@@ -9,14 +9,15 @@ import pytest
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
-def dump_page(page: Path, profile: Path) -> str:
-    """The page's elements once its scripts have run; skips the test where there is no Chromium."""
-    program = next(filter(None, map(shutil.which, NAMES)), None)
-    if program is None:
-        pytest.skip(f"none of {', '.join(NAMES)} is installed")
+PROGRAM = next(filter(None, map(shutil.which, NAMES)), None)
+needs_browser = pytest.mark.skipif(PROGRAM is None, reason=f"none of {', '.join(NAMES)} is there")
+
+
+def dump_page(address: str, profile: Path, *options: str, budget: int = 5000) -> str:
+    """The page's elements after `budget` ms of its scripts' time."""
     done = subprocess.run(
-        [program, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
-         "--virtual-time-budget=5000", "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, check=True, timeout=120,
+        [str(PROGRAM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
+         f"--virtual-time-budget={budget}", *options, "--dump-dom", address],
+        capture_output=True, text=True, check=True, timeout=300,
     )  # fmt: skip
     return done.stdout

@@ -235,7 +235,7 @@ class Racing:
     def best(self) -> int | None:
         """The finished configuration with the highest first objective."""
         first = self._objectives[0]
-        return max(list(self.finished), key=lambda n: self.finished[n][first], default=None)
+        return max(self.finished, key=lambda n: self.finished[n][first], default=None)
 
     def front(self) -> list[int]:
         """The Pareto front: finished configurations that no other one dominates."""

@@ -166,7 +166,8 @@ class StudyState:
     def results_of_search(self) -> dict[int, float]:
         """The first objective of the fully trained configurations, the best first."""
         first = self.plan.spec.objectives[0]
-        values = {number: about[first] for number, about in self._racing.finished.items()}
+        # A copy, for MLflow is written in another thread while the search goes on.
+        values = {number: about[first] for number, about in list(self._racing.finished.items())}
         return dict(sorted(values.items(), key=lambda pair: -pair[1]))
 
     def verdict(self, configuration: int) -> Verdict | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from browser import dump_page
+from browser import dump_page, needs_browser
 from PIL import Image
 
 from cbnerf.report.figures import error_map
@@ -70,10 +70,11 @@ window.addEventListener("load", () => {
 </script>"""
 
 
+@needs_browser
 def test_in_a_browser_the_slider_the_choice_and_the_key_change_the_picture(tmp_path: Path):
     page = page_to_html(Page("Study", [], [Section("", [gallery("Gallery", "", VIEWS)])]))
     (tmp_path / "page.html").write_text(page + LOOK, encoding="utf-8")
-    dom = dump_page(tmp_path / "page.html", tmp_path / "profile")
+    dom = dump_page((tmp_path / "page.html").as_uri(), tmp_path / "profile")
     found = re.search(r'<pre id="seen">(.*?)</pre>', dom)
     assert found, dom[-2000:]
     seen = json.loads(found[1])

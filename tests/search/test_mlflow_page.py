@@ -13,17 +13,16 @@ from urllib.error import URLError
 
 import optuna
 import pytest
+from browser import dump_page, needs_browser
 
 from cbnerf.search.mlflow_store import runs_page, tracking_uri
 from cbnerf.search.plan import Plan
 from cbnerf.search.state import StudyState
 from cbnerf.search.tracking import Tracker
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
 pytestmark = [
     pytest.mark.search,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or google-chrome"),
+    needs_browser,
     pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),  # MLflow's
 ]
 
@@ -78,12 +77,7 @@ def test_the_printed_page_opens_on_the_configurations_the_best_on_top(
     tracker = Tracker(state)
     tracker.sync()
     page = f"{serve(tracking_uri(plan.storage))}/{runs_page(tracker.experiment_id, 'val/psnr')}"
-    command = [
-        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1900,1300",
-        f"--user-data-dir={tmp_path / 'browser'}", "--virtual-time-budget=40000", "--dump-dom",
-        page,
-    ]  # fmt: skip
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    shown = dump_page(page, tmp_path / "browser", "--window-size=1900,1300", budget=40000)
     assert re.findall(r">(configuration \d+|\d+ arcade)<", shown)[:3] == [
         "configuration 01", "configuration 02", "configuration 00",
     ]  # fmt: skip
