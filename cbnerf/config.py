@@ -264,6 +264,9 @@ class RefinerConfig:
     """Reference patches per render of the reference refiner."""
     neighbours: int = 3
     """Nearest codes whose filters `residual` combines per pixel; at most `codebook.size - 1`."""
+    ridge: float = 30.0
+    """Regularisation of the codes' filters in `residual`: number of pixels that the common filter
+    counts for beside those of the code."""
     consistency: float = 10.0
     """Weight of the low-res reconstruction term of `residual` and `linear`, relative to the change
     of the refined pixels, for scenes without a high-res photograph; 0 disables it."""
@@ -278,6 +281,7 @@ class RefinerConfig:
         rule = "a multiple of 8 for the reference refiner"
         _check(self.kind != "reference" or size % 8 == 0, name, size, rule)
         _check_least(1, "refiner", self, "channels", "blocks", "references", "neighbours")
+        _check(self.ridge > 0, "refiner.ridge", self.ridge, "positive")
         _check_least(0, "refiner", self, "consistency")
 
     @property

@@ -12,14 +12,12 @@ Names in this file; images are `[3 height width]` in [-1, 1]:
     shares[p, n]       weights of the n nearest codes of pixel p; they sum to 1
     equations[c]       normal equations of code c, in which a pixel counts by its share of c
     common filter      least-squares filter of all pixels, whatever their codes
-    ridge strength     pixels that the common filter counts for in the regression of each code
-    fold               views that are held out together when the ridge strength is chosen
+    ridge              pixels that the common filter counts for in the regression of each code
     whitened rows      rows @ W^T with the identity as their mean outer product over all pixels:
                        there the distance of two filters is their mean difference on a pixel
 """
 
 from collections.abc import Iterator, Sequence
-from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -31,9 +29,6 @@ from cbnerf.codebook.normal_equations import NormalEquations
 from cbnerf.codebook.quantizer import Neighbours
 
 Filters = Float[Tensor, "*codes inputs 3"]
-RIDGE_STRENGTHS = (10.0, 30.0, 100.0, 300.0, 1e3, 1e4, 3e4, 1e5)
-_VALIDATED = 4
-"""Every 4th code takes part in the choice of the ridge strength, at most `_CODES_SOLVED`."""
 _JITTER = 1e-5
 """Added to the mean outer product of all rows, whose factor whitens them."""
 _CODES_SOLVED = 256
@@ -43,7 +38,7 @@ _CODES_SUMMED = 1024
 _GROUP = 2**20
 """Pixels, of at least one view, that are sorted by their codes at once."""
 _HELD = 2**22
-"""Pixels, of all folds together, that stay sorted; more are sorted again for each pass."""
+"""Pixels that stay sorted; more are sorted again for each pass."""
 
 
 class Corrections(NamedTuple):
@@ -82,39 +77,25 @@ class CodeFilters(nn.Module):
     @torch.no_grad()
     def fit_common(self, views: Sequence[Corrections]) -> None:
         """Set the filters of all codes to the common filter of these views."""
-        self.table.copy_(_Common(_Fold(views, _HELD).total()).filter)
+        self.table.copy_(_Common(_SortedPixels(views).total()).filter)
 
     @torch.no_grad()
-    def fit(self, folds: Sequence[Sequence[Corrections]], held_out: Sequence[int]) -> float:
-        """Set the filters to the ridge regression over the views of all folds.
+    def fit(self, views: Sequence[Corrections], ridge: float) -> None:
+        """Set the filter of each code to its ridge regression towards the common filter.
 
-        Returns the ridge strength: the one of `RIDGE_STRENGTHS` with the least error on the folds
-        `held_out`, each corrected by filters of the other folds; the greatest if there are none.
         Views may be made on demand: memory does not grow with their number.
         """
-        pixels = [_Fold(views, _HELD // len(folds)) for views in folds]
-        totals = [fold.total() for fold in pixels]
-        common = _Common(_sum(totals))
-        codes = torch.cat([fold.codes for fold in pixels]).unique()
-        some = codes[:: max(_VALIDATED, -(-len(codes) // _CODES_SOLVED))]
-        strength = RIDGE_STRENGTHS[-1]
-        if held_out:
-            strength = _choose_strength(pixels, totals, common, some, held_out)
+        pixels = _SortedPixels(views)
+        common = _Common(pixels.total())
         self.table.copy_(common.filter)
         centre = common.to_whitened(common.filter)
-        for summed in codes.split(_CODES_SUMMED):
+        for summed in pixels.codes.split(_CODES_SUMMED):
             equations = common.no_equations(len(summed))
-            for fold in pixels:
-                fold.add_to(equations, summed, common)
+            pixels.add_to(equations, summed, common)
             chunks = (x.split(_CODES_SOLVED) for x in (summed, *equations))
             for solved, *own in zip(*chunks, strict=True):
-                whitened = NormalEquations(*own).solve_ridge(centre, strength)
+                whitened = NormalEquations(*own).solve_ridge(centre, ridge)
                 self.table[solved] = common.from_whitened(whitened)
-        return strength
-
-
-def _sum(equations: Sequence[NormalEquations]) -> NormalEquations:
-    return reduce(NormalEquations.plus, equations)
 
 
 class _Common:
@@ -144,11 +125,11 @@ class _Common:
         return self._inverse.T @ filters
 
 
-class _Fold:
-    """All pixels of a fold, group by group; they stay in memory if there is `room` for all."""
+class _SortedPixels:
+    """The pixels of all views, group by group; they stay in memory if they are few."""
 
-    def __init__(self, views: Sequence[Corrections], room: int):
-        self._views, self._room = views, room
+    def __init__(self, views: Sequence[Corrections]):
+        self._views = views
         self._held: list[_Pixels] = []
         self.codes: Tensor
         """Codes of its pixels; set by `total`."""
@@ -160,7 +141,7 @@ class _Fold:
         kept, count = [], 0
         for pixels in self._sort():
             count += pixels.count
-            kept = [*kept, pixels] if count <= self._room else []
+            kept = [*kept, pixels] if count <= _HELD else []
             yield pixels
         self._held = kept
 
@@ -181,7 +162,7 @@ class _Fold:
         for pixels in self:
             total = total.plus(pixels.total()) if total else pixels.total()
             codes.append(pixels.codes)
-        assert total is not None, "a fold without views"
+        assert total is not None, "no views"
         self.codes = torch.cat(codes).unique()
         return total
 
@@ -238,23 +219,3 @@ class _Pixels:
                 # In place: a code has few of these pixels.
                 equations.gram[code].addmm_(own.T, own)
                 equations.moments[code].addmm_(own.T, target)
-
-
-def _choose_strength(
-    folds: Sequence[_Fold],
-    totals: Sequence[NormalEquations],
-    common: _Common,
-    codes: Int[Tensor, " codes"],
-    held_out: Sequence[int],
-) -> float:
-    """The ridge strength with the least error of these codes on the held-out folds."""
-    equations = [common.no_equations(len(codes)) for _ in folds]
-    for fold, own in zip(folds, equations, strict=True):
-        fold.add_to(own, codes, common)
-    errors = equations[0].gram.new_zeros(len(RIDGE_STRENGTHS))
-    for i in held_out:
-        others, total = (_sum([*of[:i], *of[i + 1 :]]) for of in (equations, totals))
-        centre = common.to_whitened(_Common(total).filter)
-        for j, strength in enumerate(RIDGE_STRENGTHS):
-            errors[j] += equations[i].error(others.solve_ridge(centre, strength))
-    return RIDGE_STRENGTHS[int(errors.argmin())]

@@ -47,11 +47,11 @@ class NormalEquations(NamedTuple):
         return found.solution.to(self.gram.device)
 
     def solve_ridge(
-        self, centre: Float[Tensor, "inputs 3"], strength: float
+        self, centre: Float[Tensor, "inputs 3"], ridge: float
     ) -> Float[Tensor, "*regressions inputs 3"]:
-        """Ridge regression towards `centre`: adds `strength` times the squared distance to it."""
+        """Ridge regression towards `centre`: adds `ridge` times the squared distance to it."""
         eye = torch.eye(len(centre), dtype=centre.dtype, device=centre.device)
-        factor = torch.linalg.cholesky(self.gram + strength * eye)
+        factor = torch.linalg.cholesky(self.gram + ridge * eye)
         return centre + torch.cholesky_solve(self.moments - self.gram @ centre, factor)
 
     def error(self, solution: Float[Tensor, "*regressions inputs 3"]) -> Float[Tensor, ""]:

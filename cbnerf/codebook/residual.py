@@ -5,7 +5,6 @@ three further channels, the positions of their pixels.
 """
 
 import copy
-from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -59,6 +58,7 @@ class ResidualRefiner(CodebookRefiner):
         self.network = ResidualNetwork(6, config.refiner.channels, config.refiner.blocks)
         num_codes = autoencoder.quantizer.num_codes
         self._neighbours = min(config.refiner.neighbours, num_codes - 1)
+        self._ridge = config.refiner.ridge
         self._consistency = config.refiner.consistency
         self._low_res_kernel: Kernel = config.data.low_res_kernel
         self.filters = CodeFilters(num_codes)
@@ -80,11 +80,11 @@ class ResidualRefiner(CodebookRefiner):
             target = pad(views.photographs[view]) - sr[:, :3]
             return Corrections(sr[0, :3], self._find_codes(sr[0]), target[0])
 
-        folds = _by_fold(correct, views.folds)
+        corrections = MadeOnDemand(correct, range(len(views.renders)))
         if low_res is None:
-            self.filters.fit(folds, views.held_out)
+            self.filters.fit(corrections, self._ridge)
         else:
-            self.filters.fit_common([view for fold in folds for view in fold])
+            self.filters.fit_common(corrections)
             self.add_filter(
                 fit_consistent_filter(self.refine, low_res, self._consistency, self._low_res_kernel)
             )
@@ -108,7 +108,7 @@ class ResidualRefiner(CodebookRefiner):
                 for render, photograph in zip(low_res.renders, low_res.photographs, strict=True)
             ]
             filters = copy.deepcopy(self.filters)
-            filters.fit(_by_fold(correct, low_res.folds), low_res.held_out)
+            filters.fit(MadeOnDemand(correct, range(len(residuals))), self._ridge)
             self.filters.table.add_(filters.table)
 
     @torch.no_grad()
@@ -132,13 +132,3 @@ class ResidualRefiner(CodebookRefiner):
         """The nearest codes of each pixel, `[height width neighbours]`."""
         found = self.autoencoder.find_neighbours(sr[None], self._neighbours)
         return Neighbours(*(part[0] for part in found))
-
-
-def _by_fold(
-    correct: Callable[[int], Corrections], folds: Sequence[int]
-) -> list[Sequence[Corrections]]:
-    """The corrections of the views of each fold."""
-    return [
-        MadeOnDemand(correct, [view for view, own in enumerate(folds) if own == fold])
-        for fold in range(max(folds) + 1)
-    ]

@@ -27,12 +27,8 @@ Images = Sequence[Float[Tensor, "1 _ _ _"]]
 
 
 class Views(NamedTuple):
-    """Views that a refiner is fitted to, and their folds for cross-validation."""
+    """Views that a refiner is fitted to."""
 
     renders: Images
     photographs: Images
     """High-res, or low-res where a scene has no others."""
-    folds: Sequence[int]
-    """Fold of each view, counted from 0."""
-    held_out: Sequence[int]
-    """Folds that are held out, each in turn, to choose a ridge strength."""

@@ -67,9 +67,10 @@ def train_refiner(
         raise KnobError("refiner.kind = reference needs a high-res photograph of its scene")
     served = [(scene, renders), *joint]
     validation = _Validation(config, served)
-    seen, target, folds = _training_views(config, sources or served, by_scene=bool(sources))
-    views = _views(seen, target, folds, len(sources), device)
-    low_res = _low_res_views(config, scene, renders, device) if sources else None
+    seen, target = _training_views(config, sources or served)
+    views = _views(seen, target, device)
+    is_consistent = bool(sources) and config.refiner.consistency > 0
+    low_res = _low_res_views(config, scene, renders, device) if is_consistent else None
 
     def evaluate() -> dict[str, float]:
         return refiner.metrics() | validation.scores(refiner, device)
@@ -171,40 +172,26 @@ class _Validation:
         return {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
 
 
-def _training_views(
-    config: Config, pairs: Pairs, by_scene: bool
-) -> tuple[Renders, Images, list[int]]:
-    """Renders and photographs of the training views of all scenes, cropped to their common size,
-    and the fold of each: its scene, or one of two folds within the scene."""
+def _training_views(config: Config, pairs: Pairs) -> tuple[Renders, Images]:
+    """Renders and photographs of the training views of all scenes, cropped to their common size."""
     height = min(scene.height for scene, _ in pairs)
     width = min(scene.width for scene, _ in pairs)
     seen: list[Renders] = []
-    target, folds = [], []
-    for i, (scene, renders) in enumerate(pairs):
+    target = []
+    for scene, renders in pairs:
         views = split_views(scene.num_views, config.data).train
         own = renders.of(views)
         seen.append(Renders(*(part[:, :height, :width] for part in own)))
         target.append(scene.images[views, :height, :width])
-        folds += [i] * len(views) if by_scene else _folds(len(views))
     joined = Renders(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
-    return joined, torch.cat(target), folds
+    return joined, torch.cat(target)
 
 
-def _low_res_views(
-    config: Config, scene: Scene, renders: Renders, device: torch.device
-) -> Views | None:
-    """Renders and low-res photographs of the training views of a scene without high-res ones; None
-    if the refiner is not to be consistent with these."""
-    if not config.refiner.consistency:
-        return None
+def _low_res_views(config: Config, scene: Scene, renders: Renders, device: torch.device) -> Views:
+    """Renders and low-res photographs of the training views of a scene without high-res ones."""
     views = split_views(scene.num_views, config.data).train
     low_res = scene.low_res(config.data.low_res_kernel, views)
-    return _views(renders.of(views), low_res, _folds(len(views)), 0, device)
-
-
-def _folds(num_views: int) -> list[int]:
-    """The fold of each view of a scene: 1 for every fourth and 0 for the others."""
-    return [int(view % 4 == 1) for view in range(num_views)]
+    return _views(renders.of(views), low_res, device)
 
 
 def _self_taught(low_res: Views) -> Views:
@@ -213,13 +200,5 @@ def _self_taught(low_res: Views) -> Views:
     return low_res._replace(photographs=renders)
 
 
-def _views(
-    seen: Renders,
-    target: UInt8[Tensor, "views _ _ 3"],
-    folds: list[int],
-    num_sources: int,
-    device: torch.device,
-) -> Views:
-    """Fold 0 is held out only where folds are source scenes, of which there are several."""
-    held_out = [fold for fold in sorted({*folds}) if fold or num_sources > 1]
-    return Views(sr_views(seen, device), unit_views(target, device), folds, held_out)
+def _views(seen: Renders, target: UInt8[Tensor, "views _ _ 3"], device: torch.device) -> Views:
+    return Views(sr_views(seen, device), unit_views(target, device))

@@ -27,7 +27,7 @@ def make_refiner() -> LinearRefiner:
 
 def fit_filter(refiner: LinearRefiner, pairs: Pairs) -> float:
     renders, photographs = ([image[None] for image in part] for part in zip(*pairs, strict=True))
-    refiner.fit(Views(renders, photographs, [0] * len(pairs), []))
+    refiner.fit(Views(renders, photographs))
     return refiner.metrics()["train/loss"]
 
 
@@ -74,7 +74,7 @@ def test_the_position_of_a_pixel_does_not_matter():
     placed = torch.cat([render, torch.randn_like(render)], dim=1)
     alone, refiner = make_refiner(), make_refiner()
     for fitted, seen in ((alone, render), (refiner, placed)):
-        fitted.fit(Views([seen], [photograph], [0], []))
+        fitted.fit(Views([seen], [photograph]))
     assert torch.equal(refiner.refine(placed), alone.refine(render))
     assert not torch.equal(alone.refine(render), render)
 

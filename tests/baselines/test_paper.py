@@ -63,7 +63,7 @@ def test_skips_come_from_the_patch_that_the_knob_names(skips: str):
     knobs = {"refiner.skips": skips, "codebook.kmeans_init": True}
     autoencoder = make_autoencoder(**knobs).eval()
     sr, high_res = torch.rand(2, 5, 3, 16, 16)
-    views = Views(sr.split(1), high_res.split(1), [0] * 5, [])
+    views = Views(sr.split(1), high_res.split(1))
     autoencoder.start_from(views)
     chosen = autoencoder(sr, high_res).skips
     assert len(chosen) == 3

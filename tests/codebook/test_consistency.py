@@ -46,7 +46,7 @@ def shrink(image: Tensor, kernel: Kernel) -> Tensor:
 def views_of(images: list[Tensor], filter: Tensor, kernel: Kernel = "box") -> Views:
     """Renders beside low-res photographs of what a filter makes of them."""
     low_res = [shrink(corrected(image, filter), kernel)[None] for image in images]
-    return Views([image[None] for image in images], low_res, [0] * len(images), [])
+    return Views([image[None] for image in images], low_res)
 
 
 def fit(views: Views, weight: float, kernel: Kernel) -> Tensor:
@@ -104,7 +104,7 @@ def test_the_slope_of_what_is_minimised_vanishes(monkeypatch, kernel: Kernel, sc
     monkeypatch.setattr("cbnerf.codebook.consistency.ROWS", 48 * scale * 4)
     image, weight = smooth_images(1)[0], 7.0
     photograph = downsample(corrected(image, sharpener(0.5))[None], scale, kernel)[0]
-    found = fit(Views([image[None]], [photograph[None]], [0], []), weight, kernel)
+    found = fit(Views([image[None]], [photograph[None]]), weight, kernel)
     rows = Neighbourhoods([image]).rows(torch.arange(image[0].numel())).double()
 
     def slope(filter: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def test_the_start_places_codes_in_the_scene():
     autoencoder = VQAutoencoder(LightEncoder(4), LightDecoder(4), config, LossConfig())
     sr, high_res = draw_pair()
     sr[0, 3:], sr[1, 3:] = 0.2, 0.6
-    autoencoder.start_from(Views(sr.split(1), high_res.split(1), [0, 0], []))
+    autoencoder.start_from(Views(sr.split(1), high_res.split(1)))
     assert autoencoder.positions is not None
     ends = autoencoder.positions(torch.tensor([0.2, 0.6])[:, None, None, None].expand(2, 3, 1, 1))
     codes = autoencoder.quantizer.codes()[:, 4:]

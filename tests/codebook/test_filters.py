@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cbnerf.codebook.filters import RIDGE_STRENGTHS, CodeFilters, Corrections
+from cbnerf.codebook.filters import CodeFilters, Corrections
 from cbnerf.codebook.quantizer import Neighbours
 from cbnerf.codebook.views import MadeOnDemand
 
@@ -68,34 +68,34 @@ def test_the_filters_that_made_the_corrections_are_found():
     true = make_filters(2)
     views = draw_views(true, 12)
     found = CodeFilters(2)
-    assert found.fit([views[:8], views[8:]], [1]) == min(RIDGE_STRENGTHS)
+    found.fit(views, ridge=10.0)
     nothing = CodeFilters(2)
     test = draw_views(true, 2, seed=5)
     assert error(found, test) < 0.02 * error(nothing, test)
 
 
-def test_codes_that_mean_nothing_share_the_common_filter():
+def test_strong_ridge_gives_all_codes_the_common_filter():
     one = make_filters(1)
     true = CodeFilters(50)
     true.table.copy_(one.table.expand(50, -1, -1))
     views = draw_views(true, 12, noise=1.0)
     found = CodeFilters(50)
-    assert found.fit([views[:8], views[8:]], [1]) == max(RIDGE_STRENGTHS)
+    found.fit(views, ridge=1e5)
     assert (found.table - found.table.mean(0)).std() < 0.1 * found.table.std()
 
 
-@pytest.mark.parametrize("neighbours", [1, 2])
-def test_fit_is_ridge_regression_towards_the_common_filter(neighbours: int):
+@pytest.mark.parametrize("neighbours, ridge", [(1, 30.0), (2, 30.0), (2, 1e3)])
+def test_fit_is_ridge_regression_towards_the_common_filter(neighbours: int, ridge: float):
     views = draw_views(make_filters(3), 4, noise=0.1, neighbours=neighbours)
     found = CodeFilters(3)
-    strength = found.fit([views[:3], views[3:]], [1])
+    found.fit(views, ridge)
     rows, shares, wanted = (torch.cat(part) for part in zip(*map(unfold, views), strict=True))
     ones = torch.eye(148, dtype=torch.float64)
     gram, moments = rows.T @ rows / len(rows) + 1e-5 * ones, rows.T @ wanted / len(rows)
     for code in range(3):
         own = rows * shares[:, code, None]
         expected = torch.linalg.solve(
-            own.T @ rows + strength * gram, own.T @ wanted + strength * moments
+            own.T @ rows + ridge * gram, own.T @ wanted + ridge * moments
         )  # fmt: skip
         torch.testing.assert_close(found.table[code].double(), expected, atol=1e-3, rtol=0)
 
@@ -114,10 +114,10 @@ def test_shares_are_heeded_when_filters_are_fitted():
     true = make_filters(6)
     views = draw_views(true, 30, neighbours=3)
     found, heedless = CodeFilters(6), CodeFilters(6)
-    found.fit([views[:20], views[20:]], [1])
+    found.fit(views, 30.0)
     whole = torch.ones(24, 20, 1)
     alone = [v._replace(codes=Neighbours(v.codes.indices[..., :1], whole)) for v in views]
-    heedless.fit([alone[:20], alone[20:]], [1])
+    heedless.fit(alone, 30.0)
     test = draw_views(true, 2, seed=5, neighbours=3)
     assert error(found, test) < error(heedless, test) < error(CodeFilters(6), test)
 
@@ -126,11 +126,11 @@ def test_shares_are_heeded_when_filters_are_fitted():
 def test_a_code_that_nobody_met_has_the_common_filter(codes: int):
     views = draw_views(make_filters(codes), 4)
     found = CodeFilters(codes + 1)
-    found.fit([views[:3], views[3:]], [1])
+    found.fit(views, 30.0)
     alone = CodeFilters(1)
     first = Neighbours(torch.zeros(24, 20, 1, dtype=torch.int64), torch.ones(24, 20, 1))
     everywhere = [view._replace(codes=first) for view in views]
-    alone.fit([everywhere[:3], everywhere[3:]], [1])
+    alone.fit(everywhere, 30.0)
     torch.testing.assert_close(found.table[codes], alone.table[0], atol=2e-3, rtol=0)
 
 
@@ -175,25 +175,22 @@ def test_bytes_alive_are_counted():
     assert (alive.now, alive.peak) == (0, 4000)
 
 
-def fit_streamed(views: Sequence[Corrections]) -> tuple[Tensor, float]:
-    """In two folds of which a view at a time is held."""
+def fit_streamed(views: Sequence[Corrections]) -> Tensor:
+    """With a view at a time held."""
     found = CodeFilters(3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cbnerf.codebook.filters._HELD", 0)
         patch.setattr("cbnerf.codebook.filters._GROUP", 1)
         patch.setattr("cbnerf.codebook.filters._CODES_SUMMED", 2)
-        split = [views[: len(views) // 2], views[len(views) // 2 :]]
-        weight = found.fit(split, [1])
-    return found.table, weight
+        found.fit(views, 30.0)
+    return found.table
 
 
 def test_views_one_at_a_time_give_the_same_filters():
     views = draw_views(make_filters(3), 6, noise=0.1, neighbours=2)
     held = CodeFilters(3)
-    weight = held.fit([views[:3], views[3:]], [1])
-    table, streamed_weight = fit_streamed(views)
-    assert streamed_weight == weight
-    torch.testing.assert_close(table, held.table, atol=1e-4, rtol=0)
+    held.fit(views, 30.0)
+    torch.testing.assert_close(fit_streamed(views), held.table, atol=1e-4, rtol=0)
 
 
 def test_memory_does_not_grow_with_the_number_of_views():
@@ -204,12 +201,12 @@ def test_memory_does_not_grow_with_the_number_of_views():
     true = make_filters(3)
     peaks, held = [], []
     for count in (4, 32):
-        views = [MadeOnDemand(make, range(first, first + count // 2)) for first in (0, count)]
+        views = MadeOnDemand(make, range(count))
         for hold, found in ((False, peaks), (True, held)):
             with pytest.MonkeyPatch.context() as patch, Alive() as alive:
                 patch.setattr("cbnerf.codebook.filters._HELD", 10**9 if hold else 0)
                 patch.setattr("cbnerf.codebook.filters._GROUP", 1)
-                CodeFilters(3).fit(views, [1])
+                CodeFilters(3).fit(views, 30.0)
             found.append(alive.peak)
     assert peaks[1] < 1.02 * peaks[0]
     assert held[1] > held[0] + 28 * 24 * 20 * 4 * 3  # the counter sees what is held

@@ -17,9 +17,7 @@ REFINE_ALONE = LossConfig(lambda_recon=0.0, lambda_vq=0.0, lambda_imitation=0.0)
 
 
 def views_of(renders: torch.Tensor, photographs: torch.Tensor) -> Views:
-    """In two folds, of which the second, the last quarter, is held out."""
-    folds = [int(view >= 0.75 * len(renders)) for view in range(len(renders))]
-    return Views(renders.split(1), photographs.split(1), folds, [1])
+    return Views(renders.split(1), photographs.split(1))
 
 
 def test_residual_refiner_starts_as_the_identity():

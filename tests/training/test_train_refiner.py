@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 
 from cbnerf.codebook.refiner import CodebookRefiner
-from cbnerf.codebook.residual import ResidualRefiner
-from cbnerf.codebook.views import Views
 from cbnerf.config import Config
 from cbnerf.data.references import find_references
 from cbnerf.data.renders import Renders
@@ -17,7 +15,7 @@ from cbnerf.overrides import with_overrides
 from cbnerf.presets import METHODS, preset
 from cbnerf.training.evaluation import mean_scores, refine_views
 from cbnerf.training.models import count_parameters, load_refiner
-from cbnerf.training.refiner import Pairs, _training_views, train_refiner
+from cbnerf.training.refiner import Pairs, train_refiner
 
 CPU = torch.device("cpu")
 FAST = {
@@ -254,35 +252,6 @@ def test_codebook_health_covers_the_whole_interval(train, keep):
         keep.metrics.clear()
     single, (whole,) = by_step
     assert len(single) == 6 and whole > max(single)
-
-
-def test_several_scenes_are_folds_of_their_own_and_one_scene_has_two(tiny_scene, tiny_renders):
-    config = make_config("residual")
-    pair = (tiny_scene, tiny_renders)
-    _, _, alone = _training_views(config, [pair], by_scene=False)
-    assert alone[:5] == [0, 1, 0, 0, 0] and set(alone) == {0, 1}
-    _, _, three = _training_views(config, [pair] * 3, by_scene=True)
-    assert three == sorted(three) and set(three) == {0, 1, 2}
-    _, _, shared = _training_views(config, [pair] * 3, by_scene=False)
-    assert shared == alone * 3
-
-
-@pytest.mark.parametrize("sources, expected", [(0, [1]), (1, []), (2, [0, 1])])
-def test_ridge_strengths_are_chosen_on_held_out_folds(
-    sources: int, expected: list[int], tiny_scene, tiny_renders, keep, monkeypatch
-):
-    asked: list[list[int]] = []
-    fit = ResidualRefiner.fit
-
-    def ask(refiner: ResidualRefiner, views: Views, low_res: Views | None) -> None:
-        asked.append(list(views.held_out))
-        fit(refiner, views, low_res)
-
-    monkeypatch.setattr(ResidualRefiner, "fit", ask)
-    pair = (tiny_scene, tiny_renders)
-    config = make_config("residual")
-    train_refiner(config, *pair, device=CPU, report=keep, sources=[pair] * sources)
-    assert asked == [expected]  # once, before the first step
 
 
 def test_reported_refiners_have_the_filters_of_the_start(train, keep):
