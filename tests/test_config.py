@@ -136,6 +136,7 @@ def test_values_become_the_type_of_their_knob(name: str, value, expected):
         ("field.planes.scales", [], "field.planes.scales"),
         ("refiner.neighbours", 0, "refiner.neighbours = 0 must be at least 1"),
         ("refiner.consistency", -1.0, "refiner.consistency = -1.0 must be at least 0"),
+        ("refiner.ridge", 0.0, "refiner.ridge = 0.0 must be positive"),
         ("refiner.patch_size", 30, "refiner.patch_size = 30 must be a multiple of 4"),
         ("data.width", 4, "data.width = 4 must be at least 8"),
         ("data.test_every", 2, "data.test_every = 2 must be at least 3"),  # with data.validation

@@ -108,7 +108,8 @@ class ResidualRefiner(CodebookRefiner):
                 for render, photograph in zip(low_res.renders, low_res.photographs, strict=True)
             ]
             filters = copy.deepcopy(self.filters)
-            filters.fit(MadeOnDemand(correct, range(len(residuals))), self._ridge)
+            # Pixels that share a residual count as one.
+            filters.fit(MadeOnDemand(correct, range(len(residuals))), self._ridge * scale**2)
             self.filters.table.add_(filters.table)
 
     @torch.no_grad()
