@@ -262,9 +262,9 @@ class RefinerConfig:
     """Residual blocks of the CNN."""
     references: int = 8
     """Reference patches per render of the reference refiner."""
-    neighbours: int = 3
+    neighbours: int = 4
     """Nearest codes whose filters `residual` combines per pixel; at most `codebook.size - 1`."""
-    ridge: float = 30.0
+    ridge: float = 10.0
     """Regularisation of the codes' filters in `residual`: number of pixels that the common filter
     counts for beside those of the code."""
     consistency: float = 10.0

@@ -108,8 +108,9 @@ class ResidualRefiner(CodebookRefiner):
                 for render, photograph in zip(low_res.renders, low_res.photographs, strict=True)
             ]
             filters = copy.deepcopy(self.filters)
-            # Pixels that share a residual count as one.
-            filters.fit(MadeOnDemand(correct, range(len(residuals))), self._ridge * scale**2)
+            # Pixels that share a residual count as one, and the filters of all passes add up.
+            ridge = self._ridge * scale**2 * _PASSES
+            filters.fit(MadeOnDemand(correct, range(len(residuals))), ridge)
             self.filters.table.add_(filters.table)
 
     @torch.no_grad()
