@@ -174,10 +174,6 @@ class StudyState:
         """What the race expects of a configuration; None for the incumbent and without one."""
         return self._racing.verdict(configuration)
 
-    def front(self) -> list[int]:
-        """The Pareto front: numbers of finished configurations that no other one dominates."""
-        return self._racing.front()
-
     def describe_end(self, trial: FrozenTrial) -> str:
         """How a configuration ended; the objectives of a pruned one are expected, not measured."""
         if trial.number in self.pruned:

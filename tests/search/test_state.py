@@ -462,7 +462,7 @@ def test_several_objectives_give_a_front_and_stop_only_what_costs_as_much(tiny_p
 
     state = StudyState(plan)
     live(state, objective=larger_is_better)
-    trials, front = state.study.get_trials(), state.front()
+    trials, front = state.study.get_trials(), state._racing.front()
     assert front == sorted(front) and set(front) == {t.number for t in state.study.best_trials}
     sizes = [trials[number].values[1] for number in front]
     assert len(set(sizes)) == len(sizes)
