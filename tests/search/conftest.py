@@ -58,6 +58,24 @@ def tiny_plan(tmp_path: Path) -> Callable[..., Plan]:
     return make
 
 
+@pytest.fixture
+def unpruned_plan(tiny_plan: Callable[..., Plan]) -> Callable[..., Plan]:
+    """As `tiny_plan`, with one rung and no pruning unless told."""
+
+    def make(scenes: str = "arcade,blinds", **spec: Any) -> Plan:
+        return tiny_plan(scenes, **{"stopping": {"rule": "none", "rungs": 1}} | spec)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def quiet() -> None:
+    """Silence Ray, Optuna and MLflow as the driver does."""
+    from cbnerf.search.driver import quieten_libraries
+
+    quieten_libraries()
+
+
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MLflow takes seconds to make a database, so tests copy this one."""

@@ -25,14 +25,9 @@ from cbnerf.search.state import StudyState
 from cbnerf.search.status import StatusLine
 from cbnerf.search.tracking import Tracker
 
-pytestmark = pytest.mark.search
+pytestmark = [pytest.mark.search, pytest.mark.usefixtures("quiet")]
 
 NO_STOPPING = {"rule": "none", "rungs": 1}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet() -> None:
-    driver.quieten_libraries()
 
 
 def states(state: StudyState) -> list[TrialState]:
