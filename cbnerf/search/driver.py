@@ -19,6 +19,7 @@ from cbnerf.nerf.model import AUTO_PRECISION, Precision
 from cbnerf.overrides import with_overrides
 from cbnerf.search.estimate import measure_share, part_of_gpu
 from cbnerf.search.machines import num_slots, worker_resources
+from cbnerf.search.periodic import repeated
 from cbnerf.search.plan import Plan, Unit
 from cbnerf.search.racing import Metrics
 from cbnerf.search.report import SceneScores, score_once, write_report
@@ -27,7 +28,7 @@ from cbnerf.search.standing import find_standing
 from cbnerf.search.state import StudyState
 from cbnerf.search.status import StatusLine
 from cbnerf.search.tasks import call, for_each, for_each_scene, is_of_memory, reason
-from cbnerf.search.tracking import Tracker, repeated
+from cbnerf.search.tracking import Tracker
 from cbnerf.search.worker import (
     MAX_FAILURES,
     UnitTrainable,

@@ -12,23 +12,19 @@ Start and end of a run are those of the training. Only failures are FAILED: what
 FINISHED, and its tag `outcome` says `pruned`.
 """
 
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import imageio.v3 as iio
 from mlflow.entities import Metric
-from tqdm import tqdm
 
 from cbnerf.config import flatten_field
 from cbnerf.search.champion import register_champion
 from cbnerf.search.curves import Point, first_and_last, read_curves
 from cbnerf.search.inputs import SCORING, TRAINING, scene_inputs
-from cbnerf.search.mlflow_store import first_line, legal_key, open_client, open_experiment
+from cbnerf.search.mlflow_store import legal_key, open_client, open_experiment
 from cbnerf.search.plan import Unit
 from cbnerf.search.racing import Metrics
 from cbnerf.search.runs import TrackedRun, find_runs, git_commit
@@ -286,45 +282,6 @@ class Tracker:
             weights = Path(temporary) / CHECKPOINT_FILES[stage]
             save_weights(folder / CHECKPOINT_FILES[stage], stage, weights)
             self._client.log_artifact(run.id, str(weights))
-
-
-@contextmanager
-def repeated(
-    sync: Callable[[], None], *, seconds: float = 5.0, patience: float = 30.0
-) -> Iterator[None]:
-    """Call `sync` every few seconds in a thread, and once more at the end of the block.
-
-    An error of the last call is raised; of earlier ones the first in a row is printed. If the block
-    fails, the last call gets `patience` seconds.
-    """
-    is_over = threading.Event()
-    error: Exception | None = None
-
-    def run() -> None:
-        nonlocal error
-        is_last = False
-        while not is_last:
-            is_last = is_over.wait(seconds)
-            try:
-                sync()
-                error = None
-            except Exception as problem:
-                if error is None and not is_last:
-                    tqdm.write(f"  MLflow: {first_line(problem)}; trying again")
-                error = problem
-
-    thread = threading.Thread(target=run, name="MLflow", daemon=True)
-    thread.start()
-    try:
-        yield
-    except BaseException:
-        is_over.set()
-        thread.join(patience)
-        raise
-    is_over.set()
-    thread.join()
-    if error is not None:
-        raise error
 
 
 def _write_curves(run: TrackedRun, points: list[Point]) -> None:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,22 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("empty") / "mlflow.db"
     MlflowClient(f"sqlite:///{file}").search_experiments()
     return file
+
+
+@pytest.fixture
+def make_tracked_plan(tiny_plan: Callable[..., Plan], empty_store: Path) -> Callable[..., Plan]:
+    """A plan with one value of each knob, and an empty MLflow; one rung unless told."""
+
+    def make(**spec: Any) -> Plan:
+        space = {"codebook.size": {"choices": [64]}, "codebook.beta": {"choices": [0.5]}}
+        defaults = {"stopping": {"rule": "none"}, "space": space, "fixed": {"codebook.dim": 8}}
+        plan = tiny_plan("arcade,blinds", **defaults | spec).with_precision("bfloat16")
+        if not plan.storage.exists():
+            plan.storage.mkdir()
+            shutil.copy(empty_store, plan.storage / "mlflow.db")
+        return plan
+
+    return make
 
 
 @pytest.fixture(scope="module")
