@@ -59,7 +59,7 @@ def settle(request: Request) -> Comparison:
         config = _load_method(name, resolution)
         label = _label(name)
         if label in methods:
-            raise ValueError(f"--methods: {label!r} stands there twice")
+            raise ValueError(f"--methods: {label!r} is named twice")
         config = adapt(with_overrides(config, changes), request.protocol)
         methods[label] = settle_precision(config, choose_device())
     first = next(iter(methods.values())).data
@@ -130,7 +130,7 @@ def _read_knobs(texts: tuple[str, ...]) -> dict[str, object]:
     knobs: dict[str, object] = {}
     for name, value in map(_read_knob, texts):
         if name in knobs:
-            raise ValueError(f"--knobs: {name} stands there twice")
+            raise ValueError(f"--knobs: {name} is named twice")
         knobs[name] = value
     return knobs
 

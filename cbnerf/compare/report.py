@@ -32,7 +32,7 @@ REPORT_FILES = (
 )  # fmt: skip
 _IN_FIGURES = ("stage 1", "refined")
 _BUDGET = 8_000_000
-"""Most bytes of the gallery's images."""
+"""Maximum bytes of the gallery's images."""
 
 
 def write_report(

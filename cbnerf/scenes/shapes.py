@@ -1,7 +1,7 @@
-"""The shapes of a built-in world: where a ray hits them first, and coordinates to paint them by.
+"""The shapes of a built-in world: first hits of rays, texture coordinates and normals.
 
-A shape is canonical: it fills [-1, 1] on each axis; whoever places it scales, turns and moves it.
-Vectors have their components first, `[3 ...]`.
+A shape is canonical: it fills [-1, 1] on each axis. `raycasting.place` scales, rotates and moves
+it. Vectors have their components first, `[3 ...]`.
 
 - `intersect(origin, directions)` gives the distance of the first hit, in lengths of the direction;
   infinite where there is none.

@@ -25,7 +25,7 @@ def charts(state: StudyState, effects: Sequence[Effect]) -> Iterator[Chart]:
 
 
 def _figures(state: StudyState, effects: Sequence[Effect]) -> Iterator[tuple[str, str, go.Figure]]:
-    """Title, a sentence and the chart."""
+    """Title, caption and figure of each chart."""
     study, objectives = state.study, state.plan.spec.objectives
     if effects:
         about = "Highest minus lowest mean over the searched range; grey: no effect is seen."
@@ -46,9 +46,9 @@ def _figures(state: StudyState, effects: Sequence[Effect]) -> Iterator[tuple[str
         figure = visualization.plot_parallel_coordinate(study, target=target, target_name=first)
         about = f"One line per configuration, the darker the better in {first}."
         yield "Parallel coordinates", about, figure
-    yield "Race", "Units of each configuration, and what became of it.", _race(state)
+    yield "Race", "Trained units of each configuration, by rung.", _race(state)
     if state.field_seconds:
-        about = "Training seconds: measured, and what the same configurations would have taken."
+        about = "Training seconds: measured, and those of the same configurations without pruning."
         yield "Cost", about, _cost(state)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cbnerf.search.effect_model import AdditiveModel, Basis
-from cbnerf.search.spec import UNITS, Choices, Range, shown_knob, with_unit
+from cbnerf.search.spec import Choices, Range, shown_knob, with_unit
 from cbnerf.search.state import StudyState
 
 Array = NDArray[np.floating]
@@ -47,11 +47,6 @@ class Effect(NamedTuple):
             return f"{with_unit(self.size, quality)}, best at {shown_knob(self.best)}"
         within = f"(within +-{with_unit(self.high, quality)})"
         return f"no effect seen {within}" if self.is_bounded else f"too few configurations {within}"
-
-
-def title_of(quality: str) -> str:
-    """Heading of the effects on a quality."""
-    return f"Effect of each knob ({UNITS[quality]}, 95 % interval)"
 
 
 def study_effects(state: StudyState) -> list[Effect]:

@@ -18,7 +18,7 @@ _INTERVAL = 30.0
 
 
 class Status(NamedTuple):
-    """How far a search is."""
+    """Progress of a search."""
 
     ended: int
     """Configurations that have ended."""
@@ -29,7 +29,7 @@ class Status(NamedTuple):
     ranking: list[tuple[int, float]]
     """Number and first objective of fully trained configurations, the best first."""
     running: int
-    """Units that train now."""
+    """Units in training."""
     done: int
     """Units that have been trained."""
     pruned: int
@@ -94,8 +94,8 @@ def find_status(state: StudyState, plan: Plan, *, running: int, pace: float | No
 
 
 def settled(state: StudyState) -> float:
-    """How many full trainings need no more work: trained, or spared because their configuration
-    has ended."""
+    """Number of full trainings that need no more work: all those of ended configurations, and the
+    trained part of the others."""
     plan, trainings = state.plan, len(state.plan.trainings)
     under_way = [number for number in state.started if not state.has_ended(number)]
     rungs = [rung for number in under_way for _, rung in state.results(number)]
@@ -104,7 +104,7 @@ def settled(state: StudyState) -> float:
 
 
 def _seconds(state: StudyState) -> tuple[float, float | None]:
-    """Training seconds so far, and those of the whole study if nothing were pruned, judged by the
+    """Training seconds so far, and those of the whole study without pruning, extrapolated from the
     units of the highest rung that has been reached."""
     plan, fields = state.plan, sum(state.field_seconds.values(), 0.0)
     last: dict[tuple[int, str], tuple[int, float]] = {}
@@ -123,7 +123,7 @@ def _seconds(state: StudyState) -> tuple[float, float | None]:
 
 
 class StatusLine(tune.Callback):
-    """Shows the status while Tune runs: in a terminal as the last line, which changes every second;
+    """Shows the status while Tune runs: in a terminal as the last line, updated every second;
     elsewhere as a new line every half minute."""
 
     def __init__(self, state: StudyState, plan: Plan, *, interval: float = _INTERVAL):

@@ -257,7 +257,7 @@ def test_built_in_scenes_say_that_they_compare_with_nothing(compare):
 
 MISTAKES = {
     "unknown method": (["--methods=nerv"], "unknown method 'nerv'"),
-    "method twice": (["--methods=nerf,nerf"], "'nerf' stands there twice"),
+    "method twice": (["--methods=nerf,nerf"], "'nerf' is named twice"),
     "unknown scene": (["--scenes=fern"], "no scene 'fern' in the built-in scenes"),
     "one scene alone": (
         ["--protocol=unseen-scene", "--scenes=mosaic"], "needs at least 2 scenes"

@@ -19,7 +19,7 @@ from filelock import FileLock
 from cbnerf.commands.storage import Report
 from cbnerf.data.llff import write_capture
 from cbnerf.search.plan import Plan
-from cbnerf.search.request import Options, know_photographs, read_request, settle
+from cbnerf.search.request import Options, fingerprint_photographs, read_request, settle
 from cbnerf.search.state import StudyState
 from cbnerf.strict_yaml import load_yaml
 
@@ -41,7 +41,7 @@ def begin(data: Path, **options: Any) -> Plan:
     """A study that a driver has begun and that has got no further."""
     asked = Options(data=data, name="study", storage=Path("runs"), **options)
     settled = settle(read_request(asked, SMOKE), asked, has_gpu=False)
-    known = know_photographs(settled)
+    known = fingerprint_photographs(settled)
     kept = replace(settled.request, photographs=known, resolution="tiny")
     kept.write(settled.plan.folder)
     return settled.plan
@@ -69,7 +69,7 @@ def test_photographs_that_have_moved_are_said_and_found_again(
     request = load_yaml(plan.folder / "request.yaml")
     asked = Options(resume=True, name="study", data=tmp_path / "new disk")
     again = settle(read_request(asked, SMOKE), asked, has_gpu=False)
-    assert know_photographs(again) == request["photographs"]
+    assert fingerprint_photographs(again) == request["photographs"]
 
 
 @pytest.mark.parametrize("noted", [True, False])

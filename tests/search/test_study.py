@@ -263,7 +263,7 @@ def test_a_race_survives_kill_and_ctrl_c_and_repeats_no_unit(tmp_path: Path):
     assert killed.status == -signal.SIGKILL
     assert interrupted.status == 130
     last = interrupted.errors.strip().splitlines()[-1]
-    assert last == "tune.py: interrupted; the same command goes on where it stopped"
+    assert last == "tune.py: interrupted; run the same command again to resume"
     assert "Traceback" not in interrupted.errors
     assert not interrupted.lingering
     assert finished.status == 0, finished.errors

@@ -8,9 +8,9 @@ import pytest
 from objectives import train_units
 
 from cbnerf.report.page import Chart
-from cbnerf.search.held_out import study_gallery
 from cbnerf.search.plan import Plan
 from cbnerf.search.state import StudyState
+from cbnerf.search.study_gallery import study_gallery
 from cbnerf.training.stages import strip_file
 
 pytestmark = pytest.mark.search
