@@ -131,7 +131,7 @@ def _make_gallery(comparison: Comparison, results: Results) -> Chart:
         for scene, (view, photograph, images) in results.shown.items()
     ]  # fmt: skip
     caption = "The first view of each scene that is scored and not nerf-sr's reference."
-    return gallery("Gallery", caption, views, _BUDGET)
+    return gallery(caption, views, _BUDGET)
 
 
 def _title(comparison: Comparison) -> str:

@@ -48,7 +48,7 @@ class View(NamedTuple):
     """Of equal size; the first two are compared at first."""
 
 
-def gallery(title: str, caption: str, views: Sequence[View], budget: int = BUDGET) -> Chart:
+def gallery(caption: str, views: Sequence[View], budget: int = BUDGET) -> Chart:
     """A gallery in the most exact format in which its images take at most `budget` bytes, or in the
     last format if none is small enough. The caption names the format."""
     shots = [shot for view in views for shot in view.shots]
@@ -63,7 +63,7 @@ def gallery(title: str, caption: str, views: Sequence[View], budget: int = BUDGE
         f"Key e: errors, from black over red and yellow to white ({LARGEST_ERROR} of the range and "
         f"more). Native pixels, {words}."
     )
-    return Chart(title, f"{caption} {usage}", html)
+    return Chart("Gallery", f"{caption} {usage}", html)
 
 
 def _encode(images: Sequence[Image.Image], budget: int) -> tuple[list[str], str]:

@@ -23,6 +23,9 @@ Distances = Float[Tensor, "*rays"]
 Points = Float[Tensor, "3 points"]
 Coordinates = Float[Tensor, "2 points"]
 
+_STEPS = 24
+"""Steps of the march along a ray through a `Relief`."""
+
 
 @dataclass(frozen=True)
 class Card:
@@ -97,17 +100,16 @@ class Relief:
     """The height field z = height(x, y), found by marching: heights must vary gently."""
 
     height: Callable[[Tensor, Tensor], Tensor]
-    steps: int = 24
 
     def intersect(self, origin: Vector, directions: Rays) -> Distances:
         (ox, oy, oz), (dx, dy, dz) = origin, directions
         enter, leave = _slabs(origin, directions)
         enter = enter.clamp(min=0)
-        stride = (leave - enter) / self.steps
+        stride = (leave - enter) / _STEPS
         found = torch.full_like(enter, math.inf)
         below = torch.full_like(enter, math.nan)
         # From far to near: the last crossing found is the first on the ray.
-        for step in range(self.steps, -1, -1):
+        for step in range(_STEPS, -1, -1):
             t = enter + step * stride
             gap = oz + t * dz - self.height(ox + t * dx, oy + t * dy)
             crossed = (gap > 0) & (below <= 0) & (stride > 0)

@@ -1,5 +1,6 @@
 """Estimates of the time and the GPU memory of a study, from a few steps on this machine."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
@@ -55,13 +56,10 @@ class Estimate(NamedTuple):
 
     def wall_seconds(self, plan: Plan, slots: int) -> float:
         """The whole study with `slots` training runs at a time, if no configuration is pruned."""
-        stage_1 = -(-len(plan.scenes) // slots) * self.field_seconds if plan.shares_fields else 0
-        num_trainings = plan.spec.trials * len(plan.trainings)
-        return stage_1 + -(-num_trainings // slots) * self.unit_seconds(plan)
-
-    def run_hours(self, plan: Plan) -> float:
-        """Hours of all training runs together."""
-        return self.wall_seconds(plan, 1) / 3600
+        num_fields = len(plan.scenes) if plan.shares_fields else 0
+        num_units = plan.spec.trials * len(plan.trainings)
+        stage_1 = math.ceil(num_fields / slots) * self.field_seconds
+        return stage_1 + math.ceil(num_units / slots) * self.unit_seconds(plan)
 
 
 def describe_price(plan: Plan) -> list[str]:
@@ -82,7 +80,7 @@ def describe_price(plan: Plan) -> list[str]:
     for where, runs in [*places, (f"on this machine, {slots} runs at a time", slots)]:
         if runs:
             lines.append(f"           {estimate.wall_seconds(plan, runs) / 60:8.1f} min {where}")
-    hours = estimate.run_hours(plan) * (gpus or 1)
+    hours = estimate.wall_seconds(plan, 1) / 3600 * (gpus or 1)
     lines.append(f"           {hours:8.2f} {'GPU-hours' if gpus else 'hours'} in all")
     if gpus and device.type == "cpu":
         lines.append("           timed without a GPU; with one it takes less time")

@@ -25,7 +25,7 @@ def study_gallery(state: StudyState) -> Iterator[Chart]:
     """The gallery; nothing if no configuration has written a strip."""
     views = [View(scene, shots) for scene in state.plan.scenes if (shots := _shots(state, scene))]
     if views:
-        yield gallery("Gallery", _CAPTION, views)
+        yield gallery(_CAPTION, views)
 
 
 def _shots(state: StudyState, scene: str) -> list[Shot]:

@@ -131,7 +131,7 @@ def test_a_shared_codebook_is_one_training_of_all_scenes(tiny_plan: Callable[...
 def test_auto_is_no_precision_to_search(tiny_plan: Callable[..., Plan]):
     named = {"field.precision": {"choices": ["bfloat16", "float32"]}}
     assert tiny_plan(space=named).with_precision("float32").base.field.precision == "float32"
-    with pytest.raises(ValueError, match=r"field\.precision: `auto` is another one on another"):
+    with pytest.raises(ValueError, match=r"field\.precision: `auto` differs between machines"):
         tiny_plan(space={"field.precision": {"choices": ["auto", "float32"]}})
 
 

@@ -91,7 +91,7 @@ def test_shipped_spaces_hold_what_their_method_heeds(file: Path):
          "space: codebook.imitation = 'vq' must be"),
         ({"refiner.patch_size": {"low": 8, "high": 12}}, {}, "space: refiner.patch_size = 9 must"),
         ({"refiner.patch_size": {"choices": [32, 128]}}, {}, "patch_size = 128 does not fit into"),
-        ({"seed": {"low": 0, "high": 9}}, {}, "space: seed would choose the luckiest"),
+        ({"seed": {"low": 0, "high": 9}}, {}, "space: seed would select by chance"),
     ],
 )  # fmt: skip
 def test_a_value_that_no_configuration_can_have_is_refused(space, fixed, message: str):

@@ -5,7 +5,7 @@ import datetime
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -17,9 +17,9 @@ from cbnerf.overrides import with_overrides
 from cbnerf.search.plan import make_plan
 from cbnerf.search.sampler import initial_points, make_study, propose, quasi_random_point, suggest
 from cbnerf.search.spec import (
-    COSTS,
     QUALITIES,
     Choices,
+    Cost,
     SearchSpec,
     load_spec,
     parse_spec,
@@ -74,7 +74,7 @@ def specifications(draw: st.DrawFn) -> dict[str, Any]:
     names = st.sampled_from([*INTEGERS, *REALS, *WORDS])
     searched = draw(st.lists(names, min_size=1, max_size=5, unique=True))
     spec: dict[str, Any] = {"space": {name: draw(domains(name)) for name in searched}}
-    costs = draw(st.lists(st.sampled_from(COSTS), unique=True))
+    costs = draw(st.lists(st.sampled_from(get_args(Cost)), unique=True))
     optional = {
         "method": st.just("cb-nerf"),
         "resolution": st.sampled_from(["auto", "tiny", "x2-128"]),
