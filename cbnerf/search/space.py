@@ -63,8 +63,8 @@ def check_space(base: Config, spec: SearchSpec) -> None:
             )
     if "codebook.shared" in space:
         raise ValueError(
-            "space: codebook.shared decides what is trained; set it under `fixed`, and run a search with "
-            "it and one without"
+            "space: codebook.shared decides what is trained; set it under `fixed`, and search once "
+            "with each value"
         )
     if "auto" in getattr(space.get("field.precision"), "choices", ()):
         raise ValueError(
