@@ -50,7 +50,7 @@ def begin(data: Path, **options: Any) -> Plan:
 RESUME = ["--resume", "--name", "study"]
 
 
-def test_photographs_that_have_moved_are_said_and_found_again(
+def test_moved_photographs_are_reported_and_found_with_data(
     tmp_path: Path,
     ray_address: str,
     monkeypatch: pytest.MonkeyPatch,

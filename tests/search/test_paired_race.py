@@ -38,7 +38,7 @@ def test_nothing_known_is_an_even_chance_at_the_start():
     assert verdict.expected == pytest.approx(values[0, :, -1].mean())
 
 
-def test_everything_known_leaves_no_doubt():
+def test_everything_known_gives_certainty():
     values = draw(0, np.array([0.0, 0.05, -0.05]))
     race = PairedRace(values[1:], values[0], scale=0.3)
     for configuration, chance in ((1, 0.0), (2, 1.0)):
@@ -78,7 +78,7 @@ def test_scenes_need_not_be_equally_hard_nor_rungs_equally_high():
 
 @pytest.mark.parametrize("spread", [0.03, 0.3, 3.0])
 @pytest.mark.parametrize("known", [2, 8])
-def test_stated_chances_come_true(known: int, spread: float):
+def test_stated_probabilities_are_calibrated(known: int, spread: float):
     """Of configurations with a chance of p, p are better: calibration over many draws, also where
     configurations differ by far more or less than `scale`."""
     stated, came_true = [], []
@@ -95,7 +95,7 @@ def test_stated_chances_come_true(known: int, spread: float):
     assert np.mean(np.array(came_true)[doubtful]) < 0.08
 
 
-def test_what_a_value_tells_in_closed_form_before_anything_is_seen():
+def test_variance_reduction_in_closed_form_before_any_measurement():
     """Of a value with variance v and covariance c with the worth: c^2 / v."""
     values = draw(0, np.zeros(1))
     race = PairedRace(values[1:], values[0], scale=0.3)
@@ -105,7 +105,7 @@ def test_what_a_value_tells_in_closed_form_before_anything_is_seen():
     np.testing.assert_allclose(race.variance_reduction(nothing), np.tile(told, (NUM_SCENES, 1)))
 
 
-def test_what_has_been_seen_tells_nothing_more():
+def test_known_entries_reduce_no_variance():
     values = draw(3, np.array([0.0, 0.1, 0.2, 0.3]))
     race = PairedRace(values[1:], values[0], scale=0.3)
     known = np.zeros((NUM_SCENES, NUM_RUNGS), bool)
@@ -115,7 +115,7 @@ def test_what_has_been_seen_tells_nothing_more():
     assert telling.sum() < race.variance_reduction(np.zeros_like(known)).sum()
 
 
-def test_a_race_learns_which_scene_tells_most():
+def test_a_race_learns_which_scene_is_most_informative():
     """Configurations differ on one scene by twice as much as on the others, which add noise."""
     rng = default_rng(0)
     worse = abs(rng.normal(size=12))

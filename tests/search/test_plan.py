@@ -88,7 +88,7 @@ def test_a_batch_must_split_over_the_workers(tiny_plan: Callable[..., Plan]):
         tiny_plan(resources={"workers": 3})
 
 
-def test_fixed_knobs_stand_in_the_base(tiny_plan: Callable[..., Plan]):
+def test_the_base_holds_the_fixed_knobs(tiny_plan: Callable[..., Plan]):
     plan = tiny_plan(fixed={"codebook.dim": 5})
     assert plan.base.codebook.dim == 5
 

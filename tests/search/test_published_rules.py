@@ -71,7 +71,7 @@ def test_a_rival_that_is_perfect_on_a_scene_prunes_nothing(scene: int, reached: 
 
 
 @pytest.mark.parametrize("differences", [[0, 0, 0, 0], [0, 0, 0, -1], [-1, -1, -1, 0, 0, 9]])
-def test_equal_scenes_and_a_better_mean_speak_for_a_configuration(differences: list[float]):
+def test_equal_scenes_and_a_better_mean_keep_a_configuration(differences: list[float]):
     values = np.zeros((2, len(differences), 1))
     values[1, :, 0] = differences
     assert signed_ranks_keep(values, 1, 0, threshold=0.1)

@@ -155,7 +155,7 @@ def test_knobs_that_do_not_fit_each_other_fail_a_configuration_and_not_the_searc
     assert all(knobs == {"codebook.kind": "fsq", "codebook.size": 100} for knobs in failed)
 
 
-def test_what_lies_beyond_a_limit_is_told_and_never_trained(unpruned_plan):
+def test_configurations_beyond_a_limit_are_pruned_untrained(unpruned_plan):
     plan = unpruned_plan("arcade", trials=12, limits={"codebook.size": 100})
     state = StudyState(plan)
     units = train_units(state)

@@ -26,7 +26,7 @@ def test_a_configuration_climbs_rung_by_rung_through_the_scenes(tiny_plan):
     ]
 
 
-def test_a_race_stops_what_is_behind_and_says_what_it_would_have_reached(tiny_plan):
+def test_a_race_prunes_worse_configurations_with_expected_objectives(tiny_plan):
     plan = tiny_plan("arcade,blinds,coral,lattice", trials=6, stopping=RACE)
     state = StudyState(plan)
     units = train_units(state, first_is_best)
@@ -45,7 +45,7 @@ def test_a_race_stops_what_is_behind_and_says_what_it_would_have_reached(tiny_pl
     assert 0.3 < best.value - state.pruned[5].values[0] < 1.1
 
 
-def test_a_race_stops_nothing_that_is_ahead(tiny_plan):
+def test_a_race_prunes_no_better_configuration(tiny_plan):
     def better(unit: Unit) -> Metrics:
         return {"val/psnr": 20.0 + unit.rung + unit.configuration}
 
@@ -53,7 +53,7 @@ def test_a_race_stops_nothing_that_is_ahead(tiny_plan):
     assert len(train_units(state, better)) == 30 and not state.pruned
 
 
-def test_a_race_learns_where_to_begin(tiny_plan):
+def test_a_race_begins_with_the_most_informative_scene(tiny_plan):
     """Where one scene tells configurations apart and the others do not, it comes first."""
 
     def informative(unit: Unit) -> Metrics:
@@ -68,7 +68,7 @@ def test_a_race_learns_where_to_begin(tiny_plan):
     assert {begins[number] for number in range(10, 16)} == {"coral"}
 
 
-def test_a_unit_that_ends_after_its_configuration_was_stopped_changes_nothing(tiny_plan):
+def test_a_unit_that_ends_after_its_configuration_was_pruned_changes_nothing(tiny_plan):
     state = StudyState(tiny_plan("arcade,blinds,coral,lattice", trials=2, stopping=RACE))
     while state.num_ended < 1:
         train_units(state, first_is_best, most=1)
@@ -120,7 +120,7 @@ def test_a_lasting_failure_ends_a_configuration_at_once(tiny_plan):
     assert trial_states(state)[1] == TrialState.FAIL and state.is_over
 
 
-def test_several_objectives_give_a_front_and_stop_only_what_costs_as_much(tiny_plan):
+def test_several_objectives_give_a_front_and_prune_only_by_rivals_that_cost_no_more(tiny_plan):
     objectives = ["val/psnr", "codebook.size"]
     plan = tiny_plan("arcade,blinds", trials=12, stopping=RACE, objectives=objectives)
 

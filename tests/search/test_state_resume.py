@@ -117,7 +117,7 @@ def test_a_resumed_search_prunes_by_all_results_of_the_first(unpruned_plan, rule
     stopping = {"rule": rule, "rungs": 2, "grace_period": 1, "threshold": 0.2}
     plan = unpruned_plan("arcade,blinds,coral,mosaic", trials=8, stopping=stopping)
     journal = plan.folder / "optuna.journal"
-    num_judged = 0
+    num_to_prune = 0
     for seed in range(3):
         journal.unlink(missing_ok=True)
         order, first = np.random.default_rng(seed), StudyState(plan)
@@ -126,14 +126,14 @@ def test_a_resumed_search_prunes_by_all_results_of_the_first(unpruned_plan, rule
             unit = running.pop(order.integers(len(running)))
             first.record(unit, first_is_best(unit))
             under_way = [number for number in first.started if number not in first.ended]
-            judged = {n: stop for n in under_way if (stop := first._racing.prune(n, {}))}
+            to_prune = {n: stop for n in under_way if (stop := first._racing.prune(n, {}))}
             left = journal.read_bytes()
-            assert StudyState(plan).pruned == first.pruned | judged
+            assert StudyState(plan).pruned == first.pruned | to_prune
             journal.write_bytes(left)
-            num_judged += len(judged)
+            num_to_prune += len(to_prune)
             if unit := first.next_unit():
                 running.append(unit)
-    assert num_judged
+    assert num_to_prune
 
 
 def test_a_look_at_a_running_search_counts_what_has_ended(unpruned_plan):

@@ -48,7 +48,7 @@ def race(plan: Plan, values: list[float]) -> StudyState:
     return state
 
 
-def test_what_a_race_spares_is_counted_and_its_cost_stands_beside_the_full_price(
+def test_pruned_units_and_the_cost_with_and_without_pruning_are_counted(
     tiny_plan: Callable[..., Plan],
 ):
     plan = tiny_plan("arcade,blinds", trials=3, stopping={"rule": "race", "grace_period": 1})

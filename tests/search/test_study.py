@@ -75,7 +75,7 @@ def test_a_study_runs_each_unit_once(story: Story):
     assert len(story.finished.trained) == 4
 
 
-def test_the_end_tells_all_that_a_user_wants_to_know(story: Story):
+def test_the_output_ends_with_results_paths_and_links(story: Story):
     lines = story.finished.output.splitlines()
     assert lines[0] == f"study      {NAME}"
     assert any("not comparable with the paper" in line for line in lines[1:3])

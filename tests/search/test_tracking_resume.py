@@ -127,7 +127,7 @@ def test_an_interrupt_marks_open_runs_as_killed(plan: Plan, leave_unit: Leave):
     assert {statuses[key] for key in ("configuration/1", "unit/1/arcade")} == {"RUNNING"}
 
 
-def test_a_failed_unit_fails_its_configuration_and_says_why(plan: Plan, leave_unit: Leave):
+def test_a_failed_unit_fails_its_configuration_with_its_reason(plan: Plan, leave_unit: Leave):
     state = StudyState(plan)
     train(state, leave_unit)
     unit = begin(state, {5: 1.0})
