@@ -11,6 +11,7 @@ from cbnerf.report.page import Chart
 from cbnerf.search.effects import ENOUGH, Effect
 from cbnerf.search.spec import UNITS
 from cbnerf.search.state import StudyState
+from cbnerf.search.status import training_seconds
 
 
 def charts(state: StudyState, effects: Sequence[Effect]) -> Iterator[Chart]:
@@ -88,20 +89,13 @@ def _race(state: StudyState) -> go.Figure:
 
 def _cost(state: StudyState) -> go.Figure:
     fields = sum(state.field_seconds.values())
-    whole, spent = [], 0.0
-    for number in state.ended:
-        last: dict[str, float] = {}
-        for (scene, _), metrics in sorted(state.results(number).items(), key=lambda e: e[0][1]):
-            if metrics:
-                last[scene] = metrics.get("seconds", 0.0)  # of all rungs so far
-        spent += sum(last.values())
-        if number not in state.pruned:
-            whole.append(sum(last.values()))
-    each, count = sum(whole) / max(len(whole), 1), len(state.ended)
+    spent = {number: training_seconds(state, number) for number in state.ended}
+    whole = [seconds for number, seconds in spent.items() if number not in state.pruned]
+    each, count = sum(whole) / max(len(whole), 1), len(spent)
     bars = {
         "both stages, every scene": count * (fields + each),
         "stage 1 once": fields + count * each,
-        "stage 1 once, race (measured)": fields + spent,
+        "stage 1 once, race (measured)": fields + sum(spent.values()),
     }
     figure = go.Figure(go.Bar(x=list(bars.values()), y=list(bars), orientation="h"))
     figure.update_layout(xaxis_title="training seconds")
