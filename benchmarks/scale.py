@@ -33,11 +33,12 @@ from tqdm import tqdm
 
 from cbnerf.overrides import save_config
 from cbnerf.search.curves import append_point, begin_curves
+from cbnerf.search.periodic import repeated
 from cbnerf.search.plan import Plan, make_plan
 from cbnerf.search.searcher import Recorder, TuneSearcher
 from cbnerf.search.spec import load_spec
 from cbnerf.search.state import StudyState, Unit
-from cbnerf.search.tracking import Tracker, repeated
+from cbnerf.search.tracking import Tracker
 from cbnerf.training.checkpoint import Checkpoint, save_checkpoint
 
 

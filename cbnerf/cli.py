@@ -52,11 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Preempted:
         fail(
             "cbnerf",
-            "ended by SIGTERM; the same command goes on from its checkpoint",
+            "ended by SIGTERM; run the same command again to resume from its checkpoint",
             Preempted.status,
         )
     except KeyboardInterrupt:
-        fail("cbnerf", "interrupted; the same command goes on from its checkpoint", 130)
+        fail("cbnerf", "interrupted; run the same command again to resume from its checkpoint", 130)
     except (ValueError, OSError, FloatingPointError) as error:
         fail("cbnerf", error, 2)
     except Exception as error:

@@ -22,7 +22,8 @@ if find_spec("ray") is None:  # the core is tested without the search extra, too
     collect_ignore = ["search", "test_tune_configs.py"]
 
 LONGEST = [
-    "test_ray_up.py", "test_kuberay.py", "test_study.py", "test_faults.py",
+    "test_ray_up.py", "test_kuberay.py", "test_study.py", "test_complete_searches.py",
+    "test_faults.py",
     "test_distributed_trial.py", "test_command.py",
     "test_tasks.py", "test_machines.py", "test_cli.py",
     "test_train_refiner.py", "test_scenes.py",

@@ -51,40 +51,16 @@ class Request:
 def settle(request: Request) -> Comparison:
     """The comparison of a request; ValueError if its methods or scenes cannot be compared."""
     resolution = choose_resolution(request.resolution, has_gpu=torch.cuda.is_available())
-    all_methods = request.methods == "all"
-    names = list(METHODS) if all_methods else split_list("--methods", request.methods)
-    changes = _read_knobs(request.knobs)
-    methods: dict[str, Config] = {}
-    for name in map(str.strip, names):
-        config = _load_method(name, resolution)
-        label = _label(name)
-        if label in methods:
-            raise ValueError(f"--methods: {label!r} stands there twice")
-        config = adapt(with_overrides(config, changes), request.protocol)
-        methods[label] = settle_precision(config, choose_device())
-    first = next(iter(methods.values())).data
-    for name, config in methods.items():
-        if config.data != first:
-            raise ValueError(
-                f"--methods: {name} and {next(iter(methods))} have different knobs of `data`; only "
-                "equal images can be compared"
-            )
-        if config.data.test_every == 0 and request.protocol != "table1":
-            raise ValueError(
-                "data.test_every = 0 leaves no view to score; --protocol table1 scores such methods"
-            )
-        if config.codebook.shared and request.protocol == "table1":
-            raise ValueError(
-                f"--methods: {name} has codebook.shared, but table1 takes the best evaluation of "
-                "each scene's own refiner; choose another protocol"
-            )
+    methods = _load_methods(request, resolution)
+    _check_methods(methods, request.protocol)
     folder, available = locate_data(request.data)
     scenes = choose_scenes(request.scenes, available, folder)
     if request.protocol == "unseen-scene" and len(scenes) < 2:
         raise ValueError(
             "--protocol unseen-scene needs at least 2 scenes; stage 2 learns on others"
         )
-    check_scenes(scenes, folder, first, "--knobs {}={}".format)
+    data = next(iter(methods.values())).data
+    check_scenes(scenes, folder, data, "--knobs {}={}".format)
     return Comparison(
         methods=methods,
         protocol=request.protocol,
@@ -102,6 +78,41 @@ def report_folder(request: Request, comparison: Comparison) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {folder}: not a folder")
     return folder
+
+
+def _load_methods(request: Request, resolution: str) -> dict[str, Config]:
+    """The configurations of `--methods` with `--knobs`, by label."""
+    all_methods = request.methods == "all"
+    names = list(METHODS) if all_methods else split_list("--methods", request.methods)
+    changes = _read_knobs(request.knobs)
+    methods: dict[str, Config] = {}
+    for name in map(str.strip, names):
+        config, label = _load_method(name, resolution), _label(name)
+        if label in methods:
+            raise ValueError(f"--methods: {label!r} is named twice")
+        config = adapt(with_overrides(config, changes), request.protocol)
+        methods[label] = settle_precision(config, choose_device())
+    return methods
+
+
+def _check_methods(methods: dict[str, Config], protocol: Protocol) -> None:
+    """ValueError for methods that this protocol cannot score, or not on equal images."""
+    first = next(iter(methods))
+    for name, config in methods.items():
+        if config.data != methods[first].data:
+            raise ValueError(
+                f"--methods: {name} and {first} have different knobs of `data`; only equal images "
+                "can be compared"
+            )
+        if config.data.test_every == 0 and protocol != "table1":
+            raise ValueError(
+                "data.test_every = 0 leaves no view to score; --protocol table1 scores such methods"
+            )
+        if config.codebook.shared and protocol == "table1":
+            raise ValueError(
+                f"--methods: {name} has codebook.shared, but table1 takes the best evaluation of "
+                "each scene's own refiner; choose another protocol"
+            )
 
 
 def _load_method(name: str, resolution: str) -> Config:
@@ -130,7 +141,7 @@ def _read_knobs(texts: tuple[str, ...]) -> dict[str, object]:
     knobs: dict[str, object] = {}
     for name, value in map(_read_knob, texts):
         if name in knobs:
-            raise ValueError(f"--knobs: {name} stands there twice")
+            raise ValueError(f"--knobs: {name} is named twice")
         knobs[name] = value
     return knobs
 

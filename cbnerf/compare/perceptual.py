@@ -15,13 +15,13 @@ WEIGHTS_FILE = "vgg16-397923af.pth"
 
 
 def load_lpips(device: torch.device) -> tuple[Distance | None, str]:
-    """LPIPS (VGG) as a function of two images, or None; and a sentence that says which or why."""
+    """LPIPS (VGG) as a function of two 8-bit images, or None; and a sentence for the report."""
     for package in ("torchvision", "torchmetrics"):
         if importlib.util.find_spec(package) is None:
             return None, f"LPIPS is not reported: {package} is not installed (the extra `lpips`)"
     file = os.path.join(torch.hub.get_dir(), "checkpoints", WEIGHTS_FILE)
     if not os.path.exists(file):
-        return None, f"LPIPS is not reported: its network's weights are not at hand as {file}"
+        return None, f"LPIPS is not reported: the weights of its network are not in {file}"
     try:
         from torchmetrics.image.lpip import (  # pyright: ignore[reportMissingImports]
             LearnedPerceptualImagePatchSimilarity,

@@ -41,7 +41,7 @@ DESCRIPTIONS: dict[Protocol, str] = {
         "The released scoring of Codebook-NeRF, for the published comparison only: all views train "
         "and the same views are scored; PSNR of images in [-1, 1] with peak 1, which is 6.02 dB "
         "lower than the usual one; the maximum over views and over the evaluations of stage 2, "
-        "not a mean. It says nothing about views that were not trained on, and its numbers are not "
+        "not a mean. It does not measure novel views, and its numbers are not "
         "comparable with those of another protocol. For nerf-sr the best view may be the "
         "reference photograph itself. Differs from the released scoring: values are clamped and "
         "8 bit, and stage 2 is trained on all views."

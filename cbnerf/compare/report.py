@@ -32,7 +32,7 @@ REPORT_FILES = (
 )  # fmt: skip
 _IN_FIGURES = ("stage 1", "refined")
 _BUDGET = 8_000_000
-"""Most bytes of the gallery's images."""
+"""Maximum bytes of the gallery's images."""
 
 
 def write_report(
@@ -92,25 +92,24 @@ def to_plain(comparison: Comparison, results: Results, device: torch.device) -> 
 
 def draw_figures(comparison: Comparison, results: Results) -> tuple[Image.Image, Image.Image]:
     """Crops and error maps; a row for each scene and a column for each system."""
-    systems = [row.name for row in comparison.rows if row.part in _IN_FIGURES]
-    metric = list_metrics(results)[0]
     crops: list[tuple[str, list[Panel]]] = []
     errors: list[tuple[str, list[Panel]]] = []
     for scene, (view, photograph, images) in results.shown.items():
         side = figures.crop_side(photograph.shape[1])
         place = figures.choose_crop(photograph, comparison.split.scale, side)
-        values = {name: results.scores[name][scene].views[view][metric] for name in systems}
+        qualities = _shown_qualities(comparison, results, scene).items()
         label = f"{scene} {view}"
         crops.append((label, [
             Panel(figures.mark_crop(photograph, place, side)),
             Panel(figures.cut_crop(photograph, place, side)),
-            *(Panel(figures.cut_crop(images[name], place, side), (f"{values[name]:.2f} dB",))
-              for name in systems),
+            *(Panel(figures.cut_crop(images[name], place, side), (psnr,))
+              for name, psnr in qualities),
         ]))  # fmt: skip
         errors.append((label, [
-            Panel(figures.error_map(images[name], photograph), (f"{values[name]:.2f} dB",))
-            for name in systems
+            Panel(figures.error_map(images[name], photograph), (psnr,))
+            for name, psnr in qualities
         ]))  # fmt: skip
+    systems = _systems(comparison)
     scale = Panel(figures.error_scale(), (f"0 to {figures.LARGEST_ERROR} of the range",))
     return (
         figures.draw_grid(["photograph", "crop of it", *systems], crops),
@@ -118,20 +117,30 @@ def draw_figures(comparison: Comparison, results: Results) -> tuple[Image.Image,
     )
 
 
+def _systems(comparison: Comparison) -> list[str]:
+    """Names of the rows that the figures and the gallery show."""
+    return [row.name for row in comparison.rows if row.part in _IN_FIGURES]
+
+
+def _shown_qualities(comparison: Comparison, results: Results, scene: str) -> dict[str, str]:
+    """The first metric of the shown view of a scene, in words, by system."""
+    view, metric = results.shown[scene].view, list_metrics(results)[0]
+    scores = {name: results.scores[name][scene] for name in _systems(comparison)}
+    return {name: f"{scored.views[view][metric]:.2f} dB" for name, scored in scores.items()}
+
+
 def _make_gallery(comparison: Comparison, results: Results) -> Chart:
-    """The views of the figures, whole."""
-    systems = [row.name for row in comparison.rows if row.part in _IN_FIGURES]
-    metric = list_metrics(results)[0]
+    """The whole views that the figures show crops of."""
     views = [
         View(f"{scene}, view {view}", [
-            *(Shot(name, f"{results.scores[name][scene].views[view][metric]:.2f} dB", images[name])
-              for name in systems),
+            *(Shot(name, psnr, images[name])
+              for name, psnr in _shown_qualities(comparison, results, scene).items()),
             Shot(PHOTOGRAPH, "", photograph),
         ])
         for scene, (view, photograph, images) in results.shown.items()
     ]  # fmt: skip
     caption = "The first view of each scene that is scored and not nerf-sr's reference."
-    return gallery("Gallery", caption, views, _BUDGET)
+    return gallery(caption, views, _BUDGET)
 
 
 def _title(comparison: Comparison) -> str:

@@ -1,12 +1,14 @@
-"""Depth bounds of photographs whose files hold none."""
+"""Depth bounds of views whose files contain none."""
 
 import numpy as np
 from jaxtyping import Float
 
 _PERCENTILES = (1, 99)
-"""Of depths. Beyond them are outliers of the matching, of which LLFF's .1 and 99.9 keep some."""
+"""Of depths. Outliers of the matching lie beyond; LLFF's 0.1 and 99.9 would keep some."""
 _FEWEST_POINTS = 20
+"""Minimum number of points from which the bounds of a view are estimated."""
 _NEAR_SHARE, _FAR_SHARE = 0.25, 4.0
+"""Guessed bounds as shares of the distance of the subject."""
 
 
 def bounds_of_points(
@@ -33,9 +35,9 @@ def bounds_of_points(
 def guess_bounds(camera_to_world: Float[np.ndarray, "views 3 4"]) -> Float[np.ndarray, "views 2"]:
     """Depths between which content may lie, from the cameras alone.
 
-    The subject is taken to be where the optical axes meet (the point nearest to all of them), and
-    the nearest content at a quarter of its distance: what is nearer would be lost, while bounds
-    that are too loose cost little. Content nearer than the cameras are apart is not expected.
+    The subject is assumed where the optical axes meet (the point nearest to all of them), and the
+    nearest content at a quarter of its distance: nearer content would be lost, while loose bounds
+    cost little. The near bound is at least half the largest distance between two cameras.
     """
     axes, origins = -camera_to_world[:, :, 2], camera_to_world[:, :, 3]
     apart = float(np.linalg.norm(origins[:, None] - origins, axis=2).max()) or 1.0

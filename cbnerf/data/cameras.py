@@ -1,4 +1,4 @@
-"""What the files of a scene folder say of its cameras, and the checks of it for all formats."""
+"""The cameras of a scene folder as its files hold them, and the checks for all formats."""
 
 import math
 from itertools import pairwise, product
@@ -15,7 +15,7 @@ from cbnerf.data.scene import recenter
 # Larger than the error of rotations in float32 or in text with six digits.
 _ROTATION_TOLERANCE = 1e-3
 _NARROWEST = 1.0
-"""Smallest angle of view in degrees: a telescope, and no camera of a scene."""
+"""Smallest field of view in degrees; below it the focal length must be wrong."""
 
 MAX_ANGLE = 75.0
 """Largest angle in degrees between the axis of the average camera and a ray. NDC can represent
@@ -27,17 +27,18 @@ class Registration(NamedTuple):
     """The cameras of a scene folder, one entry for each photograph."""
 
     files: list[Path]
-    """That the cameras are read from; the first is named in messages."""
+    """Files that the cameras are read from; messages name the first."""
     names: list[str] | None
-    """Photographs, relative to the scene folder; None: those of an image folder, in order."""
+    """Paths of the photographs relative to the scene folder; None: the files of an image folder, in
+    order."""
     camera_to_world: Float[np.ndarray, "views 3 4"]
     lenses: list[Lens]
     bounds: Float[np.ndarray, "views 2"]
     note: str = ""
-    """What of the files is not heeded, in words."""
+    """What is ignored in the files, in words; empty if nothing."""
 
     def label(self, view: int) -> str:
-        """A view, in words."""
+        """A view, for messages."""
         return self.names[view] if self.names else f"row {view} (counted from 0)"
 
     def of(self, views: list[int]) -> "Registration":
@@ -61,7 +62,7 @@ class Registration(NamedTuple):
 
 
 def check_registration(cameras: Registration) -> None:
-    """ValueError for cameras that no forward-facing scene can have been photographed with."""
+    """ValueError for cameras that cannot have photographed a forward-facing scene."""
     if not cameras.lenses:
         raise ValueError(f"{cameras.files[0]}: holds no cameras")
     lenses = np.array([[*lens[:6], *lens.distortion] for lens in cameras.lenses])

@@ -1,7 +1,8 @@
 """Scene folders of all formats: photographs with their cameras.
 
-`poses_bounds.npy` (LLFF, NeX), `transforms.json` (nerfstudio, instant-ngp) or a COLMAP model in
-`sparse/0`, the first that a folder has, beside `images`, `images_4`, `images_504x378`, ...
+The cameras are read from `poses_bounds.npy` (LLFF, NeX), `transforms.json` (nerfstudio,
+instant-ngp) or a COLMAP model in `sparse/0`, whichever comes first; the photographs from `images`,
+`images_4`, `images_504x378`, ...
 """
 
 import hashlib
@@ -111,7 +112,7 @@ def _image_folders(folder: Path) -> list[Path]:
 
 
 def _choose_photographs(folder: Path, cameras: Registration, width: int) -> Photographs:
-    """Those of the narrowest image folder that fits the cameras and is at least `width` wide."""
+    """The photographs of the narrowest image folder that fits the cameras and is wide enough."""
     fitting: list[Photographs] = []
     misfits: list[str] = []
     for place, names in _candidates(folder, cameras):
@@ -162,7 +163,7 @@ def _list_files(place: Path, names: list[str] | None, cameras: Registration) -> 
 
 
 def _check_photographs(files: list[Path], cameras: Registration) -> Photographs:
-    """ValueError unless all are shrunk alike from what their cameras have taken, to one shape."""
+    """ValueError unless all have one shape and one scale relative to their cameras."""
     sizes = [read_header(file) for file in files]
     source, first = cameras.files[0], cameras.lenses[0]
     share = sizes[0][0] / first.width

@@ -33,14 +33,14 @@ class _Image(NamedTuple):
     name: str
     lens: int
     rotation: Float[np.ndarray, "3 3"]
-    """Of the world to the camera, like `shift`."""
+    """World to camera, like `shift`."""
     shift: Float[np.ndarray, "3"]
 
 
 class _Point(NamedTuple):
-    place: tuple[float, float, float]
+    position: tuple[float, float, float]
     images: list[int]
-    """That it was matched in."""
+    """Numbers of the images that it was matched in."""
 
 
 def read_cameras(folder: Path) -> Registration:
@@ -81,7 +81,7 @@ def _points_of_images(
     seen: dict[int, list[tuple[float, float, float]]] = defaultdict(list)
     for point in points:
         for image in point.images:
-            seen[image].append(point.place)
+            seen[image].append(point.position)
     return [np.array(seen[image], dtype=np.float64).reshape(-1, 3) for image in images]
 
 
@@ -129,27 +129,25 @@ class _Cursor:
     """Reads little-endian numbers from bytes, one after the other."""
 
     def __init__(self, content: bytes):
-        self._content, self._place = content, 0
+        self._content, self._offset = content, 0
 
     def take(self, layout: str) -> tuple[Any, ...]:
-        values = struct.unpack_from(f"<{layout}", self._content, self._place)
-        self._place += struct.calcsize(f"<{layout}")
+        values = struct.unpack_from(f"<{layout}", self._content, self._offset)
+        self._offset += struct.calcsize(f"<{layout}")
         return values
 
     def text(self) -> str:
-        end = self._content.index(b"\0", self._place)
-        start, self._place = self._place, end + 1
+        end = self._content.index(b"\0", self._offset)
+        start, self._offset = self._offset, end + 1
         return self._content[start:end].decode()
 
-    def skip(self, size: int) -> None:
-        self._place += size
-
     def rows(self) -> Iterator[int]:
-        """As many as the file says in front; ValueError if it does not end behind the last."""
+        """The row numbers 0, 1, ..., whose count is read first; ValueError if the file does not end
+        after the last row."""
         (count,) = self.take("Q")
         yield from range(count)
-        if self._place != len(self._content):
-            raise ValueError(f"ends at byte {len(self._content)} and not at {self._place}")
+        if self._offset != len(self._content):
+            raise ValueError(f"ends at byte {len(self._content)} and not at {self._offset}")
 
 
 def _binary_lenses(content: bytes) -> dict[int, Lens]:
@@ -168,7 +166,7 @@ def _binary_images(content: bytes) -> dict[int, _Image]:
         number, *pose, lens = cursor.take("i7di")
         images[number] = _make_image(cursor.text(), lens, pose)
         (matches,) = cursor.take("Q")
-        cursor.skip(24 * matches)
+        cursor.take(f"{24 * matches}x")  # not used
     return images
 
 

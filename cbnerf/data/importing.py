@@ -1,4 +1,4 @@
-"""From photographs alone to an LLFF scene folder: upright, of one lens each, with cameras."""
+"""Import photographs: turn them upright, find their cameras and write an LLFF scene folder."""
 
 import tempfile
 from collections import Counter
@@ -32,11 +32,11 @@ from cbnerf.files import atomic_write, check_output
 NOTE_FILE = "cameras.txt"
 MIN_PHOTOGRAPHS = 5
 _LEAST_PARALLAX = 1.5
-"""In degrees; COLMAP drops points below it."""
+"""Minimum parallax in degrees; COLMAP drops points below it."""
 _LEAST_PLACED = 0.6
-"""Share of the photographs."""
+"""Minimum share of the photographs whose cameras must be found."""
 _BLURRED = 0.3
-"""Sharpness over the median of the capture."""
+"""Photographs with less than this share of the median sharpness are reported as blurred."""
 ADVICE = (
     "take 20 to 60 pictures of a scene that does not move, from one side, moving sideways and up "
     "and down by a tenth of its distance, not turning on the spot"
@@ -55,10 +55,11 @@ class Prepared(NamedTuple):
 def import_photographs(
     photographs: Path, output: Path, *, width: int, force: bool, progress: Progress
 ) -> str:
-    """Write the scene folder `output`; returns what was done, in a few lines.
+    """Write the scene folder `output`; returns a summary of a few lines.
 
-    Photographs become at most `width` pixels wide. ValueError, and nothing written, for captures
-    that a field cannot be trained on; with `force` the photographs that spoil one are left out.
+    Photographs are shrunk to at most `width` pixels. ValueError, and nothing is written, for
+    captures that a field cannot be trained on; with `force` the unsuitable photographs are left
+    out.
     """
     check_output(output)
     check_pycolmap()
@@ -116,16 +117,17 @@ def _check_sizes(photographs: Path, sizes: dict[str, tuple[int, int]]) -> None:
     common, _ = counts.most_common(1)[0]
     others = [name for name, size in sizes.items() if size != common]
     if others:
+        some = f"{', '.join(others[:3])}{', ...' if len(others) > 3 else ''}"
         raise ValueError(
             f"{photographs}: {len(others)} of {len(sizes)} photographs are not {common[0]}x"
-            f"{common[1]} as most ({_some(others)}); leave them out, or turn them the same way"
+            f"{common[1]} as most ({some}); leave them out, or turn them the same way"
         )
 
 
 def _check(
     photographs: Path, prepared: Prepared, found: Reconstruction | None, force: bool
 ) -> Reconstruction:
-    """The reconstruction of the photographs that fit; ValueError if they are no scene."""
+    """The reconstruction without unsuitable photographs; ValueError if too few are left."""
     total = len(prepared.names)
     if found is None:
         raise ValueError(
@@ -181,7 +183,7 @@ def _write_scene(scene: Path, images: Path, cameras: Registration) -> None:
 
 
 def _describe(photographs: Path, prepared: Prepared, found: Reconstruction) -> str:
-    """What was done, and what was left out, by name."""
+    """A summary, with the names of photographs that were left out."""
     cameras, lens = found.cameras, found.cameras.lenses[0]
     kept = {Path(name).name for name in cameras.names or []}
     dropped = [name for name in prepared.names if name not in kept]
@@ -197,15 +199,9 @@ def _describe(photographs: Path, prepared: Prepared, found: Reconstruction) -> s
         f"rays within {corners.max():.0f} degrees of the average camera",
     ]
     if dropped:
-        lines.append(f"left out, without enough matches or too far to the side: {_all(dropped)}")
+        lines.append(
+            f"left out, without enough matches or too far to the side: {', '.join(dropped)}"
+        )
     if prepared.blurred:
-        lines.append(f"blurred, better taken again: {_all(prepared.blurred)}")
+        lines.append(f"blurred, better taken again: {', '.join(prepared.blurred)}")
     return "".join(f"{line}\n" for line in lines)
-
-
-def _some(names: list[str]) -> str:
-    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-
-
-def _all(names: list[str]) -> str:
-    return ", ".join(names)

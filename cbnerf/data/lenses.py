@@ -40,13 +40,13 @@ class Lens(NamedTuple):
         return np.array([self.fx, self.fy, self.cx, self.cy])
 
     def resized(self, width: int, height: int) -> "Lens":
-        """The same lens in front of other pixels."""
+        """The lens in pixels of another image size."""
         x, y = width / self.width, height / self.height
         return Lens(width, height, self.fx * x, self.fy * y, self.cx * x, self.cy * y,
                     self.distortion)  # fmt: skip
 
     def distort(self, slopes: Float[np.ndarray, "*points 2"]) -> Float[np.ndarray, "*points 2"]:
-        """Where rays of these slopes (x to the right, y down, per depth) seem to come from."""
+        """Distorted slopes (x to the right, y down, per depth) of rays with these slopes."""
         k1, k2, p1, p2, k3 = self.distortion
         x, y = slopes[..., 0], slopes[..., 1]
         square = x * x + y * y
@@ -82,7 +82,7 @@ def without_distortion(lens: Lens) -> Lens:
 
 
 def undistort(photograph: Image.Image, lens: Lens) -> Image.Image:
-    """The photograph as `without_distortion(lens)` takes it."""
+    """The photograph resampled for `without_distortion(lens)`."""
     if not any(lens.distortion):
         return photograph
     lens = lens.resized(*photograph.size)

@@ -1,4 +1,4 @@
-"""Files of photographs: 8-bit RGB as stored, or one line that says what is wrong with the file.
+"""Files of photographs, read as 8-bit RGB as stored; a ValueError of one line names any problem.
 
 Pixels are read as in COLMAP: EXIF orientation and colour profiles are ignored. Images that are
 ambiguous as RGB (transparency, 32-bit values, printing inks, several frames) are refused.
@@ -33,7 +33,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes an image upright, by its EXIF orientation."""
+"""The transposition that makes an image upright, by its EXIF orientation."""
 _WHITE_IS_ZERO, _PHOTOMETRIC = 0, 262  # of TIFF; Pillow honours it in 8 bits only
 
 
@@ -44,7 +44,7 @@ class Photographs(NamedTuple):
     width: int
     height: int
     note: str = ""
-    """What is not heeded, in words."""
+    """What is ignored in the camera files, in words; empty if nothing."""
 
     def __str__(self) -> str:
         folder = self.files[0].parent
@@ -95,7 +95,7 @@ def is_turned(file: Path) -> bool:
 
 
 def read_upright(file: Path) -> Image.Image:
-    """The pixels as `read_photograph` returns them, turned as the EXIF orientation says."""
+    """The pixels as `read_photograph` returns them, turned by the EXIF orientation."""
     if file.suffix.lower() in HEIC_SUFFIXES:
         _prepare_heic()
     image = read_photograph(file)
@@ -104,7 +104,7 @@ def read_upright(file: Path) -> Image.Image:
 
 
 def read_focal(file: Path) -> float | None:
-    """The focal length over the longer side of the image, as EXIF tells it; None if it does not."""
+    """The focal length over the longer side of the image, from EXIF; None without it."""
     try:
         details = _open(file).getexif().get_ifd(ExifTags.IFD.Exif)
         millimetres = float(details.get(ExifTags.Base.FocalLengthIn35mmFilm, 0))

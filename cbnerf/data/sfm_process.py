@@ -2,7 +2,7 @@
 
 The native libraries of pycolmap and Pillow cannot share a process, where saving a PNG file then
 aborts. The folder holds `images` and `task.json`; `sparse` and `result.json` are added. Progress
-is told on standard output, as lines of JSON: the step, how much is done, and how much there is.
+is printed to standard output as lines of JSON: [step, done, total].
 
 Equal photographs give equal cameras: random numbers are seeded, and mapping runs in one thread.
 """
@@ -48,7 +48,7 @@ def main(folder: Path) -> None:
     (folder / RESULT_FILE).write_text(json.dumps(result), encoding="utf-8")
 
 
-def _tell(step: str, done: int, total: int) -> None:
+def _report(step: str, done: int, total: int) -> None:
     print(json.dumps([step, done, total]), flush=True)
 
 
@@ -62,7 +62,7 @@ def _extract(
     reader = pycolmap.ImageReaderOptions()
     reader.camera_model = "SIMPLE_RADIAL"
     for names, reader.camera_params in lenses:
-        # First, so that the numbers of images do not depend on which thread is faster.
+        # Before extraction, so that the numbers of images do not depend on the speed of threads.
         pycolmap.import_images(database, images, pycolmap.CameraMode.SINGLE, names, reader)
     names = sorted(name for names, _ in lenses for name in names)
     for done in range(0, len(names), _CHUNK):
@@ -70,7 +70,7 @@ def _extract(
             database, images, names[done : done + _CHUNK], pycolmap.CameraMode.SINGLE,
             extraction_options=options, device=pycolmap.Device.cpu,
         )  # fmt: skip
-        _tell("features", min(done + _CHUNK, len(names)), len(names))
+        _report("features", min(done + _CHUNK, len(names)), len(names))
 
 
 def _match(pycolmap: Any, database: Path, names: list[str], file: Path) -> None:
@@ -85,7 +85,7 @@ def _match(pycolmap: Any, database: Path, names: list[str], file: Path) -> None:
         lines = (f"{name} {names[last]}\n" for name in names[:last])
         file.write_text("".join(lines), encoding="utf-8")
         pycolmap.match_image_pairs(database, options, pairs, verification, pycolmap.Device.cpu)
-        _tell("pairs matched", last * (last + 1) // 2, total)
+        _report("pairs matched", last * (last + 1) // 2, total)
 
 
 def _map(pycolmap: Any, database: Path, folder: Path, total: int) -> Any:
@@ -101,7 +101,7 @@ def _map(pycolmap: Any, database: Path, folder: Path, total: int) -> Any:
     def place_one() -> None:
         nonlocal placed
         placed = min(placed + 1, total)
-        _tell("placed", placed, total)
+        _report("placed", placed, total)
 
     models = folder / "models"
     models.mkdir()

@@ -14,11 +14,11 @@ from cbnerf.data.cameras import Registration
 from cbnerf.data.sfm_process import RESULT_FILE, TASK_FILE
 
 Progress = Callable[[str, int, int], None]
-"""Called with the name of a step, how much of it is done, and how much there is."""
+"""Called with the name of a step, the amount done, and the total."""
 
 
 class PhotographedWith(NamedTuple):
-    """What is known of the lens of an image; images that are equal here share their camera."""
+    """What is known of the lens of an image; images with equal entries share a camera."""
 
     width: int
     height: int

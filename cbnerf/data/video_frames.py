@@ -26,7 +26,7 @@ def write_sharp_frames(video: Path, folder: Path, count: int) -> None:
             sharpness = measure_sharpness(image)
             if part not in best or sharpness > best[part][0]:
                 best[part] = sharpness, image
-    except Exception as error:  # ffmpeg can raise anything
+    except Exception as error:  # imageio's plugin can raise anything
         raise ValueError(f"{video}: not a video ({' '.join(str(error).split())[-200:]})") from None
     if len(best) < count:
         raise ValueError(f"{video}: has only {len(best)} frames; give --frames {len(best)}")

@@ -18,9 +18,9 @@ from cbnerf.report.figures import LARGEST_ERROR
 from cbnerf.report.page import Chart, data_uri
 
 PHOTOGRAPH = "photograph"
-"""The name of the image from which the others differ by their errors."""
+"""Name of the image that the error maps of the others are relative to."""
 BUDGET = 4_400_000
-"""Most bytes of a gallery's images on a page that also holds plotly's script (4.8 MB)."""
+"""Maximum bytes of a gallery's images on a page that also embeds plotly's script (4.8 MB)."""
 _TEMPLATE, _FIGURES, _LARGEST = "gallery.html", "<!-- figures -->", "LARGEST_ERROR"
 _FORMATS: list[tuple[str, dict[str, Any]]] = [
     ("lossless WebP", {"kind": "WEBP", "lossless": True, "quality": 0, "method": 0}),
@@ -48,9 +48,9 @@ class View(NamedTuple):
     """Of equal size; the first two are compared at first."""
 
 
-def gallery(title: str, caption: str, views: Sequence[View], budget: int = BUDGET) -> Chart:
-    """A gallery in the most exact format in which its images take at most `budget` bytes; in the
-    last one if none is small enough. The caption says which."""
+def gallery(caption: str, views: Sequence[View], budget: int = BUDGET) -> Chart:
+    """A gallery in the most exact format in which its images take at most `budget` bytes, or in the
+    last format if none is small enough. The caption names the format."""
     shots = [shot for view in views for shot in view.shots]
     images = [Image.fromarray(shot.image.contiguous().numpy()) for shot in shots]
     uris, words = _encode(images, budget)
@@ -63,7 +63,7 @@ def gallery(title: str, caption: str, views: Sequence[View], budget: int = BUDGE
         f"Key e: errors, from black over red and yellow to white ({LARGEST_ERROR} of the range and "
         f"more). Native pixels, {words}."
     )
-    return Chart(title, f"{caption} {usage}", html)
+    return Chart("Gallery", f"{caption} {usage}", html)
 
 
 def _encode(images: Sequence[Image.Image], budget: int) -> tuple[list[str], str]:

@@ -1,7 +1,7 @@
-"""The shapes of a built-in world: where a ray hits them first, and coordinates to paint them by.
+"""The shapes of a built-in world: first hits of rays, texture coordinates and normals.
 
-A shape is canonical: it fills [-1, 1] on each axis; whoever places it scales, turns and moves it.
-Vectors have their components first, `[3 ...]`.
+A shape is canonical: it fills [-1, 1] on each axis. `raycasting.place` scales, rotates and moves
+it. Vectors have their components first, `[3 ...]`.
 
 - `intersect(origin, directions)` gives the distance of the first hit, in lengths of the direction;
   infinite where there is none.
@@ -22,6 +22,9 @@ Rays = Float[Tensor, "3 *rays"]
 Distances = Float[Tensor, "*rays"]
 Points = Float[Tensor, "3 points"]
 Coordinates = Float[Tensor, "2 points"]
+
+_STEPS = 24
+"""Steps of the march along a ray through a `Relief`."""
 
 
 @dataclass(frozen=True)
@@ -97,17 +100,16 @@ class Relief:
     """The height field z = height(x, y), found by marching: heights must vary gently."""
 
     height: Callable[[Tensor, Tensor], Tensor]
-    steps: int = 24
 
     def intersect(self, origin: Vector, directions: Rays) -> Distances:
         (ox, oy, oz), (dx, dy, dz) = origin, directions
         enter, leave = _slabs(origin, directions)
         enter = enter.clamp(min=0)
-        stride = (leave - enter) / self.steps
+        stride = (leave - enter) / _STEPS
         found = torch.full_like(enter, math.inf)
         below = torch.full_like(enter, math.nan)
         # From far to near: the last crossing found is the first on the ray.
-        for step in range(self.steps, -1, -1):
+        for step in range(_STEPS, -1, -1):
             t = enter + step * stride
             gap = oz + t * dz - self.height(ox + t * dx, oy + t * dy)
             crossed = (gap > 0) & (below <= 0) & (stride > 0)

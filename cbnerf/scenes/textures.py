@@ -1,7 +1,7 @@
 """Colours painted on a plane: noise, cells, bricks, tiles, wood, print and leaves.
 
 A `Texture` maps coordinates (u, v), in world lengths, to rgb in [0, 1]; the functions here that
-return one say what it shows. All randomness comes from one fixed table, hence equal on every call.
+return one describe it. All randomness comes from one fixed table, so equal calls are equal.
 """
 
 from collections.abc import Callable

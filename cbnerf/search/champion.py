@@ -18,7 +18,7 @@ ARTIFACT, INDEX_FILE = "scenes", "index.json"
 """The model's artifact: a folder with checkpoints, and the file with their paths by scene."""
 _PART, _EXISTS = "model", "RESOURCE_ALREADY_EXISTS"
 _REQUIREMENTS = ["mlflow", "torch"]
-"""Beside cbnerf itself, which is not asked for by name since no index of packages has it."""
+"""Packages besides cbnerf itself, which is on no package index."""
 
 
 def model_name(plan: Plan) -> str:
@@ -31,8 +31,8 @@ def register_champion(
 ) -> str | None:
     """Log a configuration's model to its run and give it the alias, unless it has it already.
 
-    Returns the address of the model; None, and nothing is registered, where the refiner needs a
-    high-res photograph or a checkpoint is gone.
+    Returns the address of the model. Registers nothing and returns None if the refiner needs a
+    high-res photograph, or a checkpoint has been removed.
     """
     name = model_name(state.plan)
     tags = {"cbnerf.study_id": state.id, "cbnerf.configuration": str(number)}
@@ -63,7 +63,7 @@ def register_champion(
 
 
 def _collect(state: StudyState, number: int, folder: Path) -> bool:
-    """Copy the weights of all scenes to a folder, with their index; whether all are there."""
+    """Copy the weights of all scenes to a folder, with their index; False if some are missing."""
     plan, trial = state.plan, state.study.get_trials(deepcopy=False)[number]
     config = with_overrides(plan.base, trial.params)
     if config.refiner.kind == "reference":

@@ -11,6 +11,7 @@ from cbnerf.report.page import Chart
 from cbnerf.search.effects import ENOUGH, Effect
 from cbnerf.search.spec import UNITS
 from cbnerf.search.state import StudyState
+from cbnerf.search.status import training_seconds
 
 
 def charts(state: StudyState, effects: Sequence[Effect]) -> Iterator[Chart]:
@@ -25,7 +26,7 @@ def charts(state: StudyState, effects: Sequence[Effect]) -> Iterator[Chart]:
 
 
 def _figures(state: StudyState, effects: Sequence[Effect]) -> Iterator[tuple[str, str, go.Figure]]:
-    """Title, a sentence and the chart."""
+    """Title, caption and figure of each chart."""
     study, objectives = state.study, state.plan.spec.objectives
     if effects:
         about = "Highest minus lowest mean over the searched range; grey: no effect is seen."
@@ -46,9 +47,9 @@ def _figures(state: StudyState, effects: Sequence[Effect]) -> Iterator[tuple[str
         figure = visualization.plot_parallel_coordinate(study, target=target, target_name=first)
         about = f"One line per configuration, the darker the better in {first}."
         yield "Parallel coordinates", about, figure
-    yield "Race", "Units of each configuration, and what became of it.", _race(state)
+    yield "Race", "Trained units of each configuration, by rung.", _race(state)
     if state.field_seconds:
-        about = "Training seconds: measured, and what the same configurations would have taken."
+        about = "Training seconds: measured, and those of the same configurations without pruning."
         yield "Cost", about, _cost(state)
 
 
@@ -88,20 +89,13 @@ def _race(state: StudyState) -> go.Figure:
 
 def _cost(state: StudyState) -> go.Figure:
     fields = sum(state.field_seconds.values())
-    whole, spent = [], 0.0
-    for number in state.ended:
-        last: dict[str, float] = {}
-        for (scene, _), metrics in sorted(state.results(number).items(), key=lambda e: e[0][1]):
-            if metrics:
-                last[scene] = metrics.get("seconds", 0.0)  # of all rungs so far
-        spent += sum(last.values())
-        if number not in state.pruned:
-            whole.append(sum(last.values()))
-    each, count = sum(whole) / max(len(whole), 1), len(state.ended)
+    spent = {number: training_seconds(state, number) for number in state.ended}
+    whole = [seconds for number, seconds in spent.items() if number not in state.pruned]
+    each, count = sum(whole) / max(len(whole), 1), len(spent)
     bars = {
         "both stages, every scene": count * (fields + each),
         "stage 1 once": fields + count * each,
-        "stage 1 once, race (measured)": fields + spent,
+        "stage 1 once, race (measured)": fields + sum(spent.values()),
     }
     figure = go.Figure(go.Bar(x=list(bars.values()), y=list(bars), orientation="h"))
     figure.update_layout(xaxis_title="training seconds")

@@ -32,7 +32,7 @@ from cbnerf.search.report import known_scores, scene_table, write_report
 from cbnerf.search.request import (
     Options,
     Settled,
-    know_photographs,
+    fingerprint_photographs,
     plan_study,
     read_request,
     settle,
@@ -53,7 +53,7 @@ def main(default_config: Path) -> None:
         expand_homes(options)
         _run(options, default_config)
     except KeyboardInterrupt:
-        fail(_PROGRAM, "interrupted; the same command goes on where it stopped", _INTERRUPTED)
+        fail(_PROGRAM, "interrupted; run the same command again to resume", _INTERRUPTED)
     except Exception as error:
         fail(_PROGRAM, *_explain(error, options.storage))
 
@@ -61,7 +61,8 @@ def main(default_config: Path) -> None:
 def _explain(error: Exception, storage: Path) -> tuple[str, int]:
     """A message of one line and the exit status."""
     if is_about_space(error):
-        return f"the disk is full ({one_line(error)}); make room, and the same command goes on", 2
+        cause = one_line(error)
+        return f"the disk is full ({cause}); make room and run the same command again to resume", 2
     match error:
         case RayError() | TuneError():
             # A task's error is also an instance of its cause's class; the cause is more readable.
@@ -86,7 +87,7 @@ def _run(options: Options, default_config: Path) -> None:
     request = checked.request
     if not options.dry_run:
         check_may_write(checked.plan.storage)
-        request = replace(request, photographs=know_photographs(checked))
+        request = replace(request, photographs=fingerprint_photographs(checked))
     with _ray(options.address):
         has_gpu = ray.cluster_resources().get("GPU", 0) > 0
         settled = settle(request, options, has_gpu=has_gpu)
@@ -109,7 +110,7 @@ def _search(settled: Settled, options: Options) -> tuple[Plan, Outcome | None]:
     concurrency = options.concurrency
     if concurrency is None and options.address is None:
         concurrency = num_slots(plan)
-    with _alone(plan):
+    with _locked(plan):
         if before is None:
             plan.check_disk(needed=bytes_needed(plan, views))
         plan = plan.with_precision(precision := find_precision(plan))
@@ -124,9 +125,9 @@ def _print_outcome(plan: Plan, outcome: Outcome) -> None:
         print(f"{NOT_COMPARABLE}.")
     phases = ", ".join(f"{phase} {spent:.0f} s" for phase, spent in outcome.seconds.items())
     print(f"time       {phases}")
-    print(f"best       configuration {outcome.best}, {_pasted(plan.folder / 'best.yaml')}")
+    print(f"best       configuration {outcome.best}, {_quoted(plan.folder / 'best.yaml')}")
     print(f"lead       {outcome.standing}")
-    print(f"report     {_pasted(plan.folder / 'report.html')}")
+    print(f"report     {_quoted(plan.folder / 'report.html')}")
     if outcome.model is not None:
         print(f"model      {outcome.model}")
     uri = tracking_uri(plan.storage)
@@ -134,18 +135,18 @@ def _print_outcome(plan: Plan, outcome: Outcome) -> None:
     if uri.startswith("http"):
         print(f"compare    {without_password(uri)}/{page}")
     else:
-        print(f"compare    mlflow ui --backend-store-uri {_pasted(uri)}")
+        print(f"compare    mlflow ui --backend-store-uri {_quoted(uri)}")
         print(f"           and open http://127.0.0.1:5000/{page}")
 
 
-def _pasted(word: object) -> str:
+def _quoted(word: object) -> str:
     """A path or name, quoted for a shell."""
     return shlex.quote(str(word))
 
 
 def report_study(storage: Path, name: str, *, reload_every: int | None = None) -> Path:
-    """Write the report of a study, finished or running, and return the path of its page, which a
-    browser loads again every `reload_every` seconds.
+    """Write the report of a study, finished or running; returns the path of its page, which a
+    browser reloads every `reload_every` seconds.
 
     Needs neither the photographs nor the machines of the study. Raises ValueError and writes
     nothing if no configuration has finished.
@@ -162,12 +163,12 @@ def report_study(storage: Path, name: str, *, reload_every: int | None = None) -
 
 
 def watch_study(storage: Path, name: str, every: int, say: Callable[[str], None]) -> Path:
-    """Write the report of a study every few seconds as long as a process runs it, and once more,
-    for good, when it has ended or at Ctrl-C.
+    """Write the report of a study every few seconds while a process runs it, and a last time when
+    it has ended or at Ctrl-C; returns the path of the page.
 
-    Says where the page is, or what it waits for. Raises ValueError as `report_study`.
+    `say` prints where the page is, or what it waits for. Raises ValueError as `report_study`.
     """
-    said = ""
+    printed = ""
     with suppress(KeyboardInterrupt):
         while _is_running(plan_study(storage, name)):
             try:
@@ -175,9 +176,9 @@ def watch_study(storage: Path, name: str, every: int, say: Callable[[str], None]
                 about = f"{page} is written every {every} s; Ctrl-C ends that, not the study"
             except ValueError as error:  # It has not got far enough.
                 about = f"{error}; waiting"
-            if about != said:
+            if about != printed:
                 say(about)
-                said = about
+                printed = about
             time.sleep(every)
     return report_study(storage, name)
 
@@ -196,7 +197,7 @@ def _describe(plan: Plan, views: dict[str, int]) -> None:
     print(f"study      {plan.name}")
     if plan.data is None:
         print(
-            f"data       built-in scenes, for there is no LLFF data under {DEFAULT_DATA}, --data "
+            f"data       built-in scenes, since there is no LLFF data under {DEFAULT_DATA}, --data "
             f"or ${DATA_VARIABLE}; results are not comparable with the paper"
         )
     else:
@@ -231,7 +232,7 @@ def _describe(plan: Plan, views: dict[str, int]) -> None:
 
 
 def _check_room(plan: Plan, address: str | None) -> None:
-    """No machine joins a local Ray, so what does not fit now never will."""
+    """ValueError for a training run that does not fit on a local Ray, which no machine joins."""
     if address is None and num_slots(plan) == 0:
         spec, has = plan.spec.resources, ray.cluster_resources()
         raise ValueError(
@@ -270,8 +271,8 @@ def _ray(address: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def _alone(plan: Plan) -> Iterator[None]:
-    """Nobody else searches this study meanwhile."""
+def _locked(plan: Plan) -> Iterator[None]:
+    """Hold the lock of a study; ValueError if another process searches it."""
     plan.folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(plan.lock_file, timeout=1):
@@ -279,5 +280,5 @@ def _alone(plan: Plan) -> Iterator[None]:
     except Timeout:
         raise ValueError(
             f"study {plan.name} is under way in another process; `cbnerf report "
-            f"{_pasted(plan.name)}` shows how far it is, another --name starts another one"
+            f"{_quoted(plan.name)}` shows how far it is, another --name starts another one"
         ) from None

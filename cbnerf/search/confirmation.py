@@ -1,6 +1,6 @@
-"""The leaders of a search, trained again with other seeds: what one seed leaves open, more settle.
+"""The leaders of a search, trained again with other seeds, to choose among near-equal ones.
 
-The study keeps the metrics in a user attribute, by the keys of the units and the seeds.
+The metrics are stored in a user attribute of the study, by unit and seed.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class Confirmation:
         self._results: dict[str, Metrics | None] = study.user_attrs.get(_ATTRIBUTE, {})
 
     def missing(self, leaders: Sequence[int], num_seeds: int) -> list[tuple[Unit, int]]:
-        """The trainings without which not all leaders have so many other seeds."""
+        """The trainings that are missing until each leader has `num_seeds` other seeds."""
         first = self._plan.base.seed + 1
         trials = self._study.get_trials(deepcopy=False)
         units = [
@@ -44,7 +44,7 @@ class Confirmation:
         ]
 
     def record(self, unit: Unit, seed: int, metrics: Metrics | None) -> None:
-        """Keep the metrics of a training; None if it failed."""
+        """Store the metrics of a training; None if it failed."""
         self._results = self._results | {_key(unit.configuration, unit.scene, seed): metrics}
         self._study.set_user_attr(_ATTRIBUTE, self._results)
 
@@ -55,8 +55,8 @@ class Confirmation:
         return [s for s in found if all(_key(*pair, s) in self._results for pair in pairs)]
 
     def means(self, leaders: Sequence[int]) -> dict[int, dict[str, float]]:
-        """The first objective of the leaders by scene, as means over these seeds; without those
-        that failed, and empty without a seed."""
+        """The first objective of the leaders by scene, averaged over `seeds`; without leaders whose
+        training failed, and empty without a seed."""
         seeds, first = self.seeds(leaders), self._plan.spec.objectives[0]
         means: dict[int, dict[str, float]] = {}
         for number in leaders if seeds else ():

@@ -1,7 +1,7 @@
 """The curves of a unit: `metrics.jsonl` in its trial folder, one JSON object a line.
 
-The process that trains the unit appends points, and the driver reads them meanwhile. A process that
-begins, or resumes, appends a point without metrics at step 0.
+The process that trains the unit appends points while the driver reads them. It appends a point
+without metrics at step 0 when it begins or resumes.
 """
 
 import json
@@ -35,7 +35,7 @@ def reserve_curves(folder: Path) -> None:
 
 
 def begin_curves(folder: Path) -> None:
-    """Note that this process trains the unit of a trial folder from now on."""
+    """Record that this process begins, or resumes, the unit of a trial folder."""
     reserve_curves(folder)
     drop_torn_line(folder / CURVES_FILE)
     append_point(folder, 0, {})
@@ -49,7 +49,7 @@ def append_point(folder: Path, step: int, metrics: dict[str, float]) -> None:
 
 
 def first_and_last(points: Sequence[Point]) -> tuple[int | None, int | None]:
-    """When a unit began and was last seen, in milliseconds since 1970; None if it has not begun."""
+    """Times of the first and the last point, in milliseconds since 1970; None without points."""
     times = [point.time for point in points]
     return min(times, default=None), max(times, default=None)
 

@@ -19,6 +19,7 @@ from cbnerf.nerf.model import AUTO_PRECISION, Precision
 from cbnerf.overrides import with_overrides
 from cbnerf.search.estimate import measure_share, part_of_gpu
 from cbnerf.search.machines import num_slots, worker_resources
+from cbnerf.search.periodic import repeated
 from cbnerf.search.plan import Plan, Unit
 from cbnerf.search.racing import Metrics
 from cbnerf.search.report import SceneScores, score_once, write_report
@@ -27,7 +28,7 @@ from cbnerf.search.standing import find_standing
 from cbnerf.search.state import StudyState
 from cbnerf.search.status import StatusLine
 from cbnerf.search.tasks import call, for_each, for_each_scene, is_of_memory, reason
-from cbnerf.search.tracking import Tracker, repeated
+from cbnerf.search.tracking import Tracker
 from cbnerf.search.worker import (
     MAX_FAILURES,
     UnitTrainable,
@@ -48,7 +49,7 @@ class Outcome(NamedTuple):
     best: int
     """Number of the best configuration."""
     standing: str
-    """How far it leads, and its ties."""
+    """Its lead and its ties, in words."""
     scores: SceneScores
     """Scores of the best configuration."""
     seconds: dict[str, float]
@@ -64,9 +65,9 @@ def run_study(
 ) -> Outcome | None:
     """Run the remaining units of a study on the initialised Ray; None if all configurations failed.
 
-    At most `concurrency` training runs are submitted at a time. Without it, twice as many as the
-    machines hold: an autoscaler adds machines for those that wait. The leaders are trained again
-    with `confirm` other seeds.
+    At most `concurrency` training runs are submitted at a time; by default twice as many as the
+    machines hold, so that an autoscaler adds machines for those that wait. The leaders are trained
+    again with `confirm` other seeds. `say` prints a line.
     """
     seconds: dict[str, float] = {}
     with _timed(seconds, "storage"):
@@ -160,7 +161,7 @@ def _train_fields(plan: Plan, state: StudyState) -> None:
 
 
 def _search(plan: Plan, state: StudyState, concurrency: int | None) -> None:
-    limit = _Room(plan) if concurrency is None else lambda: concurrency
+    limit = _Capacity(plan) if concurrency is None else lambda: concurrency
     bar = _progress(plan.spec.trials, "search", "configuration", done=state.num_ended)
     with bar, StatusLine(state, plan) as line:
         recorder = Recorder(state, bar)
@@ -203,9 +204,9 @@ def _tune(plan: Plan, searcher: TuneSearcher, callbacks: list[tune.Callback]) ->
     tuner.fit()
 
 
-class _Room:
+class _Capacity:
     """Twice the number of training runs that the machines hold, cached for some seconds because
-    Tune asks in every iteration of its loop."""
+    Tune calls it in every iteration of its loop."""
 
     def __init__(self, plan: Plan):
         self._plan, self._size, self._until = plan, 0, 0.0
@@ -226,7 +227,7 @@ def _trial_resources(plan: Plan) -> dict[str, float]:
 
 
 def _progress(total: int, label: str, unit: str, *, done: int = 0) -> "tqdm[Any]":
-    """A bar in a terminal; the times that are left are those of `StatusLine`."""
+    """A bar in a terminal; `StatusLine` shows the remaining time."""
     return tqdm(
         total=total, initial=done, desc=label, unit=f" {unit}s", dynamic_ncols=True, disable=None,
         bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}]",
@@ -234,7 +235,7 @@ def _progress(total: int, label: str, unit: str, *, done: int = 0) -> "tqdm[Any]
 
 
 def quieten_libraries() -> None:
-    """Silence Ray, Optuna and MLflow; the study prints what a user needs to know."""
+    """Silence Ray, Optuna and MLflow; the study prints what concerns its user."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # These log tracebacks. The study prints their last line; Tune keeps them in error.txt.

@@ -1,5 +1,6 @@
 """Estimates of the time and the GPU memory of a study, from a few steps on this machine."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
@@ -29,11 +30,13 @@ from cbnerf.training.refiner import train_refiner
 from cbnerf.training.stages import ignore
 
 _STEPS = 15
+"""Training steps that are timed."""
 _HEADROOM = 1.2
-_MOST_PARTS = 4
-"""More processes than this on one GPU slow each other down."""
+"""Factor on the measured GPU memory, for later steps."""
+_MAX_PROCESSES_PER_GPU = 4
+"""More processes on one GPU slow each other down."""
 _FIELD_BYTES = 400
-"""Of a checkpoint of the planes field, for each pixel of an image."""
+"""Bytes of a checkpoint of the planes field per image pixel."""
 
 Trained = TypeVar("Trained")
 
@@ -53,17 +56,14 @@ class Estimate(NamedTuple):
 
     def wall_seconds(self, plan: Plan, slots: int) -> float:
         """The whole study with `slots` training runs at a time, if no configuration is pruned."""
-        stage_1 = -(-len(plan.scenes) // slots) * self.field_seconds if plan.shares_fields else 0
-        num_trainings = plan.spec.trials * len(plan.trainings)
-        return stage_1 + -(-num_trainings // slots) * self.unit_seconds(plan)
-
-    def run_hours(self, plan: Plan) -> float:
-        """Hours of all training runs together."""
-        return self.wall_seconds(plan, 1) / 3600
+        num_fields = len(plan.scenes) if plan.shares_fields else 0
+        num_units = plan.spec.trials * len(plan.trainings)
+        stage_1 = math.ceil(num_fields / slots) * self.field_seconds
+        return stage_1 + math.ceil(num_units / slots) * self.unit_seconds(plan)
 
 
 def describe_price(plan: Plan) -> list[str]:
-    """Lines on what a study will cost, calibrated on its first scene."""
+    """The estimated cost of a study as lines of text, calibrated on its first scene."""
     device = choose_device()
     scene = plan.load_scene(plan.scenes[0], plan.base.data)
     num_together = len(plan.scenes) // len(plan.trainings)
@@ -80,10 +80,10 @@ def describe_price(plan: Plan) -> list[str]:
     for where, runs in [*places, (f"on this machine, {slots} runs at a time", slots)]:
         if runs:
             lines.append(f"           {estimate.wall_seconds(plan, runs) / 60:8.1f} min {where}")
-    hours = estimate.run_hours(plan) * (gpus or 1)
+    hours = estimate.wall_seconds(plan, 1) / 3600 * (gpus or 1)
     lines.append(f"           {hours:8.2f} {'GPU-hours' if gpus else 'hours'} in all")
     if gpus and device.type == "cpu":
-        lines.append("           timed without a GPU, on which all of it takes less")
+        lines.append("           timed without a GPU; with one it takes less time")
     return lines
 
 
@@ -126,7 +126,7 @@ def calibrate(
     fixed, step, refiner = _time(
         lambda report: _try_refiner(config, scene, device, report, num_together)
     )
-    view = _like_renders(scene).of([0])
+    view = _photographs_as_renders(scene).of([0])
     references = find_references(config, scene, view, [0])
     refine = _seconds(lambda: refine_views(refiner, view, device, references))
     return Estimate(field_seconds, fixed + steps * step + num_refined * refine)
@@ -168,7 +168,7 @@ def largest(plan: Plan) -> Config:
 def part_of_gpu(share: float) -> float:
     """The part of a GPU that Ray reserves for a process that needs this share: one of at most four
     equal parts, with headroom for later steps."""
-    return 1 / min(max(int(1 / (share * _HEADROOM)), 1), _MOST_PARTS)
+    return 1 / min(max(int(1 / (share * _HEADROOM)), 1), _MAX_PROCESSES_PER_GPU)
 
 
 def _try_field(config: Config, scene: Scene, device: torch.device, report: Report) -> FieldModel:
@@ -179,18 +179,18 @@ def _try_refiner(
     config: Config, scene: Scene, device: torch.device, report: Report, num_together: int
 ) -> Refiner:
     """Train on copies of the scene as joint scenes."""
-    pair, short = (scene, _like_renders(scene)), _shortened(config, "refiner")
+    pair, short = (scene, _photographs_as_renders(scene)), _shortened(config, "refiner")
     joint = [pair] * (num_together - 1)
     return train_refiner(short, *pair, device=device, report=report, joint=joint)
 
 
-def _like_renders(scene: Scene) -> Renders:
-    """Photographs in place of renders."""
+def _photographs_as_renders(scene: Scene) -> Renders:
+    """The photographs in place of stage-1 renders, which do not exist yet."""
     return Renders(scene.images, torch.zeros(scene.images.shape, dtype=torch.float16))
 
 
 def _shortened(config: Config, stage: Stage) -> Config:
-    """Few steps with three reports, and without validation views."""
+    """The configuration with few steps, three reports and no validation views."""
     short = {f"{stage}.optim.steps": _STEPS, f"{stage}.optim.evaluations": 3}
     return with_overrides(config, short | {"data.validation": False})
 

@@ -25,8 +25,8 @@ def num_slots(plan: Plan) -> int:
 
 
 def on_one_machine(plan: Plan) -> bool:
-    """Whether one machine can hold all workers of a training run. If so they wait for a free one;
-    otherwise they are spread over as few machines as possible."""
+    """Whether one machine can hold all workers of a training run. If so, they wait until one is
+    free; otherwise they are spread over as few machines as possible."""
     return max(_room(plan), default=0) >= plan.spec.resources.workers
 
 
@@ -60,7 +60,7 @@ def processes_on(machine: Mapping[str, int | float], needed: Mapping[str, int | 
 
 def device_of_worker() -> torch.device:
     """The device of this process of a worker group."""
-    # Ray Train names a GPU if Ray was told of one, even where torch sees none.
+    # Ray Train returns a GPU if Ray has one as a resource, even if torch sees none.
     return get_device() if torch.cuda.is_available() else torch.device("cpu")
 
 

@@ -1,6 +1,6 @@
-"""The MLflow store: at MLFLOW_TRACKING_URI, else a SQLite file and a folder in the storage.
+"""The MLflow store: at MLFLOW_TRACKING_URI, else *embedded* in the storage.
 
-The latter is called *embedded*; it moves with the storage.
+An embedded store is a SQLite file and a folder of artifacts; it can be moved with the storage.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ _ARTIFACTS = "mlartifacts"
 
 def tracking_uri(storage: Path) -> str:
     """MLFLOW_TRACKING_URI if it is set, else a SQLite file in the storage."""
-    return os.environ.get(_VARIABLE) or _sqlite_uri(_database_file(storage))
+    return os.environ.get(_VARIABLE) or _embedded_uri(storage)
 
 
 def _database_file(storage: Path) -> Path:
@@ -43,33 +43,32 @@ def _sqlite_uri(file: Path) -> str:
     return f"{'sqlite' if quoted == str(file) else 'sqlite+pysqlite'}:///{quoted}"
 
 
-def _is_embedded(uri: str, storage: Path) -> bool:
-    return uri == _sqlite_uri(_database_file(storage))
+def _embedded_uri(storage: Path) -> str:
+    return _sqlite_uri(_database_file(storage))
 
 
 def open_client(storage: Path) -> MlflowClient:
     """A client of the MLflow at `tracking_uri`; raises ValueError if that does not answer."""
     uri = tracking_uri(storage)
-    if _is_embedded(uri, storage):
-        place = str(_database_file(storage))
-    else:
-        place = f"{_VARIABLE}: {without_password(uri)}"
+    is_embedded = uri == _embedded_uri(storage)
+    store = str(_database_file(storage)) if is_embedded else f"{_VARIABLE}: {without_password(uri)}"
     try:
-        if _is_embedded(uri, storage):
-            with FileLock(_prepared(storage) / "mlflow.lock"):
+        if is_embedded:
+            storage.mkdir(parents=True, exist_ok=True)
+            with FileLock(storage / "mlflow.lock"):
                 _make_database(storage)
                 _check_database(uri)
-                _follow_storage(storage)
+                _relocate_artifacts(storage)
         elif urlsplit(uri).scheme.split("+")[0] in _DATABASES:
             _check_database(uri)
         client = MlflowClient(uri)
-        with _impatient():
+        with _failing_fast():
             client.search_experiments(max_results=1)
     except ModuleNotFoundError as error:
         package = _PACKAGES.get(error.name or "", error.name)
-        raise ValueError(f"{place} needs a driver; pip install '{package}'") from None
+        raise ValueError(f"{store} needs a driver; pip install '{package}'") from None
     except (MlflowException, SQLAlchemyError) as error:
-        raise ValueError(f"{place}: {_describe(error, uri)}") from None
+        raise ValueError(f"{store}: {_describe(error, uri)}") from None
     return client
 
 
@@ -83,8 +82,8 @@ def plain_errors() -> Iterator[None]:
 
 
 def runs_page(experiment_id: str, quality: str) -> str:
-    """The address, below that of the server, of the charts of a study's configurations, the best in
-    this quality on top."""
+    """The address, relative to the server, of the charts of a study's configurations, sorted by a
+    quality."""
     query = {
         "compareRunsMode": "CHART",
         "workflowType": "machine_learning",  # else it opens on pages for language models
@@ -102,7 +101,9 @@ def without_password(uri: str) -> str:
 
 def _describe(error: MlflowException | SQLAlchemyError, uri: str) -> str:
     """The problem of a server or a database, and what to do about it."""
-    root = _root(error)
+    root: BaseException = error
+    while (cause := root.__cause__ or root.__context__) is not None:
+        root = cause
     if isinstance(root, ssl.SSLError):
         return (
             f"its certificate is not trusted ({first_line(root)}); name the file of its "
@@ -116,15 +117,9 @@ def _describe(error: MlflowException | SQLAlchemyError, uri: str) -> str:
             "the runs in the storage"
         )
     return (
-        f"cannot be used as MLflow's database ({first_line(root)}); a file that is damaged or of "
-        "something else is to be moved away, and runs are kept in a new one"
+        f"cannot be used as MLflow's database ({first_line(root)}); move the file away if it is "
+        "damaged or no such database: a new one is created"
     )
-
-
-def _root(error: BaseException) -> BaseException:
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
-    return error
 
 
 def first_line(error: BaseException) -> str:
@@ -134,7 +129,7 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _impatient() -> Iterator[None]:
+def _failing_fast() -> Iterator[None]:
     """Let MLflow's client fail after one attempt of 20 s instead of minutes of silent retries."""
     limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
     before = {name: os.environ.get(name) for name in limits}
@@ -161,32 +156,23 @@ def _check_database(uri: str) -> None:
         engine.dispose()
 
 
-def _prepared(storage: Path) -> Path:
-    storage.mkdir(parents=True, exist_ok=True)
-    return storage
-
-
 def _make_database(storage: Path) -> None:
     """Create the database atomically: MLflow does it in many steps and cannot complete a partial
     one. The caller holds a lock."""
     file = _database_file(storage)
     if not file.exists() or file.stat().st_size == 0:  # a full disk leaves an empty one
-        for left in storage.glob(f".{file.name}.*"):  # by a killed process
-            left.unlink()
+        for leftover in storage.glob(f".{file.name}.*"):  # of a killed process
+            leftover.unlink()
         with atomic_write(file) as unfinished:
             MlflowClient(_sqlite_uri(unfinished)).search_experiments()
 
 
-def _artifact_location(storage: Path, experiment: str) -> str:
-    return (storage / _ARTIFACTS / experiment).as_uri()
-
-
-def _follow_storage(storage: Path) -> None:
+def _relocate_artifacts(storage: Path) -> None:
     """Point experiments and runs to the artifacts of this storage after it was moved or copied.
 
     MLflow stores absolute locations and has no API to change them.
     """
-    engine = create_engine(_sqlite_uri(_database_file(storage)))
+    engine = create_engine(_embedded_uri(storage))
     try:
         with engine.begin() as database:
             rows = database.execute(
@@ -194,9 +180,9 @@ def _follow_storage(storage: Path) -> None:
             )
             for number, before in rows.all():
                 # The last folder, since the experiment may have been renamed.
-                place, _, folder = (before or "").rpartition("/")
+                parent, _, folder = (before or "").rpartition("/")
                 now = f"{(storage / _ARTIFACTS).as_uri()}/{folder}"
-                is_ours = place.startswith("file:") and place.endswith(f"/{_ARTIFACTS}")
+                is_ours = parent.startswith("file:") and parent.endswith(f"/{_ARTIFACTS}")
                 if is_ours and before != now:
                     about = {"id": number, "now": now, "before": before, "length": len(before)}
                     for update in _UPDATES_OF_LOCATIONS:
@@ -219,14 +205,14 @@ def open_experiment(client: MlflowClient, name: str, storage: Path, tags: dict[s
         if found.lifecycle_stage == "deleted":
             client.restore_experiment(found.experiment_id)
         return found.experiment_id
-    embedded = _is_embedded(client.tracking_uri, storage)
-    artifacts = _artifact_location(storage, name) if embedded else None
+    is_embedded = client.tracking_uri == _embedded_uri(storage)
+    artifacts = (storage / _ARTIFACTS / name).as_uri() if is_embedded else None
     return client.create_experiment(name, artifact_location=artifacts, tags=tags)
 
 
 _ILLEGAL = re.compile(r"[^A-Za-z0-9_. -]")
 _TAKEN = ("train", "val", "test", "mean")
-"""Prefixes of other keys, with which a scene of that name would collide."""
+"""Prefixes of other keys; a scene with such a name would collide with them."""
 _MAX_NAME = 80
 
 

@@ -58,7 +58,7 @@ class Plan(Experiment):
 
     @property
     def lock_file(self) -> Path:
-        """Held by the driver of the study."""
+        """Lock that the driver of the study holds."""
         return self.folder / "search.lock"
 
     @property
@@ -81,7 +81,7 @@ class Plan(Experiment):
     def rungs(self) -> int:
         """Number of rungs; 1 if nothing is pruned between rungs.
 
-        Fewer than the specification says where `grace_period` demands it, for a usual scene.
+        Fewer than specified if the lowest would be below `grace_period` steps on a usual scene.
         """
         stopping = self.spec.stopping
         is_fitted = self.base.refiner.kind == "linear"  # in one step
@@ -98,7 +98,7 @@ class Plan(Experiment):
         return with_overrides(self.base, unit.overrides)
 
     def part(self, rung: int) -> int:
-        """A rung, counted from 0, ends after the first 1/`part` of the steps."""
+        """The divisor of a rung, counted from 0: it ends after 1/`part` of the steps."""
         return self.spec.stopping.eta ** (self.rungs - 1 - rung)
 
     def check_disk(self, needed: int = FULL) -> None:

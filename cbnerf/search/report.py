@@ -11,12 +11,12 @@ from cbnerf.overrides import save_config
 from cbnerf.report.page import Code, Page, Section, write_page
 from cbnerf.report.tables import Cell, Table
 from cbnerf.search.charts import charts
-from cbnerf.search.effects import Effect, study_effects, title_of
-from cbnerf.search.held_out import study_gallery
+from cbnerf.search.effects import Effect, study_effects
 from cbnerf.search.plan import Plan
-from cbnerf.search.spec import QUALITIES, shown_knob, with_unit
+from cbnerf.search.spec import QUALITIES, UNITS, shown_knob, with_unit
 from cbnerf.search.standing import find_standing
 from cbnerf.search.state import StudyState
+from cbnerf.search.study_gallery import study_gallery
 from cbnerf.search.tasks import for_each_scene
 from cbnerf.search.tracking import NOT_COMPARABLE
 from cbnerf.search.worker import score_best
@@ -122,7 +122,7 @@ def study_page(
 
 
 def describe_effects(effects: Sequence[Effect]) -> list[str]:
-    """One sentence on the knobs that act and one on those that do not; none without effects."""
+    """Sentences that name the knobs with, without and with an unknown effect; none if empty."""
     acting = [effect.knob for effect in effects if effect.is_seen]
     idle = [effect.knob for effect in effects if not effect.is_seen and effect.is_bounded]
     unknown = [effect.knob for effect in effects if not effect.is_seen and not effect.is_bounded]
@@ -136,14 +136,15 @@ def describe_effects(effects: Sequence[Effect]) -> list[str]:
 
 def effects_section(effects: Sequence[Effect], quality: str) -> list[Section]:
     """The table of effects, the largest first; none if nothing could be estimated."""
-    header = ["knob", "effect", "95 % interval", "says"]
+    header = ["knob", "effect", "95 % interval", "conclusion"]
     rows = []
     for effect in effects:
         low, high = with_unit(effect.low, quality), with_unit(effect.high, quality)
         size = with_unit(effect.size, quality)
         cells = [effect.knob, size, f"{low} to {high}", effect.describe(quality)]
         rows.append([Cell(text, effect.is_seen) for text in cells])
-    return [Section(title_of(quality), [Table("", header, rows)])] if rows else []
+    title = f"Effect of each knob ({UNITS[quality]}, 95 % interval)"
+    return [Section(title, [Table("", header, rows)])] if rows else []
 
 
 def confirmation_section(state: StudyState) -> list[Section]:

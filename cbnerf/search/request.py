@@ -75,7 +75,7 @@ class Request:
     photographs: dict[str, str] = field(default_factory=dict)
     """Fingerprint of the photographs of each scene."""
     resolution: str | None = None
-    """With the schedule for the machines that started the study."""
+    """Image size and schedule, as chosen for the machines that started the study."""
     precision: str | None = None
 
     @classmethod
@@ -89,8 +89,8 @@ class Request:
 
     @property
     def search(self) -> dict[str, Any]:
-        """What a study must keep: all but its number of trials, its resources and the folder of its
-        photographs."""
+        """What must stay the same when a study resumes: all but the number of trials, the resources
+        and the folder of the photographs."""
         spec = {k: v for k, v in self.spec.items() if k not in ("trials", "resources")}
         return spec | {"scenes": self.scene_names, "data": self.data is not None}
 
@@ -131,12 +131,12 @@ def _new_request(options: Options, default_config: Path) -> Request:
 
 
 def _find_request(options: Options) -> Request:
-    """The request of the study `--name`, perhaps with its photographs in another folder."""
+    """The request of the study `--name`; `--data` gives another folder of its photographs."""
     fixed = ("config", "resolution", "method")
     repeated = [name for name in fixed if getattr(options, name) is not None]
     repeated += ["scenes"] if options.scenes != "all" else []
     if repeated:
-        raise ValueError(f"--resume goes on as the study was started; leave out --{repeated[0]}")
+        raise ValueError(f"--resume keeps the options of the study; leave out --{repeated[0]}")
     studies = options.storage / "studies"
     known = sorted(file.parent.name for file in studies.glob(f"*/{_FILE}"))
     if options.name is None:
@@ -153,8 +153,8 @@ def _find_request(options: Options) -> Request:
 
 
 def _plan(request: Request, options: Options, *, has_gpu: bool) -> Plan:
-    """The plan of a request. With `--resume` its scenes are not searched for: more may have been
-    added since."""
+    """The plan of a request. `--resume` keeps the scenes of the study, as others may have been
+    added to the folder since."""
     names = tuple(request.scene_names) if options.resume else ()
     plan = make_plan(
         parse_spec(request.spec),
@@ -170,17 +170,17 @@ def _plan(request: Request, options: Options, *, has_gpu: bool) -> Plan:
 
 
 def plan_study(storage: Path, name: str) -> Plan:
-    """The plan of a study that was started, without a look at its photographs."""
+    """The plan of a study that was started; its photographs are not read."""
     options = Options(storage=storage, name=name, resume=True)
     return _plan(_find_request(options), options, has_gpu=False)
 
 
 def settle(request: Request, options: Options, *, has_gpu: bool | None) -> Settled:
-    """Plan a request and check it; `has_gpu` is None as long as the cluster is not known."""
+    """Plan a request and check it; `has_gpu` is None before the cluster is known."""
     plan = _plan(request, options, has_gpu=bool(has_gpu))
     _check_names(plan)
     if options.resume:
-        _check_still_there(plan)
+        _check_photographs_exist(plan)
     data = str(plan.data) if plan.data else None
     request = replace(request, data=data, scene_names=list(plan.scenes))
     before = Request.read(plan.folder)
@@ -196,9 +196,9 @@ def settle(request: Request, options: Options, *, has_gpu: bool | None) -> Settl
     return Settled(request, plan, views, before)
 
 
-def know_photographs(settled: Settled) -> dict[str, str]:
-    """Fingerprint of the photographs of each scene; a `ValueError` if they have moved and are not
-    those that the study was started with."""
+def fingerprint_photographs(settled: Settled) -> dict[str, str]:
+    """Fingerprint of the photographs of each scene; ValueError if they are in another folder and
+    differ from those that the study was started with."""
     plan, before = settled.plan, settled.before
     if plan.data is None:
         return {}
@@ -230,14 +230,14 @@ def _check_names(plan: Plan) -> None:
             raise ValueError(f"{ascii(text)}: holds characters that cannot be printed; rename it")
 
 
-def _check_still_there(plan: Plan) -> None:
+def _check_photographs_exist(plan: Plan) -> None:
     if plan.data is None:
         return
     lost = [scene for scene in plan.scenes if not (plan.data / scene).is_dir()]
     if lost:
         raise ValueError(
             f"{plan.data / lost[0]}: no such folder; `--resume --name {shlex.quote(plan.name)} "
-            "--data FOLDER` goes on with photographs that have moved to another folder"
+            "--data FOLDER` resumes with photographs that have moved to another folder"
         )
 
 
@@ -249,7 +249,7 @@ def _check_same(plan: Plan, before: Request, request: Request) -> None:
         moved = f"; its photographs were in {before.data}" if "data" in different else ""
         raise ValueError(
             f"study {plan.name} was started with other {', '.join(different)} "
-            f"({plan.folder / _FILE}){moved}; give another --name, or --resume to go on as it was"
+            f"({plan.folder / _FILE}){moved}; give another --name, or --resume to continue it"
         )
 
 

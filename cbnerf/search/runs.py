@@ -1,4 +1,4 @@
-"""Runs of MLflow: what they hold, and idempotent writing."""
+"""Runs of MLflow with idempotent writing."""
 
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ def find_runs(client: MlflowClient, experiment_id: str, study_id: str) -> "list[
 
 
 class TrackedRun:
-    """A run, and what MLflow is known to hold of it; writes only what is new."""
+    """A run and its content in MLflow as far as it is known; writes only what is new."""
 
     def __init__(self, client: MlflowClient, run: Run):
         self._client, self.id, self.status = client, run.info.run_id, run.info.status
@@ -44,8 +44,8 @@ class TrackedRun:
         params: dict[str, Any] | None = None,
         tags: dict[str, str] | None = None,
     ) -> None:
-        """Add points that have not been logged, parameters and tags. Of a metric there is one
-        point for each step; only a summary, at step 0, gets a second one when it changes."""
+        """Add points, parameters and tags that have not been logged. A metric has one point per
+        step; only a summary, at step 0, gets another one when it changes."""
         known = self._known_points() if points else {}
         points = [
             p for p in points
@@ -73,7 +73,7 @@ class TrackedRun:
             del self.tags[name]
 
     def set_status(self, status: str, end_time: int | None = None) -> None:
-        """Change the status; one that ends the run has a time in milliseconds, now by default."""
+        """Change the status; `end_time` of a run that ends is in milliseconds, by default now."""
         if status == self.status:
             return
         if status == "RUNNING":

@@ -47,7 +47,7 @@ def read_study(plan: Plan) -> optuna.Study:
 
 
 def join_study(plan: Plan) -> optuna.Study:
-    """Open the journal of a begun study for appending, beside the driver that writes to it."""
+    """Open the journal of a begun study for appending; its driver may write to it, too."""
     file = _journal_file(plan)
     storage = _open_journal(file, JournalFileOpenLock(str(file)))
     return optuna.load_study(study_name=plan.name, storage=storage)

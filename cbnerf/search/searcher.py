@@ -1,4 +1,4 @@
-"""Ray Tune's view of a search: a Tune trial trains one unit, or several one after the other.
+"""Ray Tune's interface to a search: a Tune trial trains one unit, or several in a row.
 
 `TuneSearcher` hands the units of the state to Tune, `Recorder` records how they end. Nothing is
 restored from Tune: the Optuna study is the only persistent state.
@@ -130,7 +130,7 @@ class Recorder(tune.Callback):
         self._check_disk()  # On a full disk a retry would fail, too.
 
     def _check_disk(self) -> None:
-        """OSError for a full disk, which is still known where Tune raises it as its own error."""
+        """OSError for a full disk; its type survives where Tune raises it as its own error."""
         try:
             self._state.plan.check_disk()
         except ValueError as error:
@@ -150,7 +150,7 @@ class Recorder(tune.Callback):
     def end_unit(self, unit: Unit, metrics: Metrics | None) -> None:
         """Record a unit, or hand it out again if its process was lost before it began."""
         if metrics is None:
-            self._check_disk()  # It says nothing about a configuration.
+            self._check_disk()  # A full disk is no failure of the configuration.
             if unit.key not in self._begun:
                 self._losses[unit.key] += 1
                 if self._losses[unit.key] <= _MAX_LOSSES:
@@ -183,7 +183,7 @@ class Recorder(tune.Callback):
         return results.get((unit.scene, unit.rung), {}) is None
 
     def _describe(self, unit: Unit) -> str:
-        """How the configuration of a unit has ended, and its knobs."""
+        """The end of a unit's configuration and its knobs, in words."""
         best, pruned = self._state.best(), self._state.pruned.get(unit.configuration)
         trial = self._state.study.get_trials(deepcopy=False)[unit.configuration]
         if pruned is not None:

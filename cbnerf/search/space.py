@@ -40,7 +40,7 @@ _IDLE = (
     _Idle({"field.sub_rays": 0}, ("field.opposite_sub_rays",)),
     # Used only by protocols of `cbnerf compare` without high-res photographs of the scene.
     _Idle({}, ("refiner.consistency",)),
-    # Number of evaluations, and bitwise reproducibility.
+    # These change the number of evaluations and bitwise reproducibility only.
     _Idle({}, ("field.optim.evaluations", "refiner.optim.evaluations", "deterministic")),
 )  # fmt: skip
 
@@ -63,18 +63,17 @@ def check_space(base: Config, spec: SearchSpec) -> None:
             )
     if "codebook.shared" in space:
         raise ValueError(
-            "space: codebook.shared decides what is trained at all; set it under `fixed`, and "
-            "search with and without"
+            "space: codebook.shared decides what is trained; set it under `fixed`, and search once "
+            "with each value"
         )
     if "auto" in getattr(space.get("field.precision"), "choices", ()):
         raise ValueError(
-            "space: field.precision: `auto` is another one on another machine; search bfloat16 and "
-            "float32"
+            "space: field.precision: `auto` differs between machines; give bfloat16 and float32"
         )
     if "seed" in space:
-        raise ValueError("space: seed would choose the luckiest of equal configurations")
+        raise ValueError("space: seed would select by chance among equal configurations")
     if "none" in getattr(space.get("refiner.kind"), "choices", ()):
-        raise ValueError("space: refiner.kind: `none` has no stage 2 to be judged")
+        raise ValueError("space: refiner.kind: `none` has no stage 2 that could be compared")
     for name, domain in space.items():
         if all(_is_idle(name, values) for values in _settings(base, spec)):
             raise ValueError(f"space: {name} changes nothing in {spec.method}")
@@ -83,8 +82,8 @@ def check_space(base: Config, spec: SearchSpec) -> None:
 
 
 def _settings(base: Config, spec: SearchSpec) -> Iterator[dict[str, Any]]:
-    """All knobs, for each combination of the searched choices that decide which other knobs have an
-    effect; None for a knob that is searched in a range."""
+    """All knobs, for each combination of the searched choices on which the effect of other knobs
+    depends; None for a knob that is searched in a range."""
     deciding = {name for idle in _IDLE for name in idle.where} & set(spec.space)
     domains = {name: spec.space[name] for name in sorted(deciding)}
     choices = [getattr(domain, "choices", (None,)) for domain in domains.values()]
@@ -102,7 +101,7 @@ def _is_idle(name: str, values: Mapping[str, Any]) -> bool:
 
 
 def _examples(domain: Range | Choices) -> tuple[Any, ...]:
-    """The choices; or the ends of a range and, for integers, its second value."""
+    """The choices, or the ends of a range and, for integers, its second value."""
     if isinstance(domain, Choices):
         return domain.choices
     second = domain.low + (domain.step or 1) if isinstance(domain.low, int) else domain.low

@@ -24,9 +24,8 @@ Quality = Literal["val/psnr", "val/ssim"]
 Cost = Literal["seconds", "parameters", "codebook.size"]
 QUALITIES: tuple[str, ...] = get_args(Quality)
 UNITS = {"val/psnr": "dB", "val/ssim": "SSIM"}
-COSTS: tuple[str, ...] = get_args(Cost)
 MOST_TRIALS = 100_000
-"""Length that the arrays of the race may have."""
+"""Maximum length of the arrays of the race."""
 MIN_GPU = 0.01
 """Smallest share of a GPU for a process."""
 
@@ -112,7 +111,7 @@ class Stopping:
     eta: Whole = 3
     """Ratio between the steps of a rung and of the one below."""
     grace_period: Whole = 100
-    """Minimum steps of the lowest rung: fewer tell less than they and their evaluation cost."""
+    """Minimum steps of the lowest rung; with fewer, a rung costs more than it reveals."""
     threshold: Number = 0.05
     """`race` prunes below this probability of beating the incumbent, `wilcoxon` below this
     p-value."""
@@ -142,7 +141,7 @@ def _value(name: str, value: Any) -> Any:
 
 
 def _domain(name: str, domain: Range | Choices) -> Range | Choices:
-    """A domain of a knob, its values as `_value` has them."""
+    """A domain of a knob, its values checked by `_value`."""
     kind, where = knob_type(name), f"space: {name}"
     is_list = get_origin(kind) is tuple
     _require(not is_list, f"{where} is a list; only numbers, words and yes or no are searched")
@@ -218,7 +217,7 @@ class SearchSpec:
         _require(few, f"trials must be at least 1 and at most {MOST_TRIALS}")
         _require(bool(self.space), "space names no knob to search")
         for name in self.space:
-            _require(name not in self.fixed, f"{name} stands in both fixed and space")
+            _require(name not in self.fixed, f"{name} is in both fixed and space")
             decides = name.startswith("data.")
             _require(
                 not decides, f"space: {name} decides what is scored, so scores would not compare"
@@ -257,7 +256,7 @@ def parse_spec(content: Mapping[str, Any]) -> SearchSpec:
     try:
         return TypeAdapter(SearchSpec).validate_python(content)
     except ValidationError as error:
-        # A mistake inside a `Range` or `Choices` says more than that the other does not fit.
+        # A mistake inside a `Range` or `Choices` is more specific than that the other does not fit.
         mistake = min(error.errors(), key=lambda mistake: mistake["type"] in _UNFIT)
         raise ValueError(_explain(mistake)) from None
 

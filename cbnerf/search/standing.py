@@ -1,4 +1,4 @@
-"""How far the best configuration leads, and which others cannot be told from it."""
+"""How far the best configuration leads, and which others are not significantly worse."""
 
 import math
 from typing import NamedTuple
@@ -9,14 +9,14 @@ from scipy.stats import t as student
 from cbnerf.search.spec import with_unit
 from cbnerf.search.state import StudyState
 
-_SURE_OF_NOISE = 4
-"""The seed-to-seed spread of the race counts as this many scenes."""
+_SPREAD_WEIGHT = 4
+"""Pseudo-count, in scenes, of the seed-to-seed spread that `stopping.margin` gives."""
 _LISTED = 5
-"""So many ties are named."""
+"""Maximum number of ties that are named."""
 
 
 class Standing(NamedTuple):
-    """The best fully trained configuration among the others."""
+    """The best fully trained configuration, compared with the others."""
 
     quality: str
     """The first objective, in which they are compared."""
@@ -24,17 +24,17 @@ class Standing(NamedTuple):
     runner_up: int | None
     """None if no other has been trained to its end."""
     lead: float
-    """Of the best, in the mean of the scenes."""
+    """Lead over the runner-up, in the mean of the scenes."""
     noise: float
-    """A lead below this is no difference: 97.5 % of what seeds and scenes do by chance."""
+    """A lead below this is not significant: chance exceeds it in 2.5 % of cases."""
     ties: list[int]
-    """Others whose distance from the best is within such a noise, the closest first."""
+    """Others whose distance from the best is not significant, the closest first."""
     cheapest: int
-    """Of the best and its ties, that with the fewest training seconds."""
+    """The one of the best and its ties with the fewest training seconds."""
     seconds: dict[int, float]
     """Training seconds of the best and its ties."""
     num_seeds: int
-    """Other seeds over which configurations are compared; 0 for that of the search."""
+    """Number of other seeds over which configurations are compared; 0: by the search's own seed."""
 
     def describe(self) -> str:
         """One sentence, after the name of the configuration."""
@@ -90,13 +90,13 @@ def find_standing(state: StudyState) -> Standing | None:
 
 
 def _listed(numbers: list[int]) -> str:
-    """The first few of them."""
+    """The first few numbers."""
     more = f" and {len(numbers) - _LISTED} more" if len(numbers) > _LISTED else ""
     return ", ".join(map(str, numbers[:_LISTED])) + more
 
 
 def _noise(differences: np.ndarray, spread: float) -> float:
-    """What the mean of the differences exceeds by chance in 2.5 % of cases."""
-    degrees = len(differences) - 1 + _SURE_OF_NOISE
-    squares = ((differences - differences.mean()) ** 2).sum() + _SURE_OF_NOISE * spread**2
+    """Value that the mean of the differences exceeds by chance in 2.5 % of cases."""
+    degrees = len(differences) - 1 + _SPREAD_WEIGHT
+    squares = ((differences - differences.mean()) ** 2).sum() + _SPREAD_WEIGHT * spread**2
     return float(student.ppf(0.975, degrees) * math.sqrt(squares / degrees / len(differences)))

@@ -13,7 +13,7 @@ Names in this file:
 A configuration trains rung by rung on each scene, in the order that `racing` chooses, and is pruned
 once it is unlikely to become the best. The Optuna study is the only persistent state: metrics of
 units are stored in its user attributes, so a search resumes from there, independently of Tune.
-Knows Optuna, not Ray.
+Uses Optuna, not Ray.
 """
 
 import math
@@ -45,7 +45,7 @@ class _Running:
 
 
 class StudyState:
-    """Hands out units, records their metrics and tells Optuna of ended configurations."""
+    """Hands out units, records their metrics and tells Optuna the ends of configurations."""
 
     def __init__(self, plan: Plan, study: optuna.Study | None = None, *, adopt: bool = True):
         """With `adopt` the search resumes, including what a killed driver left running.
@@ -79,7 +79,7 @@ class StudyState:
         self.confirmation = Confirmation(plan, self.study)
         for trial in begun:
             self._restore(trial, attributes)
-        for trial in under_way if adopt else ():  # They are judged by all results.
+        for trial in under_way if adopt else ():  # Once all results are known.
             self._reopen(trial)
 
     @property
@@ -166,17 +166,13 @@ class StudyState:
     def results_of_search(self) -> dict[int, float]:
         """The first objective of the fully trained configurations, the best first."""
         first = self.plan.spec.objectives[0]
-        # A copy, for MLflow is written in another thread while the search goes on.
+        # A copy: MLflow is written in another thread while the search continues.
         values = {number: about[first] for number, about in list(self._racing.finished.items())}
         return dict(sorted(values.items(), key=lambda pair: -pair[1]))
 
     def verdict(self, configuration: int) -> Verdict | None:
         """What the race expects of a configuration; None for the incumbent and without one."""
         return self._racing.verdict(configuration)
-
-    def front(self) -> list[int]:
-        """The Pareto front: numbers of finished configurations that no other one dominates."""
-        return self._racing.front()
 
     def describe_end(self, trial: FrozenTrial) -> str:
         """How a configuration ended; the objectives of a pruned one are expected, not measured."""

@@ -4,6 +4,7 @@ Steps are counted in full trainings: a unit weighs the part of the steps that it
 """
 
 import time
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from ray import tune
@@ -18,7 +19,7 @@ _INTERVAL = 30.0
 
 
 class Status(NamedTuple):
-    """How far a search is."""
+    """Progress of a search."""
 
     ended: int
     """Configurations that have ended."""
@@ -29,7 +30,7 @@ class Status(NamedTuple):
     ranking: list[tuple[int, float]]
     """Number and first objective of fully trained configurations, the best first."""
     running: int
-    """Units that train now."""
+    """Units in training."""
     done: int
     """Units that have been trained."""
     pruned: int
@@ -94,8 +95,8 @@ def find_status(state: StudyState, plan: Plan, *, running: int, pace: float | No
 
 
 def settled(state: StudyState) -> float:
-    """How many full trainings need no more work: trained, or spared because their configuration
-    has ended."""
+    """Number of full trainings that need no more work: all those of ended configurations, and the
+    trained part of the others."""
     plan, trainings = state.plan, len(state.plan.trainings)
     under_way = [number for number in state.started if not state.has_ended(number)]
     rungs = [rung for number in under_way for _, rung in state.results(number)]
@@ -104,26 +105,29 @@ def settled(state: StudyState) -> float:
 
 
 def _seconds(state: StudyState) -> tuple[float, float | None]:
-    """Training seconds so far, and those of the whole study if nothing were pruned, judged by the
+    """Training seconds so far, and those of the whole study without pruning, extrapolated from the
     units of the highest rung that has been reached."""
     plan, fields = state.plan, sum(state.field_seconds.values(), 0.0)
-    last: dict[tuple[int, str], tuple[int, float]] = {}
-    for unit, metrics in state.recorded:
-        if metrics is not None:
-            so_far = unit.rung, metrics.get("seconds", 0.0)  # of all rungs so far
-            key = unit.configuration, unit.scene
-            last[key] = max(last.get(key, so_far), so_far)
-    if not last:
-        return fields, None
-    highest = max(rung for rung, _ in last.values())
-    there = [seconds for rung, seconds in last.values() if rung == highest]
-    each = sum(there) / len(there) * plan.part(highest)
-    whole = fields + plan.spec.trials * len(plan.trainings) * each
-    return fields + sum(seconds for _, seconds in last.values()), whole
+    spent = fields + sum(training_seconds(state, number) for number in state.started)
+    units = [(unit.rung, m.get("seconds", 0.0)) for unit, m in state.recorded if m is not None]
+    highest = max((rung for rung, _ in units), default=None)
+    if highest is None:
+        return spent, None
+    each = fmean(seconds for rung, seconds in units if rung == highest) * plan.part(highest)
+    return spent, fields + plan.spec.trials * len(plan.trainings) * each
+
+
+def training_seconds(state: StudyState, configuration: int) -> float:
+    """Training seconds of a configuration so far, without stage 1 that others share."""
+    last: dict[str, float] = {}
+    for (scene, _), metrics in state.results(configuration).items():
+        if metrics is not None:  # The seconds of a rung include those of lower ones.
+            last[scene] = max(last.get(scene, 0.0), metrics.get("seconds", 0.0))
+    return sum(last.values(), 0.0)
 
 
 class StatusLine(tune.Callback):
-    """Shows the status while Tune runs: in a terminal as the last line, which changes every second;
+    """Shows the status while Tune runs: in a terminal as the last line, updated every second;
     elsewhere as a new line every half minute."""
 
     def __init__(self, state: StudyState, plan: Plan, *, interval: float = _INTERVAL):

@@ -81,7 +81,7 @@ def is_of_memory(trouble: str) -> bool:
 
 
 def reason(trouble: str) -> str:
-    """One line that says why a process of Ray has failed, from its error or traceback."""
+    """The reason why a process of Ray has failed, in one line, from its error or traceback."""
     if found := _MEMORY.search(trouble):
         machine, memory = found.groups()
         return (

@@ -1,34 +1,30 @@
 """MLflow: an experiment per study, a run per configuration, a child run per scene.
 
-The state of the search and the trial folders say what the runs should hold; `Tracker.sync` writes
-the difference to what they do hold. Runs are found by the tag `cbnerf.key`:
+The state of the search and the trial folders determine the content of the runs; `Tracker.sync`
+writes what is missing. Runs are found by the tag `cbnerf.key`:
 
     report                       the closing report
     field/ENTRY                  stage 1 of a scene, by its cache entry
     configuration/NUMBER         closed once it has the tag `outcome`
     unit/NUMBER/SCENE            all rungs of a configuration on a scene; a child of the former
 
-Start and end of a run are those of the training. Only failures are FAILED: what was pruned is
-FINISHED, and its tag `outcome` says `pruned`.
+Start and end of a run are those of the training. Only failures are FAILED: pruned configurations
+are FINISHED, with the tag `outcome` set to `pruned`.
 """
 
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import imageio.v3 as iio
 from mlflow.entities import Metric
-from tqdm import tqdm
 
 from cbnerf.config import flatten_field
 from cbnerf.search.champion import register_champion
 from cbnerf.search.curves import Point, first_and_last, read_curves
-from cbnerf.search.inputs import SCORING, TRAINING, scene_inputs
-from cbnerf.search.mlflow_store import first_line, legal_key, open_client, open_experiment
+from cbnerf.search.dataset_inputs import SCORING, TRAINING, scene_inputs
+from cbnerf.search.mlflow_store import legal_key, open_client, open_experiment
 from cbnerf.search.plan import Unit
 from cbnerf.search.racing import Metrics
 from cbnerf.search.runs import TrackedRun, find_runs, git_commit
@@ -37,8 +33,8 @@ from cbnerf.training.checkpoint import CHECKPOINT_FILES, Stage, save_weights
 from cbnerf.training.stages import CONFIG_FILE, METRICS_FILE, STRIP_FILE, read_metrics
 
 _OUTCOME, _REASON = "outcome", "outcome_reason"
-"""Tags of a configuration or a unit: `finished`, `pruned`, `failed`, or `stopped` where the
-configuration has failed on another scene; and why."""
+"""Tags of a configuration or a unit: `finished`, `pruned`, `failed`, or `stopped` if the
+configuration failed on another scene; and the reason."""
 _BEST = "best"
 """Tag of the run of the best configuration."""
 _PROGRAM = "tune.py"
@@ -68,7 +64,7 @@ class Tracker:
         self._num_failures = 0
 
     def sync(self) -> None:
-        """Write what MLflow does not hold yet. After an error the next call completes the work.
+        """Write what is missing in MLflow. After an error the next call completes the work.
 
         May run in another thread than the search. The number of calls of MLflow grows with the
         changes since the last sync, not with the size of the study.
@@ -77,7 +73,7 @@ class Tracker:
             self._load()
             self._sync()
         except BaseException:
-            self._is_loaded = False  # A call that failed may have been carried out.
+            self._is_loaded = False  # MLflow may have carried out a call that failed.
             raise
 
     def log_report(self, files: list[Path], metrics: Metrics, since: float) -> None:
@@ -124,7 +120,7 @@ class Tracker:
             self._open_unit(unit).write(tags={_NOTE: reason, _REASON: reason})
             self._num_failures += 1
         ended = [number for number in sorted(self._open) if self._state.has_ended(number)]
-        # The search goes on meanwhile; a configuration with a new unit is closed next time.
+        # The search continues in another thread; a configuration with a new unit is closed later.
         pending = {unit.configuration for unit, _ in self._state.recorded[self.num_written :]}
         for number in ended:
             if number not in pending:
@@ -181,7 +177,7 @@ class Tracker:
         return child
 
     def _write_unit(self, unit: Unit, metrics: Metrics | None) -> None:
-        """The curves and the metrics of a recorded unit; of a full training also its files."""
+        """Write curves and metrics of a recorded unit; of a full training also its files."""
         run = self._open_unit(unit)
         if run.tags.get(_OUTCOME) == "finished":
             return
@@ -212,7 +208,7 @@ class Tracker:
         self._log_stage(run, folder, self._plan.stage)
 
     def _close(self, number: int) -> None:
-        """Write how a configuration has ended: with the means over its scenes if all finished."""
+        """Write the end of a configuration, with the means over its scenes if all have finished."""
         parent = self._runs[_configuration_key(number)]
         finished = [m for m in self._state.full_results(number).values() if m is not None]
         tags, status = {_OUTCOME: "finished"}, "FINISHED"
@@ -239,12 +235,12 @@ class Tracker:
         self._open.discard(number)
 
     def _stop(self, run: TrackedRun, number: int, ended: int | None) -> None:
-        """End the run of a unit that is not trained further, for its configuration has ended."""
+        """End the run of a unit that is not trained further because its configuration has ended."""
         run.set_status("FINISHED", ended)
         run.write(tags={_OUTCOME: "pruned" if number in self._state.pruned else "stopped"})
 
     def _mark_best(self) -> None:
-        """Only the best of the closed configurations has the tag `best`."""
+        """Move the tag `best` to the best configuration once its run is closed."""
         best = self._state.best()
         if best is None or not self._is_closed(best.number):
             return
@@ -264,7 +260,7 @@ class Tracker:
     def _run(
         self, key: str, name: str, tags: dict[str, str], params: dict[str, Any], start: int | None
     ) -> TrackedRun:
-        """The run with this key, created if there is none, begun at `start` (milliseconds)."""
+        """The run with this key; a new one begins at `start` (milliseconds since 1970)."""
         if key not in self._runs:
             plan = self._plan
             tags |= {"cbnerf.key": key, "cbnerf.study": plan.name, "cbnerf.data": plan.source}
@@ -279,52 +275,13 @@ class Tracker:
         return self._runs[key]
 
     def _log_stage(self, run: TrackedRun, folder: Path, stage: Stage) -> None:
-        """Configuration and weights of a trained stage, without the optimizer's state, which is
+        """Log configuration and weights of a trained stage, without the optimizer's state, which is
         twice as large."""
         self._client.log_artifact(run.id, str(folder / CONFIG_FILE))
         with TemporaryDirectory() as temporary:
             weights = Path(temporary) / CHECKPOINT_FILES[stage]
             save_weights(folder / CHECKPOINT_FILES[stage], stage, weights)
             self._client.log_artifact(run.id, str(weights))
-
-
-@contextmanager
-def repeated(
-    sync: Callable[[], None], *, seconds: float = 5.0, patience: float = 30.0
-) -> Iterator[None]:
-    """Call `sync` every few seconds in a thread, and once more at the end of the block.
-
-    An error of the last call is raised; of earlier ones the first in a row is printed. If the block
-    fails, the last call gets `patience` seconds.
-    """
-    is_over = threading.Event()
-    error: Exception | None = None
-
-    def run() -> None:
-        nonlocal error
-        is_last = False
-        while not is_last:
-            is_last = is_over.wait(seconds)
-            try:
-                sync()
-                error = None
-            except Exception as problem:
-                if error is None and not is_last:
-                    tqdm.write(f"  MLflow: {first_line(problem)}; trying again")
-                error = problem
-
-    thread = threading.Thread(target=run, name="MLflow", daemon=True)
-    thread.start()
-    try:
-        yield
-    except BaseException:
-        is_over.set()
-        thread.join(patience)
-        raise
-    is_over.set()
-    thread.join()
-    if error is not None:
-        raise error
 
 
 def _write_curves(run: TrackedRun, points: list[Point]) -> None:

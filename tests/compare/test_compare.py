@@ -134,7 +134,7 @@ def test_a_finished_comparison_reads_only_the_checkpoints_that_make_images(
     assert {path.name for path in read} == {"refiner.pt"}  # renders of fields are kept
 
 
-def test_the_report_says_in_which_precision_stage_1_was_trained(
+def test_the_report_names_the_precision_of_stage_1(
     compare, photographs: Path, monkeypatch: pytest.MonkeyPatch
 ):
     arguments = (f"--data={photographs}", "--scenes=fern", "--methods=linear")
@@ -175,7 +175,7 @@ def test_table1_is_the_best_view_of_all_evaluations(compare, storage: Path, phot
     assert "6.02 dB" in text and "SSIM" not in text
 
 
-def test_table1_goes_on_after_a_kill_between_a_checkpoint_and_its_score(
+def test_table1_resumes_after_a_kill_between_a_checkpoint_and_its_score(
     compare, storage: Path, photographs: Path
 ):
     arguments = (f"--data={photographs}", "--scenes=fern", "--protocol=table1", "--methods=cb-nerf")
@@ -257,7 +257,7 @@ def test_built_in_scenes_say_that_they_compare_with_nothing(compare):
 
 MISTAKES = {
     "unknown method": (["--methods=nerv"], "unknown method 'nerv'"),
-    "method twice": (["--methods=nerf,nerf"], "'nerf' stands there twice"),
+    "method twice": (["--methods=nerf,nerf"], "'nerf' is named twice"),
     "unknown scene": (["--scenes=fern"], "no scene 'fern' in the built-in scenes"),
     "one scene alone": (
         ["--protocol=unseen-scene", "--scenes=mosaic"], "needs at least 2 scenes"

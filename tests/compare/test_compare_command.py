@@ -37,7 +37,7 @@ def test_knobs_have_the_values_of_a_yaml_file():
         (["codebook.size=2026-13-01"], "month must be in"),
         (["codebook.size=true"], "codebook.size = True is not an integer"),
         (["codebook.beta=.inf"], "codebook.beta = inf must be finite"),
-        (["codebook.size=4", "codebook.size=8"], "--knobs: codebook.size stands there twice"),
+        (["codebook.size=4", "codebook.size=8"], "--knobs: codebook.size is named twice"),
         (["=4"], "unknown knob ''"),
     ],
 )

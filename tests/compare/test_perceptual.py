@@ -9,7 +9,7 @@ from cbnerf.compare.perceptual import WEIGHTS_FILE, load_lpips
 CPU = torch.device("cpu")
 
 
-def test_without_weights_nothing_is_computed_and_the_reason_is_told(tmp_path: Path, monkeypatch):
+def test_without_weights_nothing_is_computed_for_a_reported_reason(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     distance, about = load_lpips(CPU)
     packages = ("torchvision", "torchmetrics")
@@ -19,7 +19,7 @@ def test_without_weights_nothing_is_computed_and_the_reason_is_told(tmp_path: Pa
     assert not list(tmp_path.iterdir())  # nothing was downloaded
 
 
-def test_with_weights_at_hand_equal_images_are_nearest(tmp_path: Path, monkeypatch):
+def test_with_weights_equal_images_are_nearest(tmp_path: Path, monkeypatch):
     pytest.importorskip("torchmetrics")
     models = pytest.importorskip("torchvision.models")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))

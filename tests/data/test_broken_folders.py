@@ -289,7 +289,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Capture]:
 
 @given(change=changes)
 @settings(derandomize=True, database=None, deadline=None, max_examples=500)
-def test_a_broken_folder_is_read_as_before_or_told_in_one_line(
+def test_a_broken_folder_is_read_as_before_or_refused_in_one_line(
     change: Change, good: tuple[Path, Capture]
 ):
     whole, expected = good

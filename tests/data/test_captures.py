@@ -169,7 +169,7 @@ def test_spellings_of_transforms(change: Callable, capture: Capture, tmp_path: P
     check_equal(read_capture(tmp_path / "scene", 64), capture)
 
 
-def test_masks_are_said_to_be_ignored(capture: Capture, tmp_path: Path):
+def test_ignored_masks_are_reported(capture: Capture, tmp_path: Path):
     write_transforms(tmp_path / "scene", capture)
     edit(lambda content: content["frames"][2].update(mask_path="masks/2.png"))(tmp_path / "scene")
     found = str(find_photographs(tmp_path / "scene", 64))
@@ -280,7 +280,7 @@ CASES = [*MALFORMED_TRANSFORMS, *(f"{case} of COLMAP" for case in MALFORMED_MODE
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_malformed_cameras_are_told_in_one_line(case: str, capture: Capture, tmp_path: Path):
+def test_malformed_cameras_are_refused_in_one_line(case: str, capture: Capture, tmp_path: Path):
     of_colmap = case.endswith(" of COLMAP")
     write = write_colmap_text if of_colmap else write_transforms
     write(tmp_path / "scene", capture)
@@ -302,7 +302,7 @@ def written(capture: Capture, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @given(data=st.data())
 @settings(derandomize=True, database=None, deadline=None, max_examples=200)
-def test_no_damage_to_cameras_goes_unnamed(data: st.DataObject, written: Path):
+def test_any_damage_to_cameras_names_the_file(data: st.DataObject, written: Path):
     """Any bytes cut, changed or added: a capture, or one line that names the file."""
     kind = data.draw(st.sampled_from(sorted(WRITERS)))
     with tempfile.TemporaryDirectory() as root:

@@ -108,7 +108,7 @@ POOR = {
 
 
 @pytest.mark.parametrize("case", POOR)
-def test_a_poor_capture_is_told_with_its_number_and_the_mend(case: str):
+def test_a_poor_capture_is_refused_with_its_figure_and_the_remedy(case: str):
     found, total, message = POOR[case]
     with pytest.raises(ValueError, match=message) as error:
         importing._check(Path("photos"), prepared(total), found, force=False)
@@ -119,7 +119,7 @@ def test_a_poor_capture_is_told_with_its_number_and_the_mend(case: str):
         importing._check(Path("photos"), prepared(total), found, force=True)
 
 
-def test_force_leaves_out_what_looks_too_far_aside_and_says_so():
+def test_force_leaves_out_views_beyond_the_angle_and_reports_them():
     found = reconstruct_without_colmap([0, 0, 0, 5, -5, 5, -5, 80])
     kept = importing._check(Path("photos"), prepared(9), found, force=True)
     assert kept.cameras.names == found.cameras.names[:7]
@@ -129,7 +129,7 @@ def test_force_leaves_out_what_looks_too_far_aside_and_says_so():
     assert "blurred, better taken again: 3.jpg\n" in note
 
 
-def test_mistakes_are_told_before_anything_is_written(tmp_path: Path, capsys, monkeypatch):
+def test_mistakes_are_reported_before_anything_is_written(tmp_path: Path, capsys, monkeypatch):
     few = take_photographs(tmp_path / "few", 4)
     mixed = take_photographs(tmp_path / "mixed", 6)
     with Image.open(mixed / "3.png") as image:

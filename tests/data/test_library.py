@@ -67,7 +67,7 @@ def test_a_scene_cannot_be_called_all():
         ('"say ""x"""', ('say "x"',)),
     ],
 )
-def test_a_name_with_a_comma_stands_in_quotes(wanted: str, expected: tuple[str, ...]):
+def test_a_name_with_a_comma_is_quoted(wanted: str, expected: tuple[str, ...]):
     available = ["fern", "street, north", 'say "x"']
     assert choose_scenes(wanted, available, Path("data")) == expected
     with pytest.raises(ValueError, match='there are fern, "street, north", "say ""x"""'):
@@ -87,7 +87,7 @@ def test_several_folders_of_scenes_are_named():
         locate_data(Path("all"))
 
 
-def test_a_scene_in_place_of_a_folder_of_scenes_is_told(tmp_path: Path):
+def test_a_scene_in_place_of_a_folder_of_scenes_is_refused(tmp_path: Path):
     add_scenes(tmp_path / "photos", "fern")
     with pytest.raises(ValueError, match=f"--data {tmp_path}/photos --scenes fern"):
         locate_data(Path("photos/fern"))
@@ -105,7 +105,7 @@ def test_the_home_folder_may_be_written_as_a_tilde(tmp_path: Path, monkeypatch: 
         default_storage()
 
 
-def test_an_own_folder_is_not_passed_over_for_a_built_in_scene(tmp_path: Path):
+def test_a_folder_with_the_name_of_a_built_in_scene_is_ambiguous(tmp_path: Path):
     assert choose_scenes("mosaic", list(BUILT_IN_SCENES), None) == ("mosaic",)
     Path("mosaic/field").mkdir(parents=True)  # what a training left is no scene
     assert choose_scenes("mosaic", list(BUILT_IN_SCENES), None) == ("mosaic",)
@@ -134,7 +134,7 @@ def test_scenes_are_checked_without_their_pixels(tiny_capture: Capture, tmp_path
         check_scenes(["mosaic"], None, DataConfig(width=64, test_every=30), spell)
 
 
-def test_which_photographs_are_read_is_told(tiny_capture: Capture, tmp_path: Path):
+def test_the_photographs_that_are_read_are_reported(tiny_capture: Capture, tmp_path: Path):
     for name in ("fern", "trex"):
         write_capture(tmp_path / name, tiny_capture)
     told = describe_photographs(["fern", "trex"], tmp_path, 64)

@@ -120,7 +120,7 @@ def test_suffixes_that_cannot_be_read_are_named(folder: Path):
 
 
 def test_a_photograph_is_read_as_it_is_stored(folder: Path):
-    """COLMAP, which found the poses, heeds no EXIF orientation."""
+    """COLMAP, which found the poses, ignores the EXIF orientation."""
     expected = read_capture(folder, 64).images
     turned = Image.Exif()
     turned[ExifTags.Base.Orientation] = 6
@@ -145,7 +145,7 @@ def test_small_differences_of_cameras_are_those_of_files(folder: Path):
         torch.testing.assert_close(read_capture(folder, 64).camera_to_world, before.camera_to_world)
 
 
-def test_the_folder_at_hand_has_a_name(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_current_folder_has_a_name(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(folder)
     assert read_capture(Path(), 64).name == "scene"
 
@@ -157,7 +157,7 @@ def test_focal_scales_with_the_width_and_resizing_keeps_the_picture(folder: Path
     assert (half.images.float() - box).abs().mean() < 0.2 * box.std()
 
 
-def test_what_is_no_image_folder_is_passed_over(folder: Path):
+def test_other_entries_beside_image_folders_are_ignored(folder: Path):
     (folder / "images.zip").write_bytes(b"PK")
     (folder / "images_2").mkdir()
     (folder / "images" / "Thumbs.db").write_bytes(b"")
@@ -302,7 +302,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("case", MALFORMED)
-def test_a_malformed_folder_is_told_in_one_line(case: str, folder: Path):
+def test_a_malformed_folder_is_refused_in_one_line(case: str, folder: Path):
     damage, message = MALFORMED[case]
     damage(folder)
     with pytest.raises(ValueError, match=message) as error:
@@ -311,7 +311,7 @@ def test_a_malformed_folder_is_told_in_one_line(case: str, folder: Path):
     assert "\n" not in str(error.value)
 
 
-def test_no_damage_to_an_image_goes_unnamed(folder: Path):
+def test_any_damage_to_an_image_names_the_file(folder: Path):
     file = folder / "images" / "image001.png"
     whole = file.read_bytes()
     generator = np.random.default_rng(0)

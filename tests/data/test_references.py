@@ -35,7 +35,7 @@ def test_content_at_a_depth_is_found_where_a_ray_meets_that_plane(tiny_cameras: 
     torch.testing.assert_close(places[v, u], expected, atol=0.05, rtol=0)
 
 
-def test_content_of_a_view_stands_in_itself_where_it_is(tiny_cameras: Cameras):
+def test_content_of_a_view_projects_into_itself_at_its_own_place(tiny_cameras: Cameras):
     depth = torch.rand(48, 64, generator=torch.Generator().manual_seed(0)).half()
     places = find_content(tiny_cameras, 2, depth, 2)
     v, u = torch.meshgrid(torch.arange(48) + 0.5, torch.arange(64) + 0.5, indexing="ij")

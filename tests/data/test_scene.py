@@ -94,7 +94,7 @@ def test_kernels_differ(tiny_scene: Scene):
 
 
 @pytest.mark.parametrize("kernel", REACH)
-def test_photographs_are_shrunk_by_the_map_that_refiners_heed(tiny_scene: Scene, kernel: Kernel):
+def test_photographs_are_shrunk_by_the_kernel_of_the_refiners(tiny_scene: Scene, kernel: Kernel):
     """But for rounding, and for clipping of what Lanczos overshoots."""
     linear = downsampling.downsample(tiny_scene.images.movedim(-1, 1).float(), 2, kernel)
     found = downsample(tiny_scene.images, 2, kernel).movedim(-1, 1)
@@ -106,7 +106,7 @@ def test_scale_one_changes_nothing(tiny_scene: Scene):
     assert torch.equal(downsample(tiny_scene.images, 1, "lanczos"), tiny_scene.images)
 
 
-def test_a_scale_below_stand_the_low_res_photographs_with_their_rays(tiny_scene: Scene):
+def test_one_scale_below_a_scene_has_its_low_res_photographs_and_their_rays(tiny_scene: Scene):
     below = tiny_scene.scale_below("box")
     assert torch.equal(below.images, downsample(tiny_scene.images, 2, "box"))
     assert (below.scale, below.name) == (2, tiny_scene.name)

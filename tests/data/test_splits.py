@@ -65,7 +65,7 @@ def test_the_mend_mends(validation: bool):
                     split_views(views, data if more else replace(data, test_every=int(other)))
 
 
-def test_a_command_tells_the_mend_in_its_own_words():
+def test_a_command_spells_the_remedy_as_it_takes_it():
     with pytest.raises(ValueError, match=r"^fern: of 4 .*, or set --data.test_every 7$"):
         check_views(4, DataConfig(), "fern", "--{} {}".format)
 

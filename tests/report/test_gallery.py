@@ -72,7 +72,7 @@ window.addEventListener("load", () => {
 
 @needs_browser
 def test_in_a_browser_the_slider_the_choice_and_the_key_change_the_picture(tmp_path: Path):
-    page = page_to_html(Page("Study", [], [Section("", [gallery("Gallery", "", VIEWS)])]))
+    page = page_to_html(Page("Study", [], [Section("", [gallery("", VIEWS)])]))
     (tmp_path / "page.html").write_text(page + LOOK, encoding="utf-8")
     dom = dump_page((tmp_path / "page.html").as_uri(), tmp_path / "profile")
     found = re.search(r'<pre id="seen">(.*?)</pre>', dom)
@@ -90,7 +90,7 @@ def test_in_a_browser_the_slider_the_choice_and_the_key_change_the_picture(tmp_p
 
 
 def test_texts_are_escaped_and_nothing_comes_from_the_network():
-    chart = gallery("Gallery", "The first view.", VIEWS)
+    chart = gallery("The first view.", VIEWS)
     assert chart.caption.startswith("The first view. Move the slider")
     assert (
         'alt="best &lt;2&gt;"' in chart.html and "<figcaption>a &amp; b</figcaption>" in chart.html
@@ -102,7 +102,7 @@ def test_texts_are_escaped_and_nothing_comes_from_the_network():
 
 def test_small_galleries_are_exact():
     image = textured(0, 64, 48)
-    chart = gallery("", "", [View("fern", [Shot("photograph", "", image)])])
+    chart = gallery("", [View("fern", [Shot("photograph", "", image)])])
     (shown,) = embedded(chart.html)
     assert np.array_equal(np.asarray(shown.convert("RGB")), image)
     assert "Native pixels, lossless WebP" in chart.caption
@@ -116,7 +116,7 @@ def test_eight_scenes_of_504_pixels_leave_room_for_the_charts():
     views = [
         View(str(scene), [Shot(str(shot), "", image) for shot in range(4)]) for scene in range(8)
     ]
-    chart = gallery("", "", views)
+    chart = gallery("", views)
     assert 0.7 * BUDGET < len(chart.html.encode()) < BUDGET + 10_000
     shown = np.asarray(embedded(chart.html)[0].convert("RGB")).astype(float)
     assert np.sqrt(np.mean((shown - image.numpy()) ** 2)) < 5
@@ -124,5 +124,5 @@ def test_eight_scenes_of_504_pixels_leave_room_for_the_charts():
 
 
 def test_a_gallery_that_fits_nowhere_is_still_shown():
-    chart = gallery("", "", VIEWS, budget=10)
+    chart = gallery("", VIEWS, budget=10)
     assert len(embedded(chart.html)) == 6 and "JPEG of quality 60" in chart.caption

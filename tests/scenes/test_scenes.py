@@ -114,7 +114,7 @@ def test_capture_has_the_shapes_and_names_it_promises():
     assert capture.name == "blinds" and capture.bounds.shape == (3, 2)
 
 
-def test_unknown_name_is_told_the_known_ones():
+def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match="atlantis.*arcade.*thicket"):
         make_capture("atlantis", width=48)
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,24 @@ def tiny_plan(tmp_path: Path) -> Callable[..., Plan]:
     return make
 
 
+@pytest.fixture
+def unpruned_plan(tiny_plan: Callable[..., Plan]) -> Callable[..., Plan]:
+    """As `tiny_plan`, with one rung and no pruning unless told."""
+
+    def make(scenes: str = "arcade,blinds", **spec: Any) -> Plan:
+        return tiny_plan(scenes, **{"stopping": {"rule": "none", "rungs": 1}} | spec)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def quiet() -> None:
+    """Silence Ray, Optuna and MLflow as the driver does."""
+    from cbnerf.search.driver import quieten_libraries
+
+    quieten_libraries()
+
+
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MLflow takes seconds to make a database, so tests copy this one."""
@@ -66,6 +85,22 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("empty") / "mlflow.db"
     MlflowClient(f"sqlite:///{file}").search_experiments()
     return file
+
+
+@pytest.fixture
+def make_tracked_plan(tiny_plan: Callable[..., Plan], empty_store: Path) -> Callable[..., Plan]:
+    """A plan with one value of each knob, and an empty MLflow; one rung unless told."""
+
+    def make(**spec: Any) -> Plan:
+        space = {"codebook.size": {"choices": [64]}, "codebook.beta": {"choices": [0.5]}}
+        defaults = {"stopping": {"rule": "none"}, "space": space, "fixed": {"codebook.dim": 8}}
+        plan = tiny_plan("arcade,blinds", **defaults | spec).with_precision("bfloat16")
+        if not plan.storage.exists():
+            plan.storage.mkdir()
+            shutil.copy(empty_store, plan.storage / "mlflow.db")
+        return plan
+
+    return make
 
 
 @pytest.fixture(scope="module")

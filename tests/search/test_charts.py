@@ -2,13 +2,14 @@
 
 import json
 import re
-from collections.abc import Callable
 
 import pytest
+from objectives import train_units
 
 from cbnerf.search.charts import charts
 from cbnerf.search.effects import Effect
 from cbnerf.search.plan import Unit
+from cbnerf.search.racing import Metrics
 from cbnerf.search.state import StudyState
 
 pytestmark = pytest.mark.search
@@ -17,23 +18,18 @@ ALONE = {"rule": "none"}
 CHARTS = ["History of val/psnr", "Parallel coordinates", "Race", "Cost"]
 
 
-def run(state: StudyState, score: Callable[[Unit], float]) -> None:
-    while unit := state.next_unit():
-        psnr = score(unit)
-        state.record(unit, {"val/psnr": psnr, "val/ssim": psnr / 40, "seconds": 2.0})
-
-
 def titles(state: StudyState) -> list[str]:
     return [chart.title for chart in charts(state, [])]
 
 
-def beta(unit: Unit) -> float:
-    return 20 + unit.overrides["codebook.beta"]
+def beta(unit: Unit) -> Metrics:
+    psnr = 20 + unit.overrides["codebook.beta"]
+    return {"val/psnr": psnr, "val/ssim": psnr / 40, "seconds": 2.0}
 
 
 def test_a_study_with_a_shared_stage_1_has_all_charts(tiny_plan):
     state = StudyState(tiny_plan(trials=6, stopping=ALONE))
-    run(state, beta)
+    train_units(state, beta)
     state.record_field("arcade", "field-arcade-0123", 30.0)
     drawn = list(charts(state, []))
     assert [chart.title for chart in drawn] == CHARTS
@@ -42,7 +38,7 @@ def test_a_study_with_a_shared_stage_1_has_all_charts(tiny_plan):
 
 def test_charts_load_nothing_from_elsewhere(tiny_plan):
     state = StudyState(tiny_plan(trials=4, stopping=ALONE))
-    run(state, beta)
+    train_units(state, beta)
     html = "".join(chart.html for chart in charts(state, []))
     tags = re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", html)
     assert tags and not any(re.search(r"(?:src|href)=", tag) for tag in tags)
@@ -50,21 +46,21 @@ def test_charts_load_nothing_from_elsewhere(tiny_plan):
 
 def test_without_a_shared_stage_1_and_with_few_configurations_charts_are_left_out(tiny_plan):
     state = StudyState(tiny_plan(trials=2, stopping=ALONE))
-    run(state, beta)
+    train_units(state, beta)
     assert titles(state) == ["History of val/psnr", "Race"]
 
 
 @pytest.mark.parametrize("objectives", [["val/psnr", "val/ssim"], ["val/psnr", "codebook.size"]])
 def test_several_objectives_have_histories_and_a_pareto_front(tiny_plan, objectives: list[str]):
     state = StudyState(tiny_plan(trials=5, stopping=ALONE, objectives=objectives))
-    run(state, beta)
+    train_units(state, beta)
     histories = [f"History of {name}" for name in objectives]
     assert titles(state)[:3] == [*histories, "Pareto front"]
 
 
 def test_effects_are_drawn_with_their_intervals_the_largest_on_top(tiny_plan):
     state = StudyState(tiny_plan(trials=2, stopping=ALONE))
-    run(state, beta)
+    train_units(state, beta)
     effects = [
         Effect("codebook.beta", 0.5, 0.25, 1.0, 2.0, True),
         Effect("codebook.size", 0.125, 0.0, 0.375, 64, True),

@@ -1,4 +1,4 @@
-"""Command lines of `tune.py` in odd places: strange paths, moved photographs, foreign machines."""
+"""Studies that are resumed, reported and watched, also after their photographs have moved."""
 
 import os
 import re
@@ -13,36 +13,22 @@ from typing import Any
 import pytest
 import yaml
 from drawings import draw
+from drivers import ROOT, SMOKE, call_tune, content
 from filelock import FileLock
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from cbnerf.commands.storage import Report
 from cbnerf.data.llff import write_capture
-from cbnerf.search import command
 from cbnerf.search.plan import Plan
-from cbnerf.search.request import Options, know_photographs, read_request, settle
+from cbnerf.search.request import Options, fingerprint_photographs, read_request, settle
 from cbnerf.search.state import StudyState
 from cbnerf.strict_yaml import load_yaml
 
 pytestmark = pytest.mark.search
 
-ROOT = Path(__file__).parents[2]
-SMOKE = ROOT / "tune_configs" / "smoke.yaml"
 STRANGER = ["unshare", "--user", "--map-user=12345", "--map-group=12345"]
 """Runs a command as a user without a name and without any right of root's."""
 UNREADABLE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 """A locale in which Python encodes files and output as ASCII."""
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The exit status of a command line, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["tune.py", *arguments])
-    try:
-        command.main(SMOKE)
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 def photograph(folder: Path, *, num_views: int = 10) -> Path:
@@ -55,27 +41,16 @@ def begin(data: Path, **options: Any) -> Plan:
     """A study that a driver has begun and that has got no further."""
     asked = Options(data=data, name="study", storage=Path("runs"), **options)
     settled = settle(read_request(asked, SMOKE), asked, has_gpu=False)
-    known = know_photographs(settled)
+    known = fingerprint_photographs(settled)
     kept = replace(settled.request, photographs=known, resolution="tiny")
     kept.write(settled.plan.folder)
     return settled.plan
 
 
-def content(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """When each file and folder was changed, and what it holds."""
-    return {
-        str(path.relative_to(folder)): (
-            path.stat().st_mtime_ns,
-            path.read_bytes() if path.is_file() else b"",
-        )
-        for path in [folder, *folder.rglob("*")]
-    }
-
-
 RESUME = ["--resume", "--name", "study"]
 
 
-def test_photographs_that_have_moved_are_said_and_found_again(
+def test_moved_photographs_are_reported_and_found_with_data(
     tmp_path: Path,
     ray_address: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -83,18 +58,18 @@ def test_photographs_that_have_moved_are_said_and_found_again(
 ):
     plan = begin(photograph(tmp_path / "old"))
     (tmp_path / "old").rename(tmp_path / "new disk")
-    assert call(monkeypatch, *RESUME) == 2
+    assert call_tune(monkeypatch, *RESUME) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert "old/fern: no such folder" in line and "--resume --name study --data FOLDER" in line
     moved = ["--data", "new disk"]
     for arguments in ([*RESUME, *moved], ["--config", str(SMOKE), "--name", "study", *moved]):
-        priced = call(monkeypatch, *arguments, "--dry-run", "--address", ray_address)
+        priced = call_tune(monkeypatch, *arguments, "--dry-run", "--address", ray_address)
         assert priced == 0, capfd.readouterr().err
         assert "data       photographs in " in capfd.readouterr().out
     request = load_yaml(plan.folder / "request.yaml")
     asked = Options(resume=True, name="study", data=tmp_path / "new disk")
     again = settle(read_request(asked, SMOKE), asked, has_gpu=False)
-    assert know_photographs(again) == request["photographs"]
+    assert fingerprint_photographs(again) == request["photographs"]
 
 
 @pytest.mark.parametrize("noted", [True, False])
@@ -108,7 +83,7 @@ def test_other_photographs_are_refused_before_ray_starts(
         file.write_text(yaml.safe_dump(kept), encoding="utf-8")
     before = content(tmp_path / "runs")
     photograph(tmp_path / "new", num_views=11)
-    assert call(monkeypatch, *RESUME, "--data", "new") == 2
+    assert call_tune(monkeypatch, *RESUME, "--data", "new") == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert "new/fern: not the photographs that study study was started with" in line
     assert str(tmp_path / "old") in line
@@ -122,7 +97,7 @@ def test_a_study_on_built_in_scenes_takes_no_photographs(
     file = plan.folder / "request.yaml"
     built_in = load_yaml(file) | {"data": None, "scene_names": ["mosaic"], "photographs": {}}
     file.write_text(yaml.safe_dump(built_in), encoding="utf-8")
-    assert call(monkeypatch, *RESUME, "--data", "data") == 2
+    assert call_tune(monkeypatch, *RESUME, "--data", "data") == 2
     assert "was started on built-in scenes" in capfd.readouterr().err
 
 
@@ -195,81 +170,6 @@ def test_ctrl_c_ends_the_watch_with_a_page_that_stays(tmp_path: Path, monkeypatc
     assert "http-equiv" not in report_of(plan)
     with pytest.raises(ValueError, match="--every must be at least 1"):
         Report(study="study", storage=Path("runs"), watch=True, every=0).run()
-
-
-def test_anything_unforeseen_is_one_line_that_names_a_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-):
-    def fail(*arguments: Any, **options: Any) -> None:
-        raise AssertionError
-
-    monkeypatch.setattr("cbnerf.search.request.make_plan", fail)
-    (tmp_path / "my runs").mkdir()
-    assert call(monkeypatch, "--storage", "my runs") == 1
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("tune.py: AssertionError; traceback in ")
-    (file,) = (tmp_path / "my runs").iterdir()
-    assert shlex.split(line)[-1] == str(file)
-    assert "in fail" in file.read_text(encoding="utf-8")
-
-
-ODD = st.text(alphabet="ab ~%?#'\"\\$&;é日\u202f\udcff\n*[]{}:!", min_size=1, max_size=8)
-PATHS = st.tuples(st.sampled_from(["", "here/", "./", "a/../", "link/", "file/"]), ODD,
-                  st.sampled_from(["", "/", "/deeper"])).map("".join)  # fmt: skip
-FLAGS = st.fixed_dictionaries(
-    {},
-    optional={
-        "--name": ODD,
-        "--scenes": st.one_of(ODD, st.sampled_from(["all", "mosaic", "mosaic,mosaic", ",", ""])),
-        "--data": PATHS,
-        "--config": st.one_of(PATHS, st.just(str(SMOKE))),
-        "--trials": st.sampled_from(["0", "-1", "1", "nan", "1e9", "", "3"]),
-        "--resolution": st.one_of(ODD, st.sampled_from(["tiny", "auto", "x2-128"])),
-        "--method": st.one_of(ODD, st.sampled_from(["cb-nerf", "nerf", "linear"])),
-        "--concurrency": st.sampled_from(["0", "-3", "1", "x"]),
-        "--gpus": st.sampled_from(["-1", "nan", "inf", "0", "0.25", "x"]),
-    },
-)
-
-
-@settings(
-    max_examples=60, deadline=None, derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
-@given(storage=PATHS, flags=FLAGS, resume=st.booleans())
-def test_an_odd_command_line_is_a_plan_or_one_line(
-    storage: str, flags: dict[str, str], resume: bool,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
-):  # fmt: skip
-    class Planned(KeyboardInterrupt):
-        """Ray would start."""
-
-    def stop(address: str | None) -> None:
-        raise Planned
-
-    monkeypatch.setattr(command, "_ray", stop)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    (tmp_path / "file").touch()
-    (tmp_path / "here").mkdir(exist_ok=True)
-    (tmp_path / "link").is_symlink() or (tmp_path / "link").symlink_to("here")
-    before = content(tmp_path)
-    words = [f"{name}={value}" for name, value in flags.items()]
-    status = call(monkeypatch, f"--storage={storage}", *words, *["--resume"] * resume)
-    output, errors = capfd.readouterr()
-    assert "Traceback" not in output + errors and "traceback" not in output + errors
-    assert content(tmp_path) == before
-    if status == command._INTERRUPTED:  # It was planned, so all of this must be sound.
-        assert float(flags.get("--gpus", "0")) >= 0 and not resume
-        assert "\n" not in storage + flags.get("--name", "") and "\udcff" not in storage
-        assert not storage.startswith("file/")
-        assert flags.get("--scenes") in (None, "all", "mosaic", "mosaic,mosaic")
-        assert flags.get("--trials") in (None, "1", "3")
-        assert flags.get("--concurrency") in (None, "1")
-        assert "/" not in flags.get("--name", "x")
-    else:
-        assert status == 2 and errors.strip()
-        if errors.startswith("tune.py: "):  # tyro draws boxes
-            assert len(errors.splitlines()) == 1
 
 
 def test_a_cluster_of_another_version_is_refused_in_one_line(ray_address: str):
@@ -348,7 +248,35 @@ def test_a_finished_study_is_reported_and_extended_where_its_photographs_have_mo
         "--address",
         ray_address,
     ]
-    assert call(monkeypatch, *there, "--data", str(folder / "moved")) == 0, capfd.readouterr().err
+    assert call_tune(monkeypatch, *there, "--data", str(folder / "moved")) == 0, (
+        capfd.readouterr().err
+    )
     assert load_yaml(study / "request.yaml")["data"] == str(folder / "moved")
     assert sorted((folder / "my runs" / "cache").glob("field-*")) == fields
-    assert call(monkeypatch, *there) == 0, capfd.readouterr().err
+    assert call_tune(monkeypatch, *there) == 0, capfd.readouterr().err
+
+
+def test_scenes_that_come_later_are_no_part_of_a_study(
+    tmp_path: Path,
+    ray_address: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
+    def add(scene: str) -> None:
+        write_capture(tmp_path / "data" / scene, draw("mosaic", width=64, num_views=10))
+
+    add("fern")
+    add("room")
+    line = ["--config", str(SMOKE), "--data", "data", "--name", "study"]
+    options = Options(config=SMOKE, data=tmp_path / "data", name="study",
+                              storage=tmp_path / "runs")  # fmt: skip
+    settled = settle(read_request(options, SMOKE), options, has_gpu=False)
+    settled.request.write(settled.plan.folder)
+    add("flower")
+    assert call_tune(monkeypatch, *line) == 2
+    assert "study study was started with other scenes (" in capfd.readouterr().err
+    resume = ["--resume", "--name", "study", "--dry-run", "--address", ray_address]
+    assert call_tune(monkeypatch, *resume) == 0
+    out = capfd.readouterr().out
+    assert "scenes     fern (10), room (10)\n" in out
+    assert "read from  fern/images (64x48), room/images (64x48)\n" in out

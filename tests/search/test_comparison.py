@@ -30,7 +30,7 @@ def write_report(folder: Path, protocol: str, metric: str, rows: int = 1) -> Pat
     return folder
 
 
-def test_protocols_stand_in_different_columns(tmp_path: Path, empty_store: Path):
+def test_protocols_have_different_columns(tmp_path: Path, empty_store: Path):
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     client = MlflowClient(tracking_uri(tmp_path))
     found = {}

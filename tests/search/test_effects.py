@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from objectives import train_units
 
 from cbnerf.search.effects import Effect, estimate_effects, study_effects
 from cbnerf.search.plan import Plan, Unit
+from cbnerf.search.racing import Metrics
 from cbnerf.search.spec import Choices, Range
 from cbnerf.search.state import StudyState
 
@@ -113,14 +115,13 @@ def test_effects_of_a_raced_study_come_from_trained_units_alone(
     state = StudyState(plan, optuna.create_study(direction="maximize"))
     rng = np.random.default_rng(0)
 
-    def score(unit: Unit) -> float:
+    def score(unit: Unit) -> Metrics:
         # From .05 to 2 the logarithm rises by 3.69.
         worth = 0.1 * np.log(unit.overrides["codebook.beta"])
-        return 20 + len(unit.scene) + unit.rung + worth + rng.normal(0, 0.005)
+        psnr = 20 + len(unit.scene) + unit.rung + worth + rng.normal(0, 0.005)
+        return {"val/psnr": psnr, "val/ssim": psnr / 40, "seconds": 1.0}
 
-    while unit := state.next_unit():
-        psnr = score(unit)
-        state.record(unit, {"val/psnr": psnr, "val/ssim": psnr / 40, "seconds": 1.0})
+    train_units(state, score)
     assert state.pruned
     beta, decay = study_effects(state)
     assert beta.knob == "codebook.beta" and beta.low <= 0.369 <= beta.high

@@ -43,7 +43,7 @@ OPEN = (
 )
 
 
-def test_a_database_is_made_whole_by_one_of_many_and_whoever_is_killed(tmp_path: Path):
+def test_concurrent_and_killed_processes_leave_a_complete_database(tmp_path: Path):
     command = [sys.executable, "-W", "ignore", "-c", OPEN, str(tmp_path)]
     killed = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not list(tmp_path.glob(".mlflow.db.*")):
@@ -260,7 +260,7 @@ def own_certificate(tmp_path: Path) -> Iterator[tuple[str, Path]]:
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate by openssl")
-def test_a_server_with_its_own_certificate_is_trusted_as_mlflow_is_told(
+def test_a_server_with_its_own_certificate_is_trusted_if_mlflow_is_configured_to(
     own_certificate: tuple[str, Path], tmp_path: Path, monkeypatch
 ):
     address, certificate = own_certificate

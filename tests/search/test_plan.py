@@ -88,7 +88,7 @@ def test_a_batch_must_split_over_the_workers(tiny_plan: Callable[..., Plan]):
         tiny_plan(resources={"workers": 3})
 
 
-def test_fixed_knobs_stand_in_the_base(tiny_plan: Callable[..., Plan]):
+def test_the_base_holds_the_fixed_knobs(tiny_plan: Callable[..., Plan]):
     plan = tiny_plan(fixed={"codebook.dim": 5})
     assert plan.base.codebook.dim == 5
 
@@ -131,7 +131,7 @@ def test_a_shared_codebook_is_one_training_of_all_scenes(tiny_plan: Callable[...
 def test_auto_is_no_precision_to_search(tiny_plan: Callable[..., Plan]):
     named = {"field.precision": {"choices": ["bfloat16", "float32"]}}
     assert tiny_plan(space=named).with_precision("float32").base.field.precision == "float32"
-    with pytest.raises(ValueError, match=r"field\.precision: `auto` is another one on another"):
+    with pytest.raises(ValueError, match=r"field\.precision: `auto` differs between machines"):
         tiny_plan(space={"field.precision": {"choices": ["auto", "float32"]}})
 
 

@@ -83,7 +83,7 @@ def test_the_report_names_the_best_and_its_file_can_be_trained_from(tiny_plan):
     assert all(to_html(table) in page for table in tables)
 
 
-def test_the_report_says_which_knobs_act_and_which_do_not(tiny_plan):
+def test_the_report_names_knobs_with_and_without_effect(tiny_plan):
     space = {
         "codebook.size": {"choices": [64, 128]},
         "codebook.beta": {"low": 0.05, "high": 2.0, "log": True},

@@ -25,14 +25,9 @@ from cbnerf.search.state import StudyState
 from cbnerf.search.status import StatusLine
 from cbnerf.search.tracking import Tracker
 
-pytestmark = pytest.mark.search
+pytestmark = [pytest.mark.search, pytest.mark.usefixtures("quiet")]
 
 NO_STOPPING = {"rule": "none", "rungs": 1}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet() -> None:
-    driver.quieten_libraries()
 
 
 def states(state: StudyState) -> list[TrialState]:
@@ -85,7 +80,7 @@ def test_tune_runs_every_unit_and_books_its_last_report(tiny_plan, connected, wa
             assert trial.value == pytest.approx(expected)
 
 
-def test_no_more_trials_stand_than_the_limit_says_at_that_time(tiny_plan):
+def test_pending_trials_stay_within_the_current_limit(tiny_plan):
     plan = tiny_plan("arcade,blinds", trials=6, stopping=NO_STOPPING)
     state, limit = StudyState(plan), 1
     searcher = TuneSearcher(state, state.record, limit=lambda: limit)
@@ -97,7 +92,7 @@ def test_no_more_trials_stand_than_the_limit_says_at_that_time(tiny_plan):
 
 
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's
-def test_a_failed_unit_tells_why_and_the_search_goes_on(
+def test_a_failed_unit_records_its_reason_and_the_search_continues(
     tiny_plan, leave_unit, empty_store: Path, connected, monkeypatch, capfd
 ):
     plan = tiny_plan("arcade,blinds", trials=2, stopping=NO_STOPPING)
@@ -140,7 +135,7 @@ def test_a_failed_unit_tells_why_and_the_search_goes_on(
     }  # fmt: skip
 
 
-def test_units_whose_processes_are_named_are_told_from_others(tiny_plan):
+def test_units_are_matched_to_the_processes_that_an_error_names(tiny_plan):
     plan = tiny_plan("arcade,blinds", trials=6, stopping=NO_STOPPING)
     state = StudyState(plan)
     searcher = TuneSearcher(state, state.record, limit=lambda: 9)

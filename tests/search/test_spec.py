@@ -165,3 +165,23 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path):
         load_spec(tmp_path / "nowhere.yaml")
     with pytest.raises(ValueError, match="not readable"):
         load_spec(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "written, last",
+    [((1, 10, 4), 9), ((1, 9, 4), 9), ((0.0, 1.0, 0.3), 0.9), ((0.1, 0.7, 0.2), 0.7)],
+)
+def test_a_grid_ends_at_its_last_value(written: tuple, last: float):
+    low, high, step = written
+    name = "refiner.blocks" if isinstance(low, int) else "loss.lambda_vq"
+    domain = parse_spec({"space": {name: {"low": low, "high": high, "step": step}}}).space[name]
+    assert domain == Range(low=low, high=last, step=step)
+
+
+def test_membership_is_that_of_the_grid_and_of_the_type():
+    grid, real = Range(low=1, high=9, step=4), Range(low=0.0, high=1.0, step=0.1)
+    assert [value for value in range(12) if value in grid] == [1, 5, 9]
+    assert True not in grid and 5.0 not in grid
+    assert 0.1 + 0.2 in real and 0.25 not in real and 1 not in real
+    assert True not in Choices(choices=(1, 2)) and 1 not in Choices(choices=(True,))
+    assert 3 in Range(low=1, high=9, log=True) and 0 not in Range(low=1, high=9, log=True)

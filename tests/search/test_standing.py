@@ -98,7 +98,7 @@ def test_ties_are_named_and_the_cheapest_of_them_is_marked(study):
     assert study([25.5, 25.49], [1.0, 2.0]).describe().endswith("the cheapest is the best itself")
 
 
-def test_differences_are_of_the_same_scene_whatever_was_trained_first(tiny_plan):
+def test_differences_are_paired_by_scene_in_any_order_of_training(tiny_plan):
     plan = tiny_plan(",".join(SCENES), trials=2, stopping={"rule": "none"})
     state, units = StudyState(plan, optuna.create_study(direction="maximize")), []
     while unit := state.next_unit():
@@ -130,7 +130,7 @@ def test_the_runner_up_can_be_clear_while_a_farther_one_is_uncertain(study):
     assert "more than the noise" in standing.describe() and "ties: 2" in standing.describe()
 
 
-def test_one_scene_is_judged_by_the_spread_between_seeds(study):
+def test_one_scene_is_compared_by_the_spread_between_seeds(study):
     assert study([25.0, 25.1], [1.0, 1.0], scenes=("arcade",)).ties == [0]
     assert not study([25.0, 25.2], [1.0, 1.0], scenes=("arcade",)).ties
 

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
+from objectives import train_units
 
-from cbnerf.search.plan import Plan
+from cbnerf.search.plan import Plan, Unit
+from cbnerf.search.racing import Metrics
 from cbnerf.search.state import StudyState
 from cbnerf.search.status import Status, StatusLine, describe, find_status, settled
 
@@ -33,18 +35,20 @@ def test_a_status_is_one_line():
 
 
 def race(plan: Plan, values: list[float]) -> StudyState:
-    """Trains what a race wants: a unit takes 9 s per full training, and reaches the value of its
+    """A finished race: a unit takes 9 s per full training, and reaches the value of its
     configuration less 1 dB for each rung that is missing."""
     state = StudyState(plan)
     state.record_field("arcade", "entry", 40.0)
-    while (unit := state.next_unit()) is not None:
+
+    def score(unit: Unit) -> Metrics:
         value = values[unit.configuration] - (plan.rungs - 1 - unit.rung)
-        metrics = {"val/psnr": value, "seconds": 9.0 / plan.part(unit.rung)}
-        state.record(unit, metrics | {"val/ssim": 0.5})
+        return {"val/psnr": value, "val/ssim": 0.5, "seconds": 9.0 / plan.part(unit.rung)}
+
+    train_units(state, score)
     return state
 
 
-def test_what_a_race_spares_is_counted_and_its_cost_stands_beside_the_full_price(
+def test_pruned_units_and_the_cost_with_and_without_pruning_are_counted(
     tiny_plan: Callable[..., Plan],
 ):
     plan = tiny_plan("arcade,blinds", trials=3, stopping={"rule": "race", "grace_period": 1})

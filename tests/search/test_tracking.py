@@ -1,27 +1,33 @@
-"""The tracker against a real SQLite store; no training."""
+"""What the runs of MLflow hold of a study, in a real SQLite store; no training."""
 
 import json
-import shutil
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import pytest
 import torch
 from mlflow import MlflowClient
-from mlflow.entities import Run
-from mlflow.exceptions import MlflowException
+from tracked import (
+    TWO_RUNGS,
+    Leave,
+    begin,
+    files_of,
+    finished,
+    runs_of,
+    statuses_of,
+    steps_of,
+    train,
+)
 
 from cbnerf.overrides import save_config
 from cbnerf.search.curves import CURVES_FILE, Point, append_point, begin_curves
 from cbnerf.search.mlflow_store import legal_key, tracking_uri
-from cbnerf.search.plan import Plan, Unit
+from cbnerf.search.plan import Plan
 from cbnerf.search.state import StudyState
-from cbnerf.search.tracking import NOT_COMPARABLE, Tracker, repeated
+from cbnerf.search.tracking import NOT_COMPARABLE, Tracker
 from cbnerf.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 pytestmark = [
@@ -29,97 +35,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),  # MLflow's
 ]
 
-KNOBS = {"codebook.size": 64, "codebook.beta": 0.5}
-SPACE = {name: {"choices": [value]} for name, value in KNOBS.items()}
-Leave = Callable[..., dict[str, float]]
+
+@pytest.fixture
+def plan(make_tracked_plan: Callable[..., Plan]) -> Plan:
+    return make_tracked_plan()
 
 
 @pytest.fixture
-def make(tiny_plan: Callable[..., Plan], empty_store: Path) -> Callable[..., Plan]:
-    """A plan whose space holds the `KNOBS` only, with an empty MLflow; one rung unless told."""
-
-    def make_plan(**spec: Any) -> Plan:
-        defaults = {"stopping": {"rule": "none"}, "space": SPACE, "fixed": {"codebook.dim": 8}}
-        plan = tiny_plan("arcade,blinds", **defaults | spec).with_precision("bfloat16")
-        if not plan.storage.exists():
-            plan.storage.mkdir()
-            shutil.copy(empty_store, plan.storage / "mlflow.db")
-        return plan
-
-    return make_plan
-
-
-@pytest.fixture
-def plan(make: Callable[..., Plan]) -> Plan:
-    return make()
-
-
-@pytest.fixture
-def race(make: Callable[..., Plan]) -> Plan:
-    """A plan with two rungs."""
-    return make(stopping={"rule": "race", "rungs": 2, "grace_period": 1})
-
-
-def runs_of(plan: Plan) -> dict[str, Run]:
-    """Every run of the study's experiment by its key; a key must not stand twice."""
-    client = MlflowClient(tracking_uri(plan.storage))
-    experiment = client.get_experiment_by_name(plan.name)
-    assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id])
-    keyed = {run.data.tags["cbnerf.key"]: run for run in runs}
-    assert len(keyed) == len(runs)
-    return keyed
-
-
-def statuses_of(plan: Plan) -> dict[str, str]:
-    return {key: run.info.status for key, run in runs_of(plan).items()}
-
-
-def steps_of(plan: Plan, run: Run, metric: str) -> list[tuple[int, float]]:
-    history = MlflowClient(tracking_uri(plan.storage)).get_metric_history(run.info.run_id, metric)
-    return [(point.step, point.value) for point in history]
-
-
-def files_of(plan: Plan, run: Run, folder: str = "") -> list[str]:
-    client = MlflowClient(tracking_uri(plan.storage))
-    return [file.path for file in client.list_artifacts(run.info.run_id, folder or None)]
-
-
-def begin(state: StudyState, points: dict[int, float] | None = None) -> Unit:
-    """The next unit, and the curves of a process that trains it."""
-    unit = state.next_unit()
-    assert unit is not None
-    folder = state.plan.trial_folder(unit.configuration, unit.scene)
-    begin_curves(folder)
-    for step, psnr in (points or {}).items():
-        append_point(folder, step, {"val/psnr": psnr, "train/loss": 1 / step})
-    return unit
-
-
-def train(state: StudyState, leave: Leave, psnr: float | None = None) -> Unit:
-    """Train the next unit; of a full training also its files."""
-    unit = state.next_unit()
-    assert unit is not None
-    folder = state.plan.trial_folder(unit.configuration, unit.scene)
-    if psnr is None:
-        psnr = 20.0 + 2 * state.plan.scenes.index(unit.scene)
-    last = max(10 // state.plan.part(unit.rung), 1)  # the preset `tiny` has ten steps
-    metrics = {"val/psnr": psnr, "val/ssim": 0.5, "val/gain": 0.25, "seconds": 1.5, "steps": last}
-    if unit.rung == state.plan.rungs - 1:
-        metrics = leave(state.plan, unit.configuration, unit.scene, unit.overrides, psnr)
-    begin_curves(folder)
-    for step in (last // 2, last):
-        append_point(folder, step, {"val/psnr": psnr * step / last, "train/loss": 1 / step})
-    state.record(unit, metrics)
-    return unit
-
-
-def finished(plan: Plan, leave: Leave) -> StudyState:
-    """A study whose first configuration has finished."""
-    state = StudyState(plan)
-    for _ in plan.scenes:
-        train(state, leave)
-    return state
+def race(make_tracked_plan: Callable[..., Plan]) -> Plan:
+    return make_tracked_plan(stopping=TWO_RUNGS)
 
 
 def test_a_configuration_is_a_run_with_its_knobs_and_means(plan: Plan, leave_unit: Leave):
@@ -280,27 +204,6 @@ def test_runs_of_built_in_scenes_say_that_they_compare_with_nothing(plan: Plan, 
         assert run.data.tags["cbnerf.study"] == plan.name
 
 
-def test_a_restarted_study_adds_to_its_runs(plan: Plan, leave_unit: Leave):
-    first = finished(plan, leave_unit)
-    begin(first, {5: 5.0})
-    Tracker(first).sync()
-    before = runs_of(plan)
-    # A killed process has left half a line; the next one repeats a step.
-    folder = plan.trial_folder(1, "arcade")
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write('{"node": "left", "ti')
-    second = StudyState(plan)
-    tracker = Tracker(second)
-    begin(second, {5: 6.0, 10: 9.0})
-    tracker.sync()
-    after = runs_of(plan)
-    assert {key: run.info.run_id for key, run in after.items()} == {
-        key: run.info.run_id for key, run in before.items()
-    }
-    assert steps_of(plan, after["unit/1/arcade"], "val/psnr") == [(5, 5.0), (10, 9.0)]
-    assert after["configuration/0"].info.status == "FINISHED"
-
-
 def test_curves_are_written_while_a_unit_trains(plan: Plan):
     state = StudyState(plan)
     tracker = Tracker(state)
@@ -318,106 +221,6 @@ def test_curves_are_written_while_a_unit_trains(plan: Plan):
         append_point(folder, step, {"val/psnr": 10.0 * step})
         tracker.sync()
     assert steps_of(plan, runs_of(plan)["unit/0/arcade"], "val/psnr") == [(2, 20.0), (4, 40.0)]
-
-
-def everything(plan: Plan) -> list[Any]:
-    return [
-        (run.to_dictionary(), files_of(plan, run), files_of(plan, run, "images"),
-         [steps_of(plan, run, name) for name in run.data.metrics])
-        for run in runs_of(plan).values()
-    ]  # fmt: skip
-
-
-def test_what_a_killed_driver_missed_is_written_once(race: Plan, leave_unit: Leave):
-    state = StudyState(race)
-    for _ in range(5):  # The second configuration is pruned after one unit.
-        worse = 3 * len(state.ended)
-        train(state, leave_unit, 20.0 - worse)
-    begin(state, {1: 3.0})
-    Tracker(state).sync()
-    before = everything(race)
-    runs = runs_of(race)
-    assert runs["configuration/0"].info.status == "FINISHED"
-    assert runs["configuration/0"].data.metrics["val_arcade/psnr"] == 20.0
-    for scene in race.scenes:
-        assert runs[f"unit/0/{scene}"].info.status == "FINISHED"
-        assert runs[f"unit/0/{scene}"].data.metrics["val/psnr"] == 20.0
-    assert list(state.pruned) == [1]
-    (pruned,) = [unit for unit, _ in state.recorded if unit.configuration == 1]
-    child = runs[f"unit/1/{pruned.scene}"]
-    assert child.data.metrics["val/psnr"] == 17.0
-    assert child.data.params["codebook.size"] == str(pruned.overrides["codebook.size"])
-    ends = {(r.info.status, r.data.tags["outcome"]) for key, r in runs.items() if "/1" in key}
-    assert ends == {("FINISHED", "pruned")}
-    again = StudyState(race)
-    again.next_unit()
-    Tracker(again).sync()
-    assert str(everything(race)) == str(before)
-
-
-def test_a_study_made_anew_leaves_the_runs_of_its_namesake_alone(make, leave_unit: Leave):
-    plan = make()
-    Tracker(finished(plan, leave_unit)).sync()
-    shutil.rmtree(plan.folder)
-    state = StudyState(make(space=SPACE | {"codebook.size": {"choices": [1024]}}))
-    begin(state)
-    tracker = Tracker(state)
-    tracker.sync()
-    client = MlflowClient(tracking_uri(plan.storage))
-    runs = client.search_runs([tracker.experiment_id], "tags.`cbnerf.key` = 'configuration/0'")
-    assert {run.data.params["codebook.size"] for run in runs} == {"64", "1024"}
-
-
-def test_an_interrupt_marks_open_runs_as_killed(plan: Plan, leave_unit: Leave):
-    state = finished(plan, leave_unit)
-    begin(state)
-    tracker = Tracker(state)
-    tracker.sync()
-    tracker.interrupt()
-    assert statuses_of(plan) == {
-        "configuration/0": "FINISHED", "unit/0/arcade": "FINISHED", "unit/0/blinds": "FINISHED",
-        "configuration/1": "KILLED", "unit/1/arcade": "KILLED",
-    }  # fmt: skip
-    again = StudyState(plan)
-    begin(again)
-    Tracker(again).sync()
-    statuses = statuses_of(plan)
-    assert {statuses[key] for key in ("configuration/1", "unit/1/arcade")} == {"RUNNING"}
-
-
-def test_a_failed_unit_fails_its_configuration_and_says_why(plan: Plan, leave_unit: Leave):
-    state = StudyState(plan)
-    train(state, leave_unit)
-    unit = begin(state, {5: 1.0})
-    tracker = Tracker(state)
-    tracker.sync()
-    state.record(unit, None)
-    tracker.sync()  # Its reason may come later.
-    state.explain(unit, "train/loss not finite")
-    Tracker(StudyState(plan)).sync()
-    runs = runs_of(plan)
-    assert runs["unit/0/arcade"].info.status == "FINISHED"
-    assert runs["unit/0/blinds"].info.status == "FAILED"
-    assert runs["unit/0/blinds"].data.tags["mlflow.note.content"] == "train/loss not finite"
-    assert steps_of(plan, runs["unit/0/blinds"], "val/psnr") == [(5, 1.0)]
-    assert runs["configuration/0"].info.status == "FAILED"
-    outcomes = {key: run.data.tags["outcome"] for key, run in runs.items()}
-    assert outcomes == {
-        "configuration/0": "failed", "unit/0/arcade": "finished", "unit/0/blinds": "failed",
-    }  # fmt: skip
-    assert runs["unit/0/blinds"].data.tags["outcome_reason"] == "train/loss not finite"
-    assert "val/psnr" not in runs["configuration/0"].data.metrics
-
-
-def test_only_what_failed_looks_like_a_failure(race: Plan, leave_unit: Leave):
-    state = StudyState(race)
-    train(state, leave_unit)
-    state.record(begin(state), None)
-    Tracker(state).sync()
-    assert statuses_of(race) == {
-        "configuration/0": "FAILED", "unit/0/arcade": "FINISHED", "unit/0/blinds": "FAILED",
-    }  # fmt: skip
-    assert runs_of(race)["unit/0/arcade"].data.tags["outcome"] == "stopped"
 
 
 def test_the_report_is_one_run_with_its_files(plan: Plan, tmp_path: Path):
@@ -442,55 +245,6 @@ def test_a_lower_rung_leaves_its_curve_and_nothing_else(race: Plan, leave_unit: 
     assert steps_of(race, child, "seconds") == [(last, 1.5)]
 
 
-def test_a_pruned_configuration_is_no_failure_and_a_late_unit_opens_nothing(
-    race: Plan, leave_unit: Leave
-):
-    state = StudyState(race)
-    for _ in range(4):
-        train(state, leave_unit, 20.0)
-    tracker = Tracker(state)
-    early, late = begin(state), begin(state)
-    while late.configuration != early.configuration:
-        late = begin(state)
-    tracker.sync()
-    state.record(
-        early, {"val/psnr": 1.0, "val/ssim": 0.5, "val/gain": 0.25, "seconds": 1.0, "steps": 10}
-    )
-    tracker.sync()
-    runs = runs_of(race)
-    assert {runs[key].info.status for key in ("configuration/1", "unit/1/arcade")} == {"FINISHED"}
-    tags = runs["configuration/1"].data.tags
-    assert tags["outcome"] == runs["unit/1/arcade"].data.tags["outcome"] == "pruned"
-    assert "to beat #00" in tags["outcome_reason"] and "pruned: " in tags["mlflow.note.content"]
-    state.record(
-        late, {"val/psnr": 2.0, "val/ssim": 0.5, "val/gain": 0.25, "seconds": 1.0, "steps": 10}
-    )
-    tracker.sync()
-    run = runs_of(race)[f"unit/1/{late.scene}"]
-    assert run.info.status == "FINISHED" and run.data.metrics["val/psnr"] == 2.0
-    assert run.data.tags["outcome"] == "pruned"
-
-
-def test_a_configuration_that_ends_during_a_sync_is_closed_with_all_its_units(
-    plan: Plan, leave_unit: Leave, monkeypatch: pytest.MonkeyPatch
-):
-    state = StudyState(plan)
-    train(state, leave_unit)
-    tracker = Tracker(state)
-    write_unit = tracker._write_unit
-
-    def write_while_the_search_goes_on(*about: Any) -> None:
-        write_unit(*about)
-        if len(state.recorded) == 1:
-            train(state, leave_unit)
-
-    monkeypatch.setattr(tracker, "_write_unit", write_while_the_search_goes_on)
-    tracker.sync()
-    assert statuses_of(plan) == {"configuration/0": "RUNNING", "unit/0/arcade": "FINISHED"}
-    tracker.sync()
-    assert set(statuses_of(plan).values()) == {"FINISHED"} and len(statuses_of(plan)) == 3
-
-
 @pytest.mark.parametrize("name", ["garden(1)", "küche", "street, north", "val"])
 def test_a_scene_of_any_name_has_metrics_and_images(plan: Plan, leave_unit: Leave, name: str):
     plan = replace(plan, scenes=(name,))
@@ -499,94 +253,3 @@ def test_a_scene_of_any_name_has_metrics_and_images(plan: Plan, leave_unit: Leav
     assert run.data.metrics[f"val_{legal_key(name)}/psnr"] == 20.0
     assert run.data.metrics["val/ssim"] == 0.5 and "val/gain" in run.data.metrics
     assert any(legal_key(name) in file for file in files_of(plan, run, "images"))
-
-
-def test_a_sync_that_fails_at_any_call_is_completed_by_the_next(
-    plan: Plan, leave_unit: Leave, monkeypatch: pytest.MonkeyPatch
-):
-    """Whether a failed call was carried out or not, nothing is missing and nothing is doubled."""
-    state = finished(plan, leave_unit)
-    begin(state, {5: 5.0})
-    tracker, calls = Tracker(state), 0
-
-    def failing(name: str, carried_out: bool) -> Callable[..., Any]:
-        real = getattr(MlflowClient, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls % 2:
-                return real(*args, **kwargs)
-            if carried_out:
-                real(*args, **kwargs)
-            raise MlflowException("no server answers")
-
-        return call
-
-    with monkeypatch.context() as patched:
-        for name, done in (("create_run", True), ("log_batch", True), ("set_terminated", False)):
-            patched.setattr(MlflowClient, name, failing(name, done))
-        for _ in range(100):
-            try:
-                tracker.sync()
-                break
-            except MlflowException:
-                continue
-    Tracker(state).sync()
-    assert statuses_of(plan) == {
-        "configuration/0": "FINISHED", "unit/0/arcade": "FINISHED", "unit/0/blinds": "FINISHED",
-        "configuration/1": "RUNNING", "unit/1/arcade": "RUNNING",
-    }  # fmt: skip
-    runs = runs_of(plan)
-    assert steps_of(plan, runs["unit/0/arcade"], "val/psnr") == [(5, 10.0), (10, 20.0)]
-    assert steps_of(plan, runs["unit/1/arcade"], "val/psnr") == [(5, 5.0)]
-    assert steps_of(plan, runs["configuration/0"], "val/psnr") == [(0, 21.0)]
-
-
-def test_a_sync_without_changes_calls_nothing(
-    plan: Plan, leave_unit: Leave, monkeypatch: pytest.MonkeyPatch
-):
-    state = finished(plan, leave_unit)
-    begin(state, {5: 5.0})
-    tracker = Tracker(state)
-    tracker.sync()
-    monkeypatch.setattr(tracker, "_client", None)
-    for run in tracker._runs.values():
-        monkeypatch.setattr(run, "_client", None)
-    tracker.sync()
-
-
-def test_sync_is_repeated_in_another_thread_and_at_the_end():
-    threads: list[int] = []
-    with repeated(lambda: threads.append(threading.get_ident()), seconds=0.01):
-        while len(threads) < 3:
-            time.sleep(0.01)
-        before = len(threads)
-    assert len(threads) > before and threading.get_ident() not in threads
-
-
-def test_an_error_that_passes_is_printed_and_one_that_stays_is_raised(
-    capsys: pytest.CaptureFixture[str],
-):
-    calls: list[int] = []
-
-    def sync() -> None:
-        calls.append(1)
-        if len(calls) < 4:
-            raise MlflowException("no server at http://me:secret@host\nstatement")
-
-    with repeated(sync, seconds=0.01):
-        while len(calls) < 5:
-            time.sleep(0.01)
-    output = capsys.readouterr().out
-    assert output == "  MLflow: no server at http://host; trying again\n"
-    with pytest.raises(ZeroDivisionError), repeated(lambda: divmod(1, 0), seconds=60.0):
-        pass
-
-
-def test_a_failing_search_does_not_wait_for_a_sync_that_hangs():
-    go = threading.Event()
-    with pytest.raises(KeyboardInterrupt), repeated(go.wait, seconds=0.01, patience=0.1):
-        time.sleep(0.05)
-        raise KeyboardInterrupt
-    go.set()

@@ -1,7 +1,7 @@
 """The pictures of a study: a held-out view of each scene by the best configuration and its rival.
 
-They are read from the strips that finished trainings leave in the study's folder, so neither
-photographs nor checkpoints nor Ray are needed.
+They are read from the image strips that finished trainings write into the study's folder;
+photographs, checkpoints and Ray are not needed.
 """
 
 from collections.abc import Iterator
@@ -16,20 +16,20 @@ from cbnerf.search.state import StudyState
 from cbnerf.training.stages import read_strip, strip_file
 
 _CAPTION = (
-    "The first validation view of each scene: no training has seen it; the best configuration is "
-    "chosen on it and its like."
+    "The first validation view of each scene. No training has seen it; the validation views select "
+    "the best configuration."
 )
 
 
 def study_gallery(state: StudyState) -> Iterator[Chart]:
-    """The gallery; nothing where no configuration has left pictures."""
+    """The gallery; nothing if no configuration has written a strip."""
     views = [View(scene, shots) for scene in state.plan.scenes if (shots := _shots(state, scene))]
     if views:
-        yield gallery("Gallery", _CAPTION, views)
+        yield gallery(_CAPTION, views)
 
 
 def _shots(state: StudyState, scene: str) -> list[Shot]:
-    """Stage 1, best, runner-up and photograph, as far as they are there; empty without the best."""
+    """Stage 1, best, runner-up and photograph, as far as they exist; empty without the best."""
     found = [(number, _read(state, number, scene)) for number in state.ranking()[:2]]
     if not found or found[0][1] is None:
         return []

@@ -5,11 +5,12 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import pytest
+from objectives import train_units
 
 from cbnerf.report.page import Chart
-from cbnerf.search.held_out import study_gallery
 from cbnerf.search.plan import Plan
 from cbnerf.search.state import StudyState
+from cbnerf.search.study_gallery import study_gallery
 from cbnerf.training.stages import strip_file
 
 pytestmark = pytest.mark.search
@@ -18,10 +19,7 @@ pytestmark = pytest.mark.search
 def finish(plan: Plan, values: list[float]) -> StudyState:
     """A study whose configurations have these objectives on every scene."""
     state = StudyState(plan)
-    for _ in range(len(values) * len(plan.trainings)):
-        unit = state.next_unit()
-        assert unit is not None
-        state.record(unit, {"val/psnr": values[unit.configuration]})
+    train_units(state, lambda unit: {"val/psnr": values[unit.configuration]})
     return state
 
 

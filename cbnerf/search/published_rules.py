@@ -15,10 +15,10 @@ def halving_keeps(values: Array, challenger: int, eta: int) -> bool:
     """Asynchronous successive halving (ASHA), stopping variant: whether a configuration is among
     the best 1 / `eta` of those that have completed its highest completed rung.
 
-    A rung is complete once all scenes are measured; their mean counts. A configuration is judged
-    again after each new value, as others may have overtaken it. Ray's `ASHAScheduler` judges a
-    trial (here: one scene) once at each rung, and keeps it if it reaches the (1 - 1 / `eta`)
-    quantile of the trials recorded there before.
+    A rung is complete once all scenes are measured; their mean counts. The rule is applied again
+    after each new value, as others may have overtaken the configuration. Ray's `ASHAScheduler`
+    decides once for a trial (here: one scene) at each rung, and keeps it if it reaches the
+    (1 - 1 / `eta`) quantile of the trials recorded there before.
     """
     means = values.mean(axis=1)  # NaN unless all scenes are measured
     rungs = np.flatnonzero(~np.isnan(means[challenger]))

@@ -14,12 +14,12 @@ from cbnerf.search.plan import Plan
 
 _CONTEXT = "mlflow.data.context"
 TRAINING, SCORING = ("train", "val"), ("val", "test")
-"""What a configuration sees, and what the report is scored on."""
+"""Views that a configuration is trained and evaluated on; views that the report scores."""
 
 
 def scene_inputs(plan: Plan, training: str, contexts: tuple[str, ...]) -> list[DatasetInput]:
-    """The views of the scenes of a training in these contexts; none of photographs that cannot be
-    read here."""
+    """The views of the scenes of a training in these contexts; photographs that this machine cannot
+    read are left out."""
     inputs = []
     for scene in plan.scenes_of(training):
         folder = plan.scene_folder(scene, plan.base.data.width)
