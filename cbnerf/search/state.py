@@ -24,13 +24,17 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from cbnerf.config import KnobError
-from cbnerf.overrides import with_overrides
 from cbnerf.search.confirmation import LEADERS, Confirmation
 from cbnerf.search.plan import Plan, Unit
 from cbnerf.search.racing import Metrics, Pruned, Racing, SceneRung, Verdict
-from cbnerf.search.sampler import make_sampler, open_study, propose, read_study, suggest
-from cbnerf.training.models import count_parameters
+from cbnerf.search.sampler import (
+    end_unfit,
+    make_sampler,
+    open_study,
+    propose,
+    read_study,
+    suggest,
+)
 
 
 @dataclass
@@ -266,32 +270,12 @@ class StudyState:
         """Start a configuration, or end it untrained: as failed if its knobs are incompatible, as
         pruned if its costs exceed a limit."""
         overrides = suggest(trial, self.plan)
-        try:
-            costs = self._known_costs(overrides)
-        except KnobError:
-            self.study.tell(trial.number, state=TrialState.FAIL)
-            return None
-        excess = {name: costs[name] - limit for name, limit in self.plan.spec.limits.items()}
-        for name, value in excess.items():
-            trial.set_constraint(name, value)
-        if any(value > 0 for value in excess.values()):
-            self.study.tell(trial.number, state=TrialState.PRUNED)
+        costs = end_unfit(self.plan, self.study, trial, overrides)
+        if costs is None:
             return None
         self._racing.make_room(trial.number)  # Others may have queued configurations meanwhile.
         self._running[trial.number] = _Running(trial.number, overrides, costs)
         return self._running[trial.number]
-
-    def _known_costs(self, overrides: dict[str, Any]) -> Metrics:
-        if not {"parameters", "codebook.size"} & {
-            *self.plan.spec.objectives,
-            *self.plan.spec.limits,
-        }:
-            return {}
-        config = with_overrides(self.plan.base, overrides)
-        return {
-            "codebook.size": float(config.codebook.size),
-            "parameters": float(count_parameters(config)),
-        }
 
     def _waiting(self, one: _Running) -> list[SceneRung]:
         """Pairs to train now: not recorded, not in flight, and the rung below is recorded."""
