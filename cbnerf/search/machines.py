@@ -14,6 +14,7 @@ from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, get_device
 
 from cbnerf.search.plan import Plan
+from cbnerf.training.preemption import note_sigterm
 
 
 def num_slots(plan: Plan) -> int:
@@ -66,7 +67,8 @@ def device_of_worker() -> torch.device:
 
 @dataclass
 class TorchGroup(TorchConfig):
-    """Workers that see one GPU each, and use NCCL if all of them have one, else gloo."""
+    """Workers that see one GPU each, use NCCL if all of them have one, else gloo, and write a
+    checkpoint at SIGTERM."""
 
     @property
     def backend_cls(self) -> type:
@@ -80,4 +82,6 @@ class _Backend(TorchConfig().backend_cls):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         have_gpus = worker_group.execute(torch.cuda.is_available)
         backend = "nccl" if all(have_gpus) else "gloo"
+        # They train in a thread of their own, where no signals arrive.
+        worker_group.execute(note_sigterm)
         super().on_start(worker_group, replace(backend_config, backend=backend))

@@ -87,8 +87,8 @@ def fit(
     """Train `task.model` in place for `task.steps` steps, or for the first 1/`part` of them.
 
     A training that stops early also reports there; resumed from that checkpoint it ends with the
-    same bits as one that never stopped. At SIGTERM (`leaving_at_sigterm`) it reports the checkpoint
-    of its last step without an evaluation, and raises `Preempted`.
+    same bits as one that never stopped. At SIGTERM (`leaving_at_sigterm`, `note_sigterm`) it
+    reports the checkpoint of its last step without an evaluation, and raises `Preempted`.
     """
     rank, world_size = process_rank(), num_processes()
     optim = task.optim
@@ -130,18 +130,21 @@ def fit(
             so_far.clear()
             report_now(metrics)
 
+    all_end = False
     try:
         evaluate_if_due()  # if it was preempted before it could
         for step in progress(range(so_far.step, last_step), label):
             with postponed():
                 train_step(step)
-            if _must_end(so_far.step, device):
+            if all_end := _must_end(so_far.step, device):
                 raise Preempted
             evaluate_if_due()
     except Preempted:
         with postponed():
             if so_far.num_summed:
                 report_now({})
+            if all_end:
+                from_rank_0(lambda: None)  # Ray ends a group with its first process.
         raise
     task.model.eval()
 

@@ -1,7 +1,7 @@
 """SIGTERM, which a machine sends before it goes: leave with a checkpoint of the last step.
 
-Inside `leaving_at_sigterm` the signal raises `Preempted`; inside `postponed` it only leaves a note,
-which whoever postponed it has to heed.
+Inside `leaving_at_sigterm` the signal raises `Preempted`; inside `postponed`, and after
+`note_sigterm`, it only leaves a note, which whoever postponed it has to heed.
 """
 
 import signal
@@ -16,8 +16,8 @@ class Preempted(SystemExit):
 
     status = 128 + signal.SIGTERM
 
-    def __init__(self):
-        super().__init__(self.status)
+    def __init__(self, status: int = status):  # an argument, so that it can be unpickled
+        super().__init__(status)
 
 
 class _Notice:
@@ -40,6 +40,15 @@ def leaving_at_sigterm() -> Iterator[None]:
         _Notice.has_come = False
 
 
+def note_sigterm() -> None:
+    """From now on SIGTERM only leaves a note, for a training in another thread of this process.
+
+    To be called in the main thread, where Python handles signals.
+    """
+    _Notice.is_postponed = True
+    signal.signal(signal.SIGTERM, _notice)
+
+
 def _notice(number: int, frame: FrameType | None) -> None:
     _Notice.has_come = True
     if not _Notice.is_postponed:
@@ -57,5 +66,5 @@ def postponed() -> Iterator[None]:
 
 
 def is_noticed() -> bool:
-    """Whether SIGTERM has come in this block of `leaving_at_sigterm`."""
+    """Whether SIGTERM has come in this block of `leaving_at_sigterm`, or since `note_sigterm`."""
     return _Notice.has_come
