@@ -130,8 +130,12 @@ def _next_proposals(plan: Plan, state: StudyState, count: int) -> list[dict[str,
             break
         trial = propose(plan, copy, number)
         knobs = suggest(trial, plan)
-        if end_unfit(plan, copy, trial, knobs) is not None:
+        if end_unfit(plan, copy, trial, knobs) is None:
+            continue
+        if state.smaller_without_memory(knobs) is None:
             proposals.append(knobs)
+        else:
+            copy.tell(trial, state=TrialState.PRUNED)
     return proposals
 
 
