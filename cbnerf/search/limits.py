@@ -21,17 +21,14 @@ def known_costs(base: Config, spec: SearchSpec, overrides: Mapping[str, Any]) ->
 def check_limits(base: Config, spec: SearchSpec, values: Mapping[str, Any]) -> None:
     """ValueError if a configuration with these values exceeds a limit whatever the other knobs of
     the space are."""
-    for name, least in _exceeded(base, spec, values).items():
+    for trouble in _excesses(base, spec, values):
         point = ", ".join(f"{knob} = {shown_knob(value)}" for knob, value in values.items())
-        raise ValueError(
-            f"{point} has at least {least:.0f} {_UNITS[name]}, more than the study's limits: "
-            f"{name}: {spec.limits[name]:.0f}"
-        )
+        raise ValueError(f"{point} has {trouble}")
 
 
 def is_within_limits(base: Config, spec: SearchSpec, values: Mapping[str, Any]) -> bool:
     """Whether a configuration with these values can keep within the limits."""
-    return not _exceeded(base, spec, values)
+    return not _excesses(base, spec, values)
 
 
 def check_costs(base: Config, spec: SearchSpec) -> None:
@@ -58,10 +55,13 @@ def preset_point(base: Config, spec: SearchSpec) -> dict[str, Any]:
     }
 
 
-def _exceeded(base: Config, spec: SearchSpec, values: Mapping[str, Any]) -> dict[str, float]:
-    """The least costs of configurations with these values, where they exceed a limit."""
-    least = {name: _least_cost(base, spec, values, name) for name in spec.limits}
-    return {name: cost for name, cost in least.items() if cost > spec.limits[name]}
+def _excesses(base: Config, spec: SearchSpec, values: Mapping[str, Any]) -> list[str]:
+    """The limits that all configurations with these values exceed."""
+    return [
+        f"at least {least:.0f} {_UNITS[name]}, more than the study's limits: {name}: {limit:.0f}"
+        for name, limit in spec.limits.items()
+        if (least := _least_cost(base, spec, values, name)) > limit
+    ]
 
 
 def _least_cost(base: Config, spec: SearchSpec, values: Mapping[str, Any], name: str) -> float:
