@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from ranks import start_ranks
 from ray import cloudpickle
+from ray.cluster_utils import Cluster
 
 from cbnerf.search import worker
 from cbnerf.search.plan import Plan, Unit
@@ -73,7 +75,7 @@ def train_in_group(rank: int, plan: Plan, log: Path) -> None:
     torch.set_num_threads(1)
     write_down_steps(log / str(rank))
     dist.init_process_group("gloo", init_method=f"file://{log}/store", rank=rank, world_size=2)
-    note_sigterm()
+    note_sigterm(lambda: False)
     ends: list[BaseException | None] = []
 
     def train() -> None:
@@ -157,26 +159,34 @@ def test_the_end_by_sigterm_reaches_another_process():
 
 
 @pytest.fixture(scope="module")
-def connected(ray_address: str) -> Iterator[None]:
-    ray.init(address=ray_address, log_to_driver=False, logging_level="ERROR")
-    yield
+def small_machines() -> Iterator[Cluster]:
+    """A Ray of three machines with a CPU each, the first of which is the head."""
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
+    cluster.add_node(num_cpus=1)
+    cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    yield cluster
     ray.shutdown()
+    cluster.shutdown()
 
 
 def train_and_lose_a_machine(about: dict[str, Any]) -> None:
-    """In a group of Ray Train: SIGTERM reaches rank 1 in the first attempt."""
-    log: Path = about["log"]
+    """In a group of Ray Train: in the first attempt the machine of a worker goes."""
+    log, how = about["log"], about["how"]
     rank, must_end, attempts = process_rank(), loop._must_end, log / f"attempts-{process_rank()}"
     with attempts.open("a", encoding="utf-8") as file:
         file.write("1\n")
     is_first = len(steps_in(attempts)) == 1
+    is_head = ray.get_runtime_context().get_node_id() == about["head"]
 
     def noted(step: int, device: torch.device) -> bool:
         with (log / str(rank)).open("a", encoding="utf-8") as file:
             file.write(f"{step}\n")
-        if is_first and rank == 1 and step == 20:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.5)  # until the main thread has handled it
+        if is_first and step == 60 and not is_head:
+            how()
+            time.sleep(2)  # until the main thread has handled the signal, or Ray has told of it
         return must_end(step, device)
 
     loop._must_end = noted
@@ -186,19 +196,37 @@ def train_and_lose_a_machine(about: dict[str, Any]) -> None:
         loop._must_end = must_end
 
 
+def end_this_process() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def announce_the_end_of_this_machine() -> None:
+    command = [
+        "drain-node", "--address", ray.get_runtime_context().gcs_address,
+        "--node-id", ray.get_runtime_context().get_node_id(),
+        "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test",
+        "--deadline-remaining-seconds", "300",
+    ]  # fmt: skip
+    subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *command], check=True)
+
+
 @pytest.mark.slow
-def test_a_group_of_ray_train_goes_on_from_the_step_at_which_sigterm_came(
-    tiny_plan: Callable[..., Plan], connected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+@pytest.mark.parametrize("how", [end_this_process, announce_the_end_of_this_machine])
+def test_a_group_of_ray_train_goes_on_from_the_step_at_which_its_machine_went(
+    tiny_plan: Callable[..., Plan], small_machines: Cluster, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, how: Callable[[], None],
+):  # fmt: skip
     monkeypatch.setattr(worker, "MAX_FAILURES", 1)
-    knobs = {"field.optim.steps": 40, "field.optim.evaluations": 1}
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.2")
+    knobs = {"field.optim.steps": 80, "field.optim.evaluations": 1}
     plan = tiny_plan("arcade", method="nerf", stopping={"rule": "none"}, fixed=knobs,
                      resources={"workers": 2, "gpus_per_worker": 0},
                      space={"field.optim.lr": {"low": 1e-3, "high": 1e-1}})  # fmt: skip
     log = tmp_path / "log"
     log.mkdir()
-    _train_together(plan, "test", train_and_lose_a_machine, {"log": log}, [])
+    about = {"log": log, "how": how, "head": small_machines.head_node.node_id}
+    _train_together(plan, "test", train_and_lose_a_machine, about, [])
     for rank in range(2):
-        assert steps_in(log / str(rank)) == [*range(1, 25), *range(25, 41)]
+        assert steps_in(log / str(rank)) == [*range(1, 65), *range(65, 81)]
         assert steps_in(log / f"attempts-{rank}") == [1, 1]
-    assert result(plan)[1]["steps"] == 40
+    assert result(plan)[1]["steps"] == 80
