@@ -99,7 +99,7 @@ def _run(options: Options, default_config: Path) -> None:
     if outcome is None:
         raise ValueError(
             f"study {plan.name}: no configuration was trained to its end; all failed (see their "
-            "runs in MLflow) or lie beyond `limits`"
+            "runs in MLflow), are as large as one that failed for memory, or lie beyond `limits`"
         )
     _print_outcome(plan, outcome)
 

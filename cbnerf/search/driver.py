@@ -178,8 +178,9 @@ def _search(plan: Plan, state: StudyState, concurrency: int | None) -> None:
                 named, others = searcher.unfinished(trouble)
                 for unit in others:
                     state.release(unit)
+                again = not searcher.was_alone(trouble)  # others may have taken the memory
                 for unit in named:
-                    recorder.lose_unit(unit, reason(trouble))
+                    recorder.lose_unit(unit, reason(trouble), again=again)
 
 
 def _tune(plan: Plan, searcher: TuneSearcher, callbacks: list[tune.Callback]) -> None:

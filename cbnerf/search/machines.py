@@ -10,10 +10,11 @@ from typing import Any
 
 import ray
 import torch
-from ray.train import ScalingConfig
+from ray.train import ScalingConfig, get_preemption_info
 from ray.train.torch import TorchConfig, get_device
 
 from cbnerf.search.plan import Plan
+from cbnerf.training.preemption import note_sigterm
 
 
 def num_slots(plan: Plan) -> int:
@@ -64,9 +65,15 @@ def device_of_worker() -> torch.device:
     return get_device() if torch.cuda.is_available() else torch.device("cpu")
 
 
+def _is_announced() -> bool:
+    """Whether Ray has been told that a machine of this group goes (alpha in Ray 2.60)."""
+    return get_preemption_info() is not None
+
+
 @dataclass
 class TorchGroup(TorchConfig):
-    """Workers that see one GPU each, and use NCCL if all of them have one, else gloo."""
+    """Workers that see one GPU each, use NCCL if all of them have one, else gloo, and write a
+    checkpoint before one of their machines goes."""
 
     @property
     def backend_cls(self) -> type:
@@ -80,4 +87,6 @@ class _Backend(TorchConfig().backend_cls):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         have_gpus = worker_group.execute(torch.cuda.is_available)
         backend = "nccl" if all(have_gpus) else "gloo"
+        # They train in a thread of their own, where no signals arrive.
+        worker_group.execute(note_sigterm, _is_announced)
         super().on_start(worker_group, replace(backend_config, backend=backend))

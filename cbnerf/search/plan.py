@@ -10,6 +10,7 @@ from cbnerf.data.library import choose_scenes, locate_data
 from cbnerf.experiment import ALL_SCENES, Experiment
 from cbnerf.overrides import with_overrides
 from cbnerf.presets import choose_resolution, preset
+from cbnerf.search.limits import check_costs
 from cbnerf.search.space import check_space
 from cbnerf.search.spec import SearchSpec
 from cbnerf.training.checkpoint import Stage
@@ -144,6 +145,7 @@ def make_plan(
         resolution = choose_resolution(asked, has_gpu=gpus > 0)
     base = with_overrides(preset(spec.method, resolution), spec.fixed)
     check_space(base, spec)
+    check_costs(base, spec)
     _check_batches(base, spec.resources.workers)
     if isinstance(scenes, tuple):
         folder, chosen = data, scenes

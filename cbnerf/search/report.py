@@ -106,6 +106,12 @@ def study_page(
         "expected objectives of pruned configurations",
         "val selects, test is scored once; PSNR in dB, gain = refined - stage 1",
     ]
+    if state.too_large:
+        others = ", ".join(f"#{number}" for number in sorted(set(state.too_large.values())))
+        notes.append(
+            f"{len(state.too_large)} configurations were not trained: at least as large as "
+            f"{others}, which ran out of memory"
+        )
     notes += [] if plan.data else [NOT_COMPARABLE]
     configurations = f"Best configuration: number {number}"
     return Page(

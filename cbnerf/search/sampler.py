@@ -11,8 +11,9 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, Jou
 from optuna.trial import TrialState
 from scipy.stats import loguniform, qmc
 
-from cbnerf.config import flatten
+from cbnerf.config import KnobError
 from cbnerf.files import drop_torn_line
+from cbnerf.search.limits import is_within_limits, known_costs, preset_point
 from cbnerf.search.plan import Plan
 from cbnerf.search.spec import QUALITIES, Choices, Range
 
@@ -82,13 +83,12 @@ def make_study(plan: Plan, storage: optuna.storages.BaseStorage | None = None) -
 
 
 def initial_points(plan: Plan) -> list[dict[str, Any]]:
-    """The values of the preset that lie in the space, then the points of the YAML file."""
-    defaults = {
-        name: value
-        for name, value in flatten(plan.base).items()
-        if name in plan.spec.space and value in plan.spec.space[name]
-    }
-    points = [defaults] + [defaults | dict(point) for point in plan.spec.initial]
+    """The values of the preset that lie in the space, if no limit is exceeded, then the points of
+    the YAML file."""
+    defaults = preset_point(plan.base, plan.spec)
+    points = [defaults | dict(point) for point in plan.spec.initial]
+    if is_within_limits(plan.base, plan.spec, defaults):
+        points.insert(0, defaults)
     return [p for index, p in enumerate(points) if p and p not in points[:index]]
 
 
@@ -102,6 +102,26 @@ def propose(plan: Plan, study: optuna.Study, number: int) -> optuna.Trial:
         study.enqueue_trial(quasi_random_point(plan, number))
     study.sampler = make_sampler(plan, number)
     return study.ask()
+
+
+def end_unfit(
+    plan: Plan, study: optuna.Study, trial: optuna.Trial, overrides: dict[str, Any]
+) -> dict[str, float] | None:
+    """The costs of a configuration that are known before it is trained; None if it must not be
+    trained. It has then ended, as failed if its knobs are incompatible, as pruned beyond a limit.
+    """
+    try:
+        costs = known_costs(plan.base, plan.spec, overrides)
+    except KnobError:
+        study.tell(trial.number, state=TrialState.FAIL)
+        return None
+    excess = {name: costs[name] - limit for name, limit in plan.spec.limits.items()}
+    for name, value in excess.items():
+        trial.set_constraint(name, value)
+    if any(value > 0 for value in excess.values()):
+        study.tell(trial.number, state=TrialState.PRUNED)
+        return None
+    return costs
 
 
 def make_sampler(plan: Plan, number: int) -> optuna.samplers.BaseSampler:

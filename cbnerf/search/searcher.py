@@ -17,8 +17,9 @@ from tqdm import tqdm
 from cbnerf.search.curves import reserve_curves
 from cbnerf.search.plan import Unit
 from cbnerf.search.racing import Metrics
+from cbnerf.search.sizes import searched_sizes
 from cbnerf.search.state import StudyState
-from cbnerf.search.tasks import reason
+from cbnerf.search.tasks import is_of_memory, reason
 
 _MAX_LOSSES = 5
 """A unit that loses its process before it begins is handed out again this many times."""
@@ -92,6 +93,11 @@ class TuneSearcher(Searcher):
             (named if is_named else others).extend(left)
         return (named, others) if named else (others, [])
 
+    def was_alone(self, trouble: str) -> bool:
+        """Whether an error of Ray names the only process of this study on its machine."""
+        there = [pid for pid, address in self._processes.values() if address in trouble]
+        return len(there) == 1 and f"pid={there[0]}," in trouble
+
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the study is the state."""
 
@@ -139,13 +145,16 @@ class Recorder(tune.Callback):
     # Tune calls the searcher first, so the units have been recorded.
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if "failure" in trial.last_result:
-            self._explain(_units(trial), trial.last_result["failure"])
+            result = trial.last_result
+            self._explain(
+                _units(trial), result["failure"], of_memory=result.get("out_of_memory", False)
+            )
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         # `trial.get_error` reads a copy in the storage, which Tune makes later.
         # Ray writes it in the encoding of the locale.
         trouble = Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
-        self._explain(_units(trial), reason(trouble))
+        self._explain(_units(trial), reason(trouble), of_memory=is_of_memory(trouble))
 
     def end_unit(self, unit: Unit, metrics: Metrics | None) -> None:
         """Record a unit, or hand it out again if its process was lost before it began."""
@@ -162,21 +171,32 @@ class Recorder(tune.Callback):
             self._bar.update(self._state.num_ended - self._bar.n)
             self._bar.write(f"  #{unit.configuration:02d}  {self._describe(unit)}")
 
-    def lose_unit(self, unit: Unit, why: str) -> None:
-        """Hand a unit out again whose process was lost with all of Tune, a few times at most."""
-        self._bar.write(f"  #{unit.configuration:02d}  {unit.scene}: {why}")
-        self._begun.discard(unit.key)
+    def lose_unit(self, unit: Unit, why: str, *, again: bool) -> None:
+        """A unit that Ray has ended for memory with all of Tune: handed out again, a few times at
+        most, or failed."""
+        if again:
+            self._begun.discard(unit.key)
+        else:
+            self._begun.add(unit.key)
         self.end_unit(unit, None)
         if self._has_failed(unit):
-            self._state.explain(unit, why)
+            self._explain([unit], why, of_memory=True)
+        else:
+            self._bar.write(f"  #{unit.configuration:02d}  {unit.scene}: {why}")
 
-    def _explain(self, units: list[Unit], why: str) -> None:
+    def _explain(self, units: list[Unit], why: str, *, of_memory: bool) -> None:
         why = " ".join(why.split())[-300:]
         if failed := [unit for unit in units if self._has_failed(unit)]:
             for unit in failed:
                 self._state.explain(unit, why)
-            scenes = ", ".join(unit.scene for unit in failed)
-            self._bar.write(f"  #{failed[0].configuration:02d}  {scenes} failed: {why}")
+            number, scenes = failed[0].configuration, ", ".join(unit.scene for unit in failed)
+            self._bar.write(f"  #{number:02d}  {scenes} failed: {why}")
+            if of_memory and self._state.record_out_of_memory(failed[0]):
+                self._bar.write(f"  #{number:02d}  ran out of memory: {self._skipped()}")
+
+    def _skipped(self) -> str:
+        sizes = ", ".join(searched_sizes(self._state.plan.spec.space))
+        return f"configurations at least as large{sizes and f' in {sizes}'} are not trained"
 
     def _has_failed(self, unit: Unit) -> bool:
         results = self._state.results(unit.configuration)

@@ -7,7 +7,8 @@ Names in this file:
     recorded        a unit whose metrics, or whose failure, the study holds
     pair            (scene, rung) of a unit
     started         at least one unit of the configuration has finished
-    ended           told to Optuna: finished, pruned, failed or beyond a limit
+    ended           told to Optuna: finished, pruned, failed, beyond a limit or too large
+    too large       at least as large as a configuration that ran out of memory; not trained
     in flight       handed out, and neither recorded nor released
 
 A configuration trains rung by rung on each scene, in the order that `racing` chooses, and is pruned
@@ -24,13 +25,20 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from cbnerf.config import KnobError
+from cbnerf.config import Config
 from cbnerf.overrides import with_overrides
 from cbnerf.search.confirmation import LEADERS, Confirmation
 from cbnerf.search.plan import Plan, Unit
 from cbnerf.search.racing import Metrics, Pruned, Racing, SceneRung, Verdict
-from cbnerf.search.sampler import make_sampler, open_study, propose, read_study, suggest
-from cbnerf.training.models import count_parameters
+from cbnerf.search.sampler import (
+    end_unfit,
+    make_sampler,
+    open_study,
+    propose,
+    read_study,
+    suggest,
+)
+from cbnerf.search.sizes import needs_as_much
 
 
 @dataclass
@@ -63,6 +71,9 @@ class StudyState:
         """Recorded units and their metrics (None: it failed), in the order of recording."""
         self.failures: list[tuple[Unit, str]] = []
         """Failed units and the reasons."""
+        self.too_large: dict[int, int] = {}
+        """Configurations that are too large, and which one ran out of memory."""
+        self._out_of_memory: dict[int, Config] = {}
         trials = self.study.get_trials(deepcopy=False)
         self._racing = Racing(plan, max(plan.spec.trials, len(trials)))
         self._pairs = [(scene, rung) for rung in range(plan.rungs) for scene in plan.trainings]
@@ -178,6 +189,9 @@ class StudyState:
         """How a configuration ended; the objectives of a pruned one are expected, not measured."""
         if trial.number in self.pruned:
             return f"stopped: {self.pruned[trial.number].reason}"
+        if trial.number in self.too_large:
+            other = self.too_large[trial.number]
+            return f"not trained: at least as large as #{other}, which ran out of memory"
         ends = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "beyond a limit"}
         return ends.get(trial.state, trial.state.name.lower())
 
@@ -222,6 +236,26 @@ class StudyState:
         self.study.set_user_attr(f"{unit.key}/failure", reason)
         self.failures.append((unit, reason))
 
+    def record_out_of_memory(self, unit: Unit) -> bool:
+        """From now on configurations at least as large as that of a failed unit are not trained;
+        False if one has been trained there, so that the unit did not fail for its size."""
+        config = self.plan.config_of(unit)
+        for other, metrics in self.recorded:
+            was_trained = metrics is not None and other.scene == unit.scene
+            if was_trained and needs_as_much(self.plan.config_of(other), config):
+                return False
+        self._out_of_memory[unit.configuration] = config
+        self.study.set_user_attr(f"{unit.configuration}/out_of_memory", True)
+        return True
+
+    def smaller_without_memory(self, overrides: dict[str, Any]) -> int | None:
+        """A configuration that ran out of memory and that is not larger than these knobs."""
+        if not self._out_of_memory:
+            return None
+        config = with_overrides(self.plan.base, overrides)
+        found = (n for n, other in self._out_of_memory.items() if needs_as_much(config, other))
+        return next(found, None)
+
     def release(self, unit: Unit) -> None:
         """Return a unit that was handed out and has not started."""
         if one := self._running.get(unit.configuration):
@@ -238,6 +272,10 @@ class StudyState:
                 self.failures.append((unit, attributes[key]))
         if (key := f"{number}/pruned") in attributes:
             self.pruned[number] = Pruned(*attributes[key])
+        if (key := f"{number}/too_large") in attributes:
+            self.too_large[number] = attributes[key]
+        if f"{number}/out_of_memory" in attributes:
+            self._out_of_memory[number] = with_overrides(self.plan.base, trial.params)
         if trial.state == TrialState.COMPLETE and number not in self.pruned:
             objectives = zip(self.plan.spec.objectives, trial.values, strict=True)
             self._racing.finished[number] = dict(objectives)
@@ -260,34 +298,19 @@ class StudyState:
 
     def _admit(self, trial: optuna.Trial) -> _Running | None:
         """Start a configuration, or end it untrained: as failed if its knobs are incompatible, as
-        pruned if its costs exceed a limit."""
+        pruned if its costs exceed a limit or it is too large."""
         overrides = suggest(trial, self.plan)
-        try:
-            costs = self._known_costs(overrides)
-        except KnobError:
-            self.study.tell(trial.number, state=TrialState.FAIL)
+        costs = end_unfit(self.plan, self.study, trial, overrides)
+        if costs is None:
             return None
-        excess = {name: costs[name] - limit for name, limit in self.plan.spec.limits.items()}
-        for name, value in excess.items():
-            trial.set_constraint(name, value)
-        if any(value > 0 for value in excess.values()):
+        if (other := self.smaller_without_memory(overrides)) is not None:
+            self.too_large[trial.number] = other
+            self.study.set_user_attr(f"{trial.number}/too_large", other)
             self.study.tell(trial.number, state=TrialState.PRUNED)
             return None
         self._racing.make_room(trial.number)  # Others may have queued configurations meanwhile.
         self._running[trial.number] = _Running(trial.number, overrides, costs)
         return self._running[trial.number]
-
-    def _known_costs(self, overrides: dict[str, Any]) -> Metrics:
-        if not {"parameters", "codebook.size"} & {
-            *self.plan.spec.objectives,
-            *self.plan.spec.limits,
-        }:
-            return {}
-        config = with_overrides(self.plan.base, overrides)
-        return {
-            "codebook.size": float(config.codebook.size),
-            "parameters": float(count_parameters(config)),
-        }
 
     def _waiting(self, one: _Running) -> list[SceneRung]:
         """Pairs to train now: not recorded, not in flight, and the rung below is recorded."""

@@ -15,9 +15,17 @@ from optuna.trial import TrialState
 
 from cbnerf.overrides import read_knob, with_overrides
 from cbnerf.report.tables import Cell, Table, to_markdown
+from cbnerf.search.limits import check_limits
 from cbnerf.search.plan import Plan
 from cbnerf.search.request import plan_study
-from cbnerf.search.sampler import join_study, open_study, propose, read_study, suggest
+from cbnerf.search.sampler import (
+    end_unfit,
+    join_study,
+    open_study,
+    propose,
+    read_study,
+    suggest,
+)
 from cbnerf.search.spec import Choices
 from cbnerf.search.state import StudyState
 from cbnerf.strict_yaml import shown
@@ -37,7 +45,8 @@ def enqueue(storage: Path, name: str, settings: Sequence[str]) -> Queued:
     """Let a study try `knob=value` settings next; its sampler proposes the knobs that are not
     named.
 
-    ValueError for a setting outside the space, or a configuration that the study already holds.
+    ValueError for a setting outside the space or beyond a limit, or a configuration that the study
+    already holds.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     plan = plan_study(storage, name)
@@ -84,6 +93,7 @@ def _values(plan: Plan, settings: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"{knob} = {shown(value)} is not in the space: {allowed}")
         values[knob] = value
     with_overrides(plan.base, values)  # They may be incompatible.
+    check_limits(plan.base, plan.spec, values)
     return values
 
 
@@ -108,14 +118,25 @@ def suggestions(storage: Path, name: str, count: int) -> dict[str, Any]:
 
 
 def _next_proposals(plan: Plan, state: StudyState, count: int) -> list[dict[str, Any]]:
-    """Asked of a copy of the study: a proposal depends on its number and the trials so far."""
+    """Asked of a copy of the study: a proposal depends on its number and the trials so far. Leaves
+    out those that the study would not train."""
     copy = optuna.create_study(
         storage=optuna.storages.InMemoryStorage(), directions=state.study.directions
     )
     copy.add_trials(state.study.get_trials())
-    num_begun = len(_begun(state))
-    numbers = range(num_begun, min(num_begun + count, plan.spec.trials))
-    return [suggest(propose(plan, copy, number), plan) for number in numbers]
+    proposals: list[dict[str, Any]] = []
+    for number in range(len(_begun(state)), plan.spec.trials):
+        if len(proposals) == count:
+            break
+        trial = propose(plan, copy, number)
+        knobs = suggest(trial, plan)
+        if end_unfit(plan, copy, trial, knobs) is None:
+            continue
+        if state.smaller_without_memory(knobs) is None:
+            proposals.append(knobs)
+        else:
+            copy.tell(trial, state=TrialState.PRUNED)
+    return proposals
 
 
 def _begun(state: StudyState) -> list[optuna.trial.FrozenTrial]:

@@ -31,7 +31,7 @@ from cbnerf.search.plan import Plan, Unit
 from cbnerf.training.checkpoint import REFINER_FILE, Checkpoint
 from cbnerf.training.distributed import choose_device, from_rank_0, process_rank
 from cbnerf.training.evaluation import mean_scores, refine_views
-from cbnerf.training.memory import free_gpu_memory
+from cbnerf.training.memory import free_gpu_memory, gpu_share
 from cbnerf.training.models import load_refiner
 from cbnerf.training.preemption import leaving_at_sigterm
 from cbnerf.training.stages import RENDERS_FILE, read_metrics, run_field, run_refiner
@@ -49,8 +49,9 @@ class UnitTrainable(tune.Trainable):
     """Trains the units of one configuration in this process, one after the other.
 
     A step reports the start of one as `{unit, begun}` or its end as `{unit, ended, metrics}`; an
-    error that a retry would repeat is `{failure}`. Tune calls it in the main thread, where SIGTERM
-    can be handled: a machine that goes lets a unit write the checkpoint of its last step.
+    error that a retry would repeat is `{failure, out_of_memory}`. Tune calls it in the main thread,
+    where SIGTERM can be handled: a machine that goes lets a unit write the checkpoint of its last
+    step.
     """
 
     def setup(self, config: dict[str, Any], plan: Plan) -> None:
@@ -78,7 +79,24 @@ def run_units(units: Sequence[Mapping[str, Any]], plan: Plan) -> Iterator[dict[s
             is_last = index == len(units) - 1
             yield {"unit": index, "ended": True, "metrics": metrics, "done": is_last}
     except _LASTING as error:
-        yield {"failure": str(error), "done": True}
+        yield _failure(error) | {"done": True}
+    except torch.OutOfMemoryError as error:
+        if not _has_its_share(plan):
+            raise  # Another machine, or a later time, has the memory.
+        yield _failure(error) | {"done": True}
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    """What is reported of an error that a retry would repeat."""
+    short = ". ".join(str(error).split(". ")[:2])  # then come figures and advice of torch
+    return {"failure": short, "out_of_memory": isinstance(error, torch.OutOfMemoryError)}
+
+
+def _has_its_share(plan: Plan) -> bool:
+    """Whether this process has got all of the GPU's memory that is reserved for it, so that none of
+    the processes on the same GPU has taken it away."""
+    share, reserved = gpu_share(), plan.gpus_per_worker
+    return share is None or reserved >= 1 or share >= reserved
 
 
 def run_units_together(about: Mapping[str, Any], plan: Plan) -> None:
@@ -89,8 +107,8 @@ def run_units_together(about: Mapping[str, Any], plan: Plan) -> None:
                 _complete_field(plan, plan.config_of(Unit(**unit)), scene)
         callbacks = [TuneReportCallback()]
         _train_together(plan, "units", _walk_in_worker, {"units": about["units"]}, callbacks)
-    except _LASTING as error:
-        tune.report({"failure": str(error)})
+    except (*_LASTING, torch.OutOfMemoryError) as error:  # They have whole GPUs.
+        tune.report(_failure(error))
 
 
 def retrain(plan: Plan, unit: Unit, seed: int) -> dict[str, float] | None:
@@ -230,7 +248,7 @@ def _train_together(
         trainer.fit()
     except WorkerGroupError as error:
         for cause in error.worker_failures.values():
-            if isinstance(cause, _LASTING):
+            if isinstance(cause, (*_LASTING, torch.OutOfMemoryError)):
                 raise cause from None
         raise
 

@@ -31,7 +31,7 @@ from cbnerf.training.checkpoint import (
     load_checkpoint,
 )
 from cbnerf.training.distributed import any_process, from_rank_0, num_processes, process_rank
-from cbnerf.training.preemption import Preempted, is_noticed, postponed
+from cbnerf.training.preemption import Preempted, is_announced, is_noticed, postponed
 
 Report = Callable[[int, dict[str, float], Checkpoint], None]
 """Called with (step, metrics, checkpoint) on every process after every evaluation; metrics are
@@ -40,6 +40,8 @@ checkpoint then has `sums`."""
 
 _STEPS_TO_AGREE = 8
 """After so many steps processes tell each other whether one of them must end."""
+_STEPS_TO_ASK = 64
+"""After so many steps they ask whether a machine goes soon, which takes some milliseconds."""
 
 Parameters = ParamSpec("Parameters")
 Trained = TypeVar("Trained")
@@ -87,8 +89,8 @@ def fit(
     """Train `task.model` in place for `task.steps` steps, or for the first 1/`part` of them.
 
     A training that stops early also reports there; resumed from that checkpoint it ends with the
-    same bits as one that never stopped. At SIGTERM (`leaving_at_sigterm`) it reports the checkpoint
-    of its last step without an evaluation, and raises `Preempted`.
+    same bits as one that never stopped. At SIGTERM (`leaving_at_sigterm`, `note_sigterm`) it
+    reports the checkpoint of its last step without an evaluation, and raises `Preempted`.
     """
     rank, world_size = process_rank(), num_processes()
     optim = task.optim
@@ -130,18 +132,21 @@ def fit(
             so_far.clear()
             report_now(metrics)
 
+    all_end = False
     try:
         evaluate_if_due()  # if it was preempted before it could
         for step in progress(range(so_far.step, last_step), label):
             with postponed():
                 train_step(step)
-            if _must_end(so_far.step, device):
+            if all_end := _must_end(so_far.step, device):
                 raise Preempted
             evaluate_if_due()
     except Preempted:
         with postponed():
             if so_far.num_summed:
                 report_now({})
+            if all_end:
+                from_rank_0(lambda: None)  # Ray ends a group with its first process.
         raise
     task.model.eval()
 
@@ -229,7 +234,10 @@ def _must_end(step: int, device: torch.device) -> bool:
     """Whether this process, or one that trains with it, must end; all agree on the answer."""
     if num_processes() == 1:
         return is_noticed()
-    return step % _STEPS_TO_AGREE == 0 and any_process(is_noticed(), device)
+    if step % _STEPS_TO_AGREE:
+        return False
+    goes_soon = step % _STEPS_TO_ASK == 0 and is_announced()
+    return any_process(goes_soon or is_noticed(), device)
 
 
 def _evaluate(task: Task) -> dict[str, float]:

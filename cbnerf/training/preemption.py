@@ -1,13 +1,15 @@
 """SIGTERM, which a machine sends before it goes: leave with a checkpoint of the last step.
 
-Inside `leaving_at_sigterm` the signal raises `Preempted`; inside `postponed` it only leaves a note,
-which whoever postponed it has to heed.
+Inside `leaving_at_sigterm` the signal raises `Preempted`; inside `postponed`, and after
+`note_sigterm`, it only leaves a note, which whoever postponed it has to heed. Processes that train
+together may also be told before, by whom `note_sigterm` names.
 """
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 
@@ -16,13 +18,18 @@ class Preempted(SystemExit):
 
     status = 128 + signal.SIGTERM
 
-    def __init__(self):
-        super().__init__(self.status)
+    def __init__(self, status: int = status):  # an argument, so that it can be unpickled
+        super().__init__(status)
 
 
+@dataclass
 class _Notice:
-    has_come = False
-    is_postponed = False
+    has_come: bool = False
+    is_postponed: bool = False
+    is_announced: Callable[[], bool] = lambda: False
+
+
+_notice = _Notice()
 
 
 @contextmanager
@@ -32,30 +39,46 @@ def leaving_at_sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _notice)
+    before = signal.signal(signal.SIGTERM, _handle)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-        _Notice.has_come = False
+        _notice.has_come = False
 
 
-def _notice(number: int, frame: FrameType | None) -> None:
-    _Notice.has_come = True
-    if not _Notice.is_postponed:
+def note_sigterm(is_announced: Callable[[], bool]) -> None:
+    """From now on SIGTERM only leaves a note, for a training in another thread of this process.
+
+    To be called in the main thread, where Python handles signals. All processes that train together
+    call `is_announced` at the same steps; it tells whether one of their machines goes soon.
+    """
+    _notice.is_announced = is_announced
+    _notice.is_postponed = True
+    signal.signal(signal.SIGTERM, _handle)
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    _notice.has_come = True
+    if not _notice.is_postponed:
         raise Preempted
 
 
 @contextmanager
 def postponed() -> Iterator[None]:
     """Let a block end although SIGTERM comes; `is_noticed` tells of it afterwards."""
-    before, _Notice.is_postponed = _Notice.is_postponed, True
+    before, _notice.is_postponed = _notice.is_postponed, True
     try:
         yield
     finally:
-        _Notice.is_postponed = before
+        _notice.is_postponed = before
 
 
 def is_noticed() -> bool:
-    """Whether SIGTERM has come in this block of `leaving_at_sigterm`."""
-    return _Notice.has_come
+    """Whether SIGTERM has come in this block of `leaving_at_sigterm`, or since `note_sigterm`."""
+    return _notice.has_come
+
+
+def is_announced() -> bool:
+    """Whether a machine of this training goes soon; all its processes must call this."""
+    return _notice.is_announced()

@@ -88,6 +88,24 @@ def test_a_preset_between_the_points_of_a_grid_is_not_tried(tiny_plan):
     assert initial_points(plan) == [{"codebook.dim": plan.base.codebook.dim}]
 
 
+def test_points_beyond_a_limit_are_not_tried_first(tiny_plan):
+    limits = {"codebook.size": 128}
+    assert tiny_plan(space=SPACE).base.codebook.size == 64
+    plan = tiny_plan(space=SPACE, limits=limits, initial=[{"codebook.size": 128}])
+    assert [point["codebook.size"] for point in initial_points(plan)] == [64, 128]
+    with pytest.raises(ValueError, match=r"^initial: .*codebook\.size = 256.* limits: codebook"):
+        tiny_plan(space=SPACE, limits=limits, initial=[{"codebook.size": 256}])
+    without = tiny_plan(space=SPACE, limits={"codebook.size": 63})
+    assert initial_points(without) == []
+
+
+def test_costs_of_stage_2_are_not_asked_of_a_method_without_it(tiny_plan):
+    space = {"field.optim.lr": {"low": 1e-3, "high": 1e-1}}
+    for costs in ({"limits": {"parameters": 9}}, {"objectives": ["val/psnr", "codebook.size"]}):
+        with pytest.raises(ValueError, match="is a cost of stage 2, and nerf ends with stage 1"):
+            tiny_plan(method="nerf", space=space, **costs)
+
+
 def test_many_that_start_at_once_lie_evenly(tiny_plan):
     plan = tiny_plan(space=SPACE, trials=16)
     study = make_study(plan)

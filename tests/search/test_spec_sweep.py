@@ -82,7 +82,7 @@ def specifications(draw: st.DrawFn) -> dict[str, Any]:
         "seed": st.integers(0, 2**62),
         "sampler": st.sampled_from(["sobol-tpe", "tpe", "random"]),
         "objectives": st.sampled_from(QUALITIES).map(lambda quality: [quality, *costs]),
-        "limits": st.dictionaries(st.sampled_from(["parameters"]), st.integers(1, 10**9)),
+        "limits": st.dictionaries(st.sampled_from(["parameters"]), st.integers(10**8, 10**9)),
         "stopping": st.fixed_dictionaries(
             {},
             optional={

@@ -151,6 +151,39 @@ def test_what_is_wrong_is_said_in_one_line_and_queues_nothing(
     assert len(queued) == 2  # the preset, and the one above
 
 
+@pytest.mark.parametrize(
+    ("limits", "settings", "message"),
+    [
+        ({"codebook.size": 128}, ["codebook.size=1024"], r"codebook\.size = 1024 has at least 1024 "
+         r"codes, more than the study's limits: codebook\.size: 128"),
+        ({"parameters": 60_000}, ["codebook.size=1024", "codebook.beta=1"],
+         r"codebook\.size = 1024, codebook\.beta = 1 has at least \d+ parameters, .*: 60000"),
+        ({"parameters": 10_000}, ["codebook.beta=1"], r"beta = 1 has at least \d+ parameters"),
+    ],
+)  # fmt: skip
+def test_what_exceeds_a_limit_is_refused_and_what_may_keep_within_it_is_not(
+    begun, limits: dict[str, int], settings: list[str], message: str
+):
+    plan = begun(limits=limits)
+    state = StudyState(plan)
+    before = len(state.study.get_trials())
+    with pytest.raises(ValueError, match=message):
+        enqueue(plan.storage, plan.name, settings)
+    assert len(state.study.get_trials()) == before
+    if limits != {"parameters": 10_000}:  # beyond which all configurations lie
+        assert enqueue(plan.storage, plan.name, ["codebook.size=64"]).number == before
+
+
+def test_suggestions_leave_out_what_lies_beyond_a_limit(begun):
+    plan = begun(trials=12, limits={"codebook.size": 64})
+    state = StudyState(plan)
+    found = suggestions(plan.storage, plan.name, 3)["next"]
+    asked = [state.next_unit() for _ in range(6)]
+    tried = {unit.configuration: unit.overrides for unit in asked if unit}
+    assert [tried[number] for number in sorted(tried)] == found
+    assert len(tried) == 3 and max(tried) > 2  # others lay beyond it
+
+
 def test_a_study_that_has_not_begun_is_not_begun(begun):
     plan = begun()
     with pytest.raises(ValueError, match="study test: it has not begun yet"):

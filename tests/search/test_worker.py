@@ -62,7 +62,7 @@ def test_what_would_fail_again_is_told_and_not_tried_again(tiny_plan, monkeypatc
 
     monkeypatch.setattr(worker, "_run_unit", fail)
     told = list(run_units(UNIT, tiny_plan()))
-    assert told == [BEGUN, {"failure": str(error), "done": True}]
+    assert told == [BEGUN, {"failure": str(error), "out_of_memory": False, "done": True}]
 
 
 def test_what_may_be_the_machines_fault_is_raised_for_another_machine_to_try(
