@@ -189,8 +189,7 @@ class StudyState:
         """How a configuration ended; the objectives of a pruned one are expected, not measured."""
         if trial.number in self.pruned:
             return f"stopped: {self.pruned[trial.number].reason}"
-        if trial.number in self.too_large:
-            other = self.too_large[trial.number]
+        if (other := self.too_large.get(trial.number)) is not None:
             return f"not trained: at least as large as #{other}, which ran out of memory"
         ends = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "beyond a limit"}
         return ends.get(trial.state, trial.state.name.lower())
