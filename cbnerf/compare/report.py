@@ -161,8 +161,8 @@ def _notes(comparison: Comparison, results: Results, device: torch.device) -> li
     if comparison.protocol == "table1":
         return notes
     notes.append(
-        f"{results.about_lpips}. Bold: the best system. A vq-vae row is not a system: its input is "
-        "the photograph that it is scored on."
+        f"{results.about_lpips}. Bold: the best system. Rows `photograph` and `vq-vae` are no "
+        "systems: they are made of the photographs that they are scored on."
     )
     if comparison.protocol in WITHOUT_PHOTOGRAPH:
         without = [m for m, c in comparison.methods.items() if c.refiner.kind == "reference"]

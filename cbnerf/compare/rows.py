@@ -20,17 +20,20 @@ from cbnerf.training.field import low_res_cameras
 from cbnerf.training.models import load_field, load_refiner
 from cbnerf.training.stages import RENDERS_FILE
 
-Part = Literal["stage 1", "bicubic", "lanczos", "refined", "vq-vae"]
+Part = Literal["photograph", "stage 1", "bicubic", "lanczos", "refined", "vq-vae"]
+NO_SYSTEMS: tuple[Part, ...] = ("photograph", "vq-vae")
+"""Images that are made of the photographs they are scored on."""
 
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 
 _ABOUT: dict[Part, str] = {
+    "photograph": "the low-res photograph itself, enlarged by a bicubic filter; not a system",
     "stage 1": "its stage-1 render at high resolution",
     "bicubic": "its low-res render, enlarged by a bicubic filter",
     "lanczos": "its low-res render, enlarged by a Lanczos filter",
     "refined": "its refined render",
-    "vq-vae": "not a result but the upper bound of the codebook: the photograph, decoded from its "
-    "own codes",
+    "vq-vae": "the photograph itself, decoded from its own codes: what its refiner can reach at "
+    "best; not a system",
 }
 
 
@@ -42,12 +45,13 @@ class Row(NamedTuple):
     @property
     def about(self) -> str:
         """The images of this row, in words."""
-        return f"{self.method}: {_ABOUT[self.part]}"
+        about = _ABOUT[self.part]
+        return about if self.part == "photograph" else f"{self.method}: {about}"
 
 
 def make_rows(methods: dict[str, Config], protocol: Protocol) -> list[Row]:
-    """The rows of some methods; methods with the same stage 1 share its row."""
-    rows: list[Row] = []
+    """The rows of some methods; methods with the same stage 1 share its rows."""
+    rows = [Row("photograph bicubic", next(iter(methods)), "photograph")]
     fields: list[FieldConfig] = []
     for method, config in methods.items():
         kind = config.refiner.kind
@@ -57,11 +61,12 @@ def make_rows(methods: dict[str, Config], protocol: Protocol) -> list[Row]:
             continue
         if config.field not in fields:
             fields.append(config.field)
+            rows.append(Row(f"{method} bicubic", method, "bicubic"))
             rows.append(Row(f"{method} stage 1", method, "stage 1"))
         if kind == "reference" and protocol in WITHOUT_PHOTOGRAPH:
             continue  # It needs a high-res photograph of the scene.
         rows.append(Row(method, method, "refined"))
-        if kind in ("residual", "paper"):
+        if kind == "paper":  # Codes of `residual` select filters and bound nothing.
             rows.append(Row(f"vq-vae of {method}", method, "vq-vae"))
     return rows
 
@@ -76,6 +81,9 @@ def make_images(
     device: torch.device,
 ) -> UInt8[Tensor, "views height width 3"]:
     """Images of some views for a row; `field` and `refiner` are the folders of its stages."""
+    if part == "photograph":
+        low_res = scene.low_res(config.data.low_res_kernel, views)
+        return torch.stack([enlarge(image, scene.scale, "bicubic") for image in low_res])
     if part in _RESAMPLING:
         return _enlarge_low_res(part, scene, views, field, device)
     renders = load_renders(field / RENDERS_FILE)

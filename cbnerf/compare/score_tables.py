@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from cbnerf.compare.history import RELEASED_PSNR
 from cbnerf.compare.protocols import PUBLISHED
+from cbnerf.compare.rows import NO_SYSTEMS
 from cbnerf.compare.run import Comparison, Results, Scored
 from cbnerf.report.tables import Cell, Table, mark_best
 
@@ -23,7 +24,7 @@ def score_tables(comparison: Comparison, results: Results) -> list[Table]:
         ]
         best = mark_best(
             values,
-            [row.part != "vq-vae" for row in comparison.rows],
+            [row.part not in NO_SYSTEMS for row in comparison.rows],
             higher=metric not in _LOWER_IS_BETTER,
         )
         rows = [
@@ -61,7 +62,7 @@ def cost_table(comparison: Comparison, results: Results) -> Table:
         for costs in zip(*(e.costs for e in results.scores[row.name].values()), strict=True):
             seconds = sum(cost.seconds for cost in costs) / len(costs)
             cells += [Cell(f"{costs[0].parameters:,}"), Cell(f"{seconds:.0f}")]
-        rows.append((cells + [Cell("-"), Cell("-")])[:5])
+        rows.append((cells + [Cell("-")] * 4)[:5])
     header = ["system", "stage 1 parameters", "seconds", "stage 2 parameters", "seconds"]
     title = "Parameters (of the first scene) and seconds of training (mean over scenes)"
     return Table(title, header, rows)

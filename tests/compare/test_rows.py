@@ -8,9 +8,9 @@ from cbnerf.compare.rows import enlarge, make_rows
 from cbnerf.presets import METHODS, RESOLUTIONS, preset
 
 ALL = [
-    "nerf", "nerf bicubic", "nerf lanczos", "nerf-sr stage 1", "nerf-sr", "cb-nerf-paper",
-    "vq-vae of cb-nerf-paper", "cb-nerf stage 1", "cb-nerf", "vq-vae of cb-nerf", "cnn",
-    "linear",
+    "photograph bicubic", "nerf", "nerf bicubic", "nerf lanczos", "nerf-sr bicubic",
+    "nerf-sr stage 1", "nerf-sr", "cb-nerf-paper", "vq-vae of cb-nerf-paper", "cb-nerf bicubic",
+    "cb-nerf stage 1", "cb-nerf", "cnn", "linear",
 ]  # fmt: skip
 
 
@@ -27,9 +27,10 @@ def test_without_a_photograph_there_is_no_reference_to_look_into(protocol: Proto
     assert [row.name for row in rows] == [name for name in ALL if name != "nerf-sr"]
 
 
-def test_the_control_without_codes_has_no_ceiling_of_codes():
-    names = [row.name for row in make_rows({"cnn": METHODS["cnn"]}, "holdout")]
-    assert names == ["cnn stage 1", "cnn"]
+@pytest.mark.parametrize("method", ["cnn", "cb-nerf"])
+def test_a_refiner_that_decodes_no_codes_is_not_bounded_by_them(method: str):
+    names = [row.name for row in make_rows({method: METHODS[method]}, "holdout")]
+    assert names == ["photograph bicubic", f"{method} bicubic", f"{method} stage 1", method]
 
 
 @pytest.mark.parametrize("kernel", ["bicubic", "lanczos"])
