@@ -19,8 +19,8 @@ from cbnerf.config import CodebookConfig
 _CPU_DISTANCES, _GPU_DISTANCES = 2**20, 2**24
 _PARTS, _MANY = 8, 256  # fewer codes are searched without parts
 _TOGETHER = 16  # columns whose common minimum decides whether they are sorted
-# Stride of the latents in each round of k-means; all of them gain nothing.
-_KMEANS_STRIDES = (8, 8, 4, 4, 2, 2)
+# Stride of the latents in each round of k-means: early rounds use a subset.
+_KMEANS_STRIDES = (8, 8, 4, 4, 2, 1)
 # Codes with a lower usage are not moved: the quotient of their averages is inexact.
 _MIN_USAGE = 1e-5
 
