@@ -12,9 +12,9 @@ from cbnerf.compare.protocols import WITHOUT_PHOTOGRAPH, Protocol
 from cbnerf.config import Config, FieldConfig
 from cbnerf.data.references import find_references
 from cbnerf.data.renders import load_renders
-from cbnerf.data.scene import Scene
+from cbnerf.data.scene import Scene, downsample
 from cbnerf.metrics import to_8bit
-from cbnerf.training.checkpoint import FIELD_FILE, REFINER_FILE
+from cbnerf.training.checkpoint import FIELD_FILE, REFINER_FILE, Stage
 from cbnerf.training.evaluation import refine_views, render_views, sr_views, unit_views
 from cbnerf.training.field import low_res_cameras
 from cbnerf.training.models import load_field, load_refiner
@@ -47,6 +47,13 @@ class Row(NamedTuple):
         """The images of this row, in words."""
         about = _ABOUT[self.part]
         return about if self.part == "photograph" else f"{self.method}: {about}"
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The trained stages that its images need."""
+        if self.part == "photograph":
+            return ()
+        return ("field", "refiner") if self.part in ("refined", "vq-vae") else ("field",)
 
 
 def make_rows(methods: dict[str, Config], protocol: Protocol) -> list[Row]:
@@ -85,7 +92,8 @@ def make_images(
         low_res = scene.low_res(config.data.low_res_kernel, views)
         return torch.stack([enlarge(image, scene.scale, "bicubic") for image in low_res])
     if part in _RESAMPLING:
-        return _enlarge_low_res(part, scene, views, field, device)
+        low_res = _render_low_res(config, scene, views, field, device)
+        return torch.stack([enlarge(image, scene.scale, part) for image in low_res])
     renders = load_renders(field / RENDERS_FILE)
     if part == "stage 1":
         return renders.rgb[views]
@@ -101,12 +109,14 @@ def make_images(
     return to_8bit(torch.cat(reconstructed)).movedim(1, -1).cpu()
 
 
-def _enlarge_low_res(
-    part: Part, scene: Scene, views: list[int], field: Path, device: torch.device
-) -> UInt8[Tensor, "views height width 3"]:
+def _render_low_res(
+    config: Config, scene: Scene, views: list[int], field: Path, device: torch.device
+) -> UInt8[Tensor, "views low_height low_width 3"]:
+    """Low-res renders: with super-sampling the means of sub-pixels, as in training."""
+    if config.field.super_sampling:
+        return downsample(load_renders(field / RENDERS_FILE).rgb[views], scene.scale, "box")
     model, cameras, _ = load_field(field / FIELD_FILE, device)
-    low_res = render_views(model, low_res_cameras(cameras, scene.scale), views, 1).rgb
-    return torch.stack([enlarge(image, scene.scale, part) for image in low_res])
+    return render_views(model, low_res_cameras(cameras, scene.scale), views, 1).rgb
 
 
 def enlarge(

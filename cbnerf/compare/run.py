@@ -134,11 +134,11 @@ def run_comparison(
             refiner = comparison.refiner_folder(row.method, name)
             images = make_images(row.part, config, scene, views, field, refiner, device)
             values = _score_images(images, scene.images[views], comparison.protocol, lpips)
-            folders = {"photograph": (), "refined": (field, refiner), "vq-vae": (field, refiner)}
+            folders = {"field": field, "refiner": refiner}
             results.scores[row.name][name] = Scored(
                 summary=_summarise(comparison, row, values, refiner),
                 views=dict(zip(views, values, strict=True)),
-                costs=[_cost(folder) for folder in folders.get(row.part, (field,))],
+                costs=[_cost(folders[stage]) for stage in row.stages],
             )
             results.shown[name].images[row.name] = images[views.index(view)]
         say(f"{name}: scored")

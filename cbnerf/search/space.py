@@ -17,8 +17,9 @@ class _Idle(NamedTuple):
     """Prefixes of their names."""
 
 
-_OF_CODES = ("codebook.", "loss.", "refiner.skips", "refiner.neighbours")
-_OF_RESIDUAL = ("refiner.channels", "refiner.blocks", "refiner.neighbours")
+_OF_FILTERS = ("refiner.neighbours", "refiner.ridge")
+_OF_CODES = ("codebook.", "loss.", "refiner.skips", *_OF_FILTERS)
+_OF_RESIDUAL = ("refiner.channels", "refiner.blocks", *_OF_FILTERS)
 _IDLE = (
     _Idle({"refiner.kind": "linear"}, ("codebook.", "loss.", "refiner.")),
     _Idle({"refiner.kind": "reference"}, (*_OF_CODES, "refiner.blocks")),

@@ -1,11 +1,16 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from cbnerf.compare.protocols import WITHOUT_PHOTOGRAPH, Protocol
-from cbnerf.compare.rows import enlarge, make_rows
+from cbnerf.compare.rows import enlarge, make_images, make_rows
+from cbnerf.data.renders import Renders, save_renders
+from cbnerf.data.scene import Scene, downsample
 from cbnerf.presets import METHODS, RESOLUTIONS, preset
+from cbnerf.training.stages import RENDERS_FILE
 
 ALL = [
     "photograph bicubic", "nerf", "nerf bicubic", "nerf lanczos", "nerf-sr bicubic",
@@ -44,3 +49,15 @@ def test_images_are_enlarged_as_pillow_does(kernel: str):
     assert np.array_equal(large.numpy(), np.asarray(expected))
     flat = torch.full((4, 4, 3), 77, dtype=torch.uint8)
     assert torch.equal(enlarge(flat, 4, kernel), torch.full((16, 16, 3), 77, dtype=torch.uint8))
+
+
+def test_the_low_res_render_of_a_super_sampled_field_is_the_mean_of_its_sub_pixels(
+    tiny_scene: Scene, tiny_renders: Renders, tmp_path: Path
+):
+    save_renders(tiny_renders, tmp_path / RENDERS_FILE)
+    config = METHODS["cb-nerf"]
+    images = make_images(
+        "bicubic", config, tiny_scene, [1], tmp_path, tmp_path, torch.device("cpu")
+    )
+    low_res = downsample(tiny_renders.rgb[[1]], tiny_scene.scale, "box")
+    assert torch.equal(images[0], enlarge(low_res[0], tiny_scene.scale, "bicubic"))

@@ -40,6 +40,8 @@ KINDS = {"codebook.kind": {"choices": ["vq", "fsq"]}}
         ("cb-nerf", {"refiner.optim.evaluations": {"low": 1, "high": 9}}, {}),
         ("cnn", BETA, {}),
         ("cnn", {"refiner.neighbours": {"choices": [1, 2]}}, {}),
+        ("cnn", {"refiner.ridge": {"low": 1, "high": 9}}, {}),
+        ("cb-nerf-paper", {"refiner.ridge": {"low": 1, "high": 9}}, {}),
         ("cb-nerf-paper", BLOCKS, {}),
         ("cb-nerf-paper", {"field.planes.levels": {"low": 1, "high": 3}}, {}),
         ("nerf-sr", BLOCKS, {}),
