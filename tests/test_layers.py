@@ -13,7 +13,7 @@ import cbnerf
 PACKAGE = Path(cbnerf.__file__).parent
 LEFT_TO_RIGHT = [
     {"files", "strict_yaml"}, {"config", "console"}, {"overrides"}, {"presets"},
-    {"rng", "metrics", "downsampling", "progress"},
+    {"rng", "metrics", "downsampling", "progress", "kernels"},
     {"nerf", "codebook", "scenes", "report"}, {"baselines"}, {"data"},
     {"training"}, {"experiment"}, {"compare"}, {"search"}, {"commands"}, {"cli"}, {"__main__"},
 ]  # fmt: skip

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from cbnerf.codebook.fsq import build_quantizer
 from cbnerf.codebook.imitation import imitation_loss
+from cbnerf.codebook.nearest import Neighbours, find_neighbours
 from cbnerf.codebook.positions import Positions
-from cbnerf.codebook.quantizer import Neighbours, VectorQuantizer, find_neighbours, vq_loss
+from cbnerf.codebook.quantizer import VectorQuantizer, vq_loss
 from cbnerf.codebook.views import Views
 from cbnerf.config import CodebookConfig, LossConfig
 

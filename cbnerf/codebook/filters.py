@@ -24,9 +24,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cbnerf.codebook.neighbourhoods import INPUTS, ROWS, Neighbourhoods
+from cbnerf.codebook.nearest import Neighbours
+from cbnerf.codebook.neighbourhoods import INPUTS, ROWS, SIDE, Neighbourhoods
 from cbnerf.codebook.normal_equations import NormalEquations
-from cbnerf.codebook.quantizer import Neighbours
+from cbnerf.kernels import has_kernels
 
 Filters = Float[Tensor, "*codes inputs 3"]
 _JITTER = 1e-5
@@ -61,18 +62,28 @@ class CodeFilters(nn.Module):
         self, sr: Float[Tensor, "3 height width"], codes: Neighbours
     ) -> Float[Tensor, "3 height width"]:
         """The correction of each pixel by the filters of its codes `[height width neighbours]`."""
-        around = Neighbourhoods([sr])
         indices, shares = codes.indices.flatten(0, 1), codes.shares.flatten(0, 1)
+        each = self._correct_compiled if has_kernels(sr) else self._correct
+        return (shares[..., None] * each(sr, indices)).sum(1).T.view_as(sr)
+
+    def _correct(self, sr: Tensor, indices: Tensor) -> Float[Tensor, "pixels neighbours 3"]:
+        """The correction of each filter alone."""
+        around = Neighbourhoods([sr])
         corrections = []
         for pixels in torch.arange(len(indices), device=sr.device).split(ROWS):
             rows = around.rows(pixels)
             corrections.append(
-                sum(
-                    share[:, None] * torch.einsum("ni,nic->nc", rows, self.table[index])
-                    for index, share in zip(indices[pixels].T, shares[pixels].T, strict=True)
+                torch.stack(
+                    [torch.einsum("ni,nic->nc", rows, self.table[c]) for c in indices[pixels].T], 1
                 )
             )
-        return torch.cat(corrections).T.view_as(sr)
+        return torch.cat(corrections)
+
+    def _correct_compiled(self, sr: Tensor, indices: Tensor) -> Tensor:
+        from cbnerf.codebook.filter_kernels import apply_each
+
+        image = Neighbourhoods([sr]).padded[0].numpy()
+        return torch.from_numpy(apply_each(image, indices.numpy(), self.table.numpy(), SIDE))
 
     @torch.no_grad()
     def fit_common(self, views: Sequence[Corrections]) -> None:

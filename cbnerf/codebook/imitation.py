@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cbnerf.codebook.fsq import Quantizer
-from cbnerf.codebook.quantizer import Quantized, rank_codes, rows_at_once, vq_loss
+from cbnerf.codebook.nearest import rank_codes, rows_at_once
+from cbnerf.codebook.quantizer import Quantized, vq_loss
 
 _LEAST_LOGIT = -60.0
 """Lower bound of exponents: on a CPU exponentials that underflow take several times as long."""

@@ -18,13 +18,16 @@ ROWS = 2**15
 class Neighbourhoods:
     """The 7x7 pixels around each pixel of images of one size; the border is replicated."""
 
+    padded: Float[Tensor, "images height width 3"]
+    """The images with their borders."""
+
     def __init__(self, images: Sequence[Float[Tensor, "3 height width"]]):
         padded = F.pad(torch.stack(list(images)), (SIDE // 2,) * 4, mode="replicate")
         # Channels last: a row of a neighbourhood is one piece of memory.
-        padded = padded.movedim(1, -1).contiguous()
-        count, height, width, channels = padded.shape
-        image, row, pixel, _ = padded.stride()
-        self._windows = padded.as_strided(
+        self.padded = padded.movedim(1, -1).contiguous()
+        count, height, width, channels = self.padded.shape
+        image, row, pixel, _ = self.padded.stride()
+        self._windows = self.padded.as_strided(
             (count, height - SIDE + 1, width - SIDE + 1, SIDE, SIDE * channels),
             (image, row, pixel, row, 1),
         )

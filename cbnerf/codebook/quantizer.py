@@ -1,8 +1,8 @@
 """Vector quantization: replace each latent by its nearest code (VQ-VAE).
 
-Names of this file: a *codebook* is a `[codes dim]` matrix, a *code* is one row, an *index* is a row
-number. Under torch.distributed the codebook is updated with the latents of all processes,
-concatenated in rank order; every process must contribute the same number.
+A *codebook* is a `[codes dim]` matrix, a *code* is one row, an *index* is a row number. Under
+torch.distributed the codebook is updated with the latents of all processes, concatenated in rank
+order; every process must contribute the same number.
 """
 
 from typing import NamedTuple
@@ -13,12 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from cbnerf.codebook.nearest import append_ones, find_nearest
 from cbnerf.config import CodebookConfig
 
-# Distances per chunk of a search: few enough for a CPU's caches, enough to keep a GPU busy.
-_CPU_DISTANCES, _GPU_DISTANCES = 2**20, 2**24
-_PARTS, _MANY = 8, 256  # fewer codes are searched without parts
-_TOGETHER = 16  # columns whose common minimum decides whether they are sorted
 # Stride of the latents in each round of k-means: early rounds use a subset.
 _KMEANS_STRIDES = (8, 8, 4, 4, 2, 1)
 # Codes with a lower usage are not moved: the quotient of their averages is inexact.
@@ -35,14 +32,6 @@ class Quantized(NamedTuple):
     """Moves latents towards codes."""
 
 
-class Neighbours(NamedTuple):
-    """The nearest codes of latents, nearest first."""
-
-    indices: Int[Tensor, "*batch neighbours"]
-    shares: Float[Tensor, "*batch neighbours"]
-    """Weights; they sum to one."""
-
-
 def vq_loss(quantized: Quantized, config: CodebookConfig) -> Float[Tensor, ""]:
     """Codebook loss + beta * commitment loss (paper, section 2-4); with
     `codebook.vq_loss=released`, beta weighs the codebook loss, as in the released code."""
@@ -50,106 +39,6 @@ def vq_loss(quantized: Quantized, config: CodebookConfig) -> Float[Tensor, ""]:
     if config.vq_loss == "released":
         return commitment + config.beta * codebook
     return codebook + config.beta * commitment
-
-
-def rank_codes(
-    latents: Float[Tensor, "rows dim"], codes: Float[Tensor, "codes dim"]
-) -> Float[Tensor, "rows codes"]:
-    """Squared distances to all codes, minus the squared norm of the latent (same order)."""
-    with torch.autocast(latents.device.type, enabled=False):
-        return _append_ones(latents) @ _columns(codes)
-
-
-def _append_ones(latents: Tensor) -> Tensor:
-    return torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1)
-
-
-def _columns(codes: Tensor) -> Tensor:
-    """[-2 code, |code|^2]: one product with [latent, 1] ranks the codes; `addmm` would copy the
-    norms to every row."""
-    return torch.cat([-2 * codes, codes.square().sum(1, keepdim=True)], dim=1).T
-
-
-@torch.no_grad()
-def find_nearest(
-    latents: Float[Tensor, "rows dim"],
-    codes: Float[Tensor, "codes dim"],
-    max_distances: int | None = None,
-) -> Int[Tensor, " rows"]:
-    """Index of the nearest code of each latent; computes `max_distances` distances at a time."""
-    rows, columns = rows_at_once(latents, len(codes), max_distances), _columns(codes)
-    indices = torch.empty(len(latents), dtype=torch.int64, device=latents.device)
-    # One buffer for all chunks: reallocation would fragment the heap.
-    buffer = latents.new_empty(min(rows, len(latents)), len(codes))
-    with torch.autocast(latents.device.type, enabled=False):
-        for chunk, found in zip(latents.split(rows), indices.split(rows), strict=True):
-            distances = torch.mm(_append_ones(chunk), columns, out=buffer[: len(chunk)])
-            found.copy_(_find_least(distances))
-    return indices
-
-
-def find_neighbours(
-    latents: Float[Tensor, "rows dim"],
-    codes: Float[Tensor, "codes dim"],
-    number: int,
-    max_distances: int | None = None,
-) -> Neighbours:
-    """The `number` nearest codes of each latent; there must be more codes than that.
-
-    Shares are proportional to d - d_i, where d_i is the squared distance to the i-th nearest code
-    and d that to the first code left out. They are continuous in the latent: a code enters or
-    leaves with share 0. Squared distances 1, 2, 4 and `number` 2 give shares 3/5, 2/5. Shares have
-    a gradient to latents and codes.
-    """
-    found = []
-    for chunk in latents.split(rows_at_once(latents, len(codes), max_distances)):
-        with torch.no_grad():
-            indices = _find_least_several(rank_codes(chunk, codes), number + 1)
-        distances = (chunk[:, None] - F.embedding(indices, codes)).square().sum(-1)
-        nearness = (distances[:, -1:] - distances[:, :-1]).clamp_min(
-            torch.finfo(distances.dtype).tiny
-        )
-        found.append((indices[:, :-1], nearness / nearness.sum(dim=1, keepdim=True)))
-    indices, shares = zip(*found, strict=True)
-    return Neighbours(torch.cat(indices), torch.cat(shares))
-
-
-def rows_at_once(latents: Tensor, num_codes: int, max_distances: int | None = None) -> int:
-    """Latents per chunk, from `max_distances` or the caches of the device."""
-    if max_distances is None:
-        max_distances = _CPU_DISTANCES if latents.device.type == "cpu" else _GPU_DISTANCES
-    return max(1, max_distances // num_codes)
-
-
-def _find_least(values: Float[Tensor, "rows columns"]) -> Int[Tensor, " rows"]:
-    """Column of the least value of each row; on a CPU five times faster than `argmin`, because
-    `amin` is vectorized."""
-    num_columns = values.shape[1]
-    if values.device.type != "cpu" or num_columns < _MANY or num_columns % _PARTS:
-        return values.min(dim=1).indices
-    parts = values.view(len(values), _PARTS, -1)
-    columns = parts.amin(dim=1).min(dim=1).indices
-    rows = torch.arange(len(values))
-    return parts[rows, :, columns].min(dim=1).indices * parts.shape[2] + columns
-
-
-def _find_least_several(
-    values: Float[Tensor, "rows columns"], number: int
-) -> Int[Tensor, "rows number"]:
-    """Columns of the `number` least values of each row, least first.
-
-    They lie in the groups of columns, every n-th together, with the least minima, so a CPU sorts
-    these alone: with 4096 columns that takes half of the time.
-    """
-    rows, num_columns = values.shape
-    stride = num_columns // _TOGETHER
-    if values.device.type != "cpu" or num_columns % _TOGETHER or stride < 64:
-        return values.topk(number, dim=1, largest=False).indices
-    groups = values.view(rows, _TOGETHER, stride)
-    chosen = groups.amin(dim=1).topk(number, dim=1, largest=False, sorted=False).indices
-    candidates = groups.gather(2, chosen[:, None].expand(-1, _TOGETHER, -1)).flatten(1)
-    found = candidates.topk(number, dim=1, largest=False).indices
-    return found // number * stride + chosen.gather(1, found % number)
 
 
 class VectorQuantizer(nn.Module):
@@ -264,7 +153,7 @@ def _sum_by_code(
     latents: Float[Tensor, "rows dim"], indices: Int[Tensor, " rows"], num_codes: int
 ) -> Float[Tensor, "codes dim_and_count"]:
     # `bincount` would synchronise with the GPU.
-    rows = _append_ones(latents)
+    rows = append_ones(latents)
     return rows.new_zeros(num_codes, rows.shape[1]).index_add_(0, indices, rows)
 
 

@@ -21,9 +21,9 @@ from cbnerf.codebook.encoders import (
     pad,
 )
 from cbnerf.codebook.filters import CodeFilters, Corrections
+from cbnerf.codebook.nearest import Neighbours
 from cbnerf.codebook.neighbourhoods import SIDE
 from cbnerf.codebook.network import ResidualNetwork
-from cbnerf.codebook.quantizer import Neighbours
 from cbnerf.codebook.refiner import CodebookRefiner
 from cbnerf.codebook.views import MadeOnDemand, Views
 from cbnerf.config import Config

@@ -8,29 +8,13 @@ interpolated cells; `features`, `[points channels * cell_sizes]`, their products
 Sums are in a fixed order, also with several threads, since no two threads write to one plane.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from typing import Any, TypeVar, no_type_check
+from collections.abc import Sequence
+from typing import no_type_check
 
 import numpy as np
-import torch
 from numba import njit
 
-Item = TypeVar("Item")
-
-
-def compiled(*fastmath: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compile a function at its first call, with some of LLVM's flags for floating-point numbers,
-    and keep the result on disk where a folder for it can be written."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        try:
-            return njit(cache=True, nogil=True, fastmath=set(fastmath))(function)
-        except RuntimeError:  # neither the package's folder nor the user's can be written
-            return njit(nogil=True, fastmath=set(fastmath))(function)
-
-    return decorate
+from cbnerf.kernels import compiled, run_all, split_for_threads
 
 
 @njit(inline="always")
@@ -162,7 +146,7 @@ def compose(pyramids: Sequence[Sequence[np.ndarray]], planes: Sequence[np.ndarra
         else:
             planes[index][:] = total
 
-    _run_all(add, range(len(planes)))
+    run_all(add, range(len(planes)))
 
 
 def gradients_of_grids(
@@ -181,7 +165,7 @@ def gradients_of_grids(
             found[index].append(coarse)
             finer = coarse
 
-    _run_all(add, range(len(gradients)))
+    run_all(add, range(len(gradients)))
     return [gradient for pyramid in found for gradient in pyramid]
 
 
@@ -231,7 +215,7 @@ def total_variation(table: np.ndarray, layout: np.ndarray) -> tuple[float, np.nd
         height, width, first = layout[index, :3]
         terms[index] = _total_variation(table, height, width, first, slopes)
 
-    _run_all(add, range(len(layout)))
+    run_all(add, range(len(layout)))
     return float(terms.sum()), slopes
 
 
@@ -240,10 +224,9 @@ def look_up(table: np.ndarray, points: np.ndarray, layout: np.ndarray) -> tuple[
     channels = table.shape[1]
     samples = np.empty((len(points), len(layout), channels), table.dtype)
     features = np.empty((len(points), len(layout) // 3 * channels), table.dtype)
-    edges = np.linspace(0, len(points), torch.get_num_threads() + 1).astype(int)
-    _run_all(
+    run_all(
         lambda part: _look_up(table, points[part], layout, samples[part], features[part]),
-        [slice(*pair) for pair in zip(edges[:-1], edges[1:], strict=True)],
+        split_for_threads(len(points)),
     )
     return features, samples
 
@@ -253,21 +236,8 @@ def gradient_of_table(
 ) -> np.ndarray:
     """The gradient of a table of so many rows from that of the features."""
     total = np.zeros((rows, samples.shape[2]), samples.dtype)
-    _run_all(
+    run_all(
         lambda index: _add_gradient(gradient, points, layout, samples, index, total),
         range(len(layout)),
     )
     return total
-
-
-def _run_all(task: Callable[[Item], None], items: Iterable[Item]) -> None:
-    if torch.get_num_threads() == 1:
-        for item in items:
-            task(item)
-    else:
-        list(_threads(torch.get_num_threads()).map(task, items))
-
-
-@cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count)

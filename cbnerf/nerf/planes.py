@@ -6,7 +6,6 @@ heights and widths.
 """
 
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,16 +14,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cbnerf.kernels import has_kernels
+
 _AXES = ((0, 1), (0, 2), (1, 2))
 
 Sizes = tuple[tuple[int, int], ...]
-
-HAS_KERNELS = find_spec("numba") is not None
-"""Whether there are compiled kernels for CPUs; without, they run what GPUs do, more slowly."""
-
-
-def _has_kernels(tensor: Tensor) -> bool:
-    return HAS_KERNELS and tensor.device.type == "cpu"
 
 
 class Planes(NamedTuple):
@@ -68,7 +62,7 @@ class FeaturePlanes(nn.Module):
 
     def compose(self) -> Planes:
         """The planes at their finest size."""
-        if _has_kernels(self.grids[0]):
+        if has_kernels(self.grids[0]):
             table = _CompiledComposition.apply(self._sizes, self._levels, *self.grids)
             return Planes(table, self._sizes)
         planes = []
@@ -135,7 +129,7 @@ def interpolate_planes(
     `features` is channels times cell sizes. Points get no gradient.
     """
     table, sizes = composed
-    if _has_kernels(points):
+    if has_kernels(points):
         return _CompiledLookup.apply(table, points, sizes)
     height, width, first, axes = _layout(sizes, points.device)
 
@@ -231,7 +225,7 @@ def _table_layout(sizes: Sizes) -> np.ndarray:
 def total_variation(composed: Planes) -> Float[Tensor, ""]:
     """Mean squared difference of adjacent cells, summed over planes (TensoRF)."""
     table, sizes = composed
-    if _has_kernels(table):
+    if has_kernels(table):
         return _CompiledTotalVariation.apply(table, sizes)
     terms = [
         F.mse_loss(plane[1:], plane[:-1]) + F.mse_loss(plane[:, 1:], plane[:, :-1])

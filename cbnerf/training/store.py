@@ -38,6 +38,7 @@ _LOCKS = ".locks"
 
 FIELD_CODE = (
     "downsampling.py",
+    "kernels.py",
     "rng.py",
     "metrics.py",
     "nerf/depths.py",

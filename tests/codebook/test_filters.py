@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cbnerf.codebook.filters import CodeFilters, Corrections
-from cbnerf.codebook.quantizer import Neighbours
+from cbnerf.codebook.nearest import Neighbours
 from cbnerf.codebook.views import MadeOnDemand
 
 
@@ -46,7 +46,13 @@ def error(filters: CodeFilters, views: list[Corrections]) -> float:
 
 
 @pytest.mark.parametrize("neighbours", [1, 3])
-def test_filters_correct_by_the_pixels_around(neighbours: int):
+@pytest.mark.parametrize("kernel", [True, False])
+def test_filters_correct_by_the_pixels_around(
+    kernel: bool, neighbours: int, monkeypatch: pytest.MonkeyPatch
+):
+    if kernel:
+        pytest.importorskip("numba")
+    monkeypatch.setattr("cbnerf.kernels.HAS_NUMBA", kernel)
     filters = make_filters(5)
     sr, codes = torch.rand(3, 9, 11), draw_codes(5, 9, 11, neighbours)
     corrected = filters(sr, codes)

@@ -6,7 +6,8 @@ from vector_quantize_pytorch import FSQ
 
 from cbnerf.codebook.fsq import FiniteScalarQuantizer, build_quantizer
 from cbnerf.codebook.imitation import imitation_loss
-from cbnerf.codebook.quantizer import VectorQuantizer, find_nearest, vq_loss
+from cbnerf.codebook.nearest import find_nearest
+from cbnerf.codebook.quantizer import VectorQuantizer, vq_loss
 from cbnerf.codebook.refiner import refiner_losses
 from cbnerf.config import FSQ_LEVELS, CodebookConfig
 from cbnerf.overrides import with_overrides

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from cbnerf.codebook import quantizer as quantizer_module
+from cbnerf.codebook import nearest as nearest_module
 from cbnerf.codebook.imitation import imitation_loss, index_loss
 from cbnerf.codebook.quantizer import VectorQuantizer, vq_loss
 from cbnerf.config import CodebookConfig
@@ -59,7 +59,7 @@ def test_imitation_pulls_sr_latents_and_never_the_hr_patch(kind, quantizer: Vect
 
 @pytest.mark.parametrize("distances", [1, 20, 10**6])
 def test_index_loss_is_the_negative_log_of_a_softmax_over_distances(distances, monkeypatch):
-    monkeypatch.setattr(quantizer_module, "_CPU_DISTANCES", distances)
+    monkeypatch.setattr(nearest_module, "_CPU_DISTANCES", distances)
     torch.manual_seed(0)
     latents, codes, indices = torch.randn(9, 4), torch.randn(6, 4), torch.randint(6, (9,))
     own, other = (latents.clone().requires_grad_() for _ in range(2))

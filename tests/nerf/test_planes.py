@@ -18,7 +18,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Both ways of a CPU: with numba, and without it as on GPUs."""
     if request.param:
         pytest.importorskip("numba")
-    monkeypatch.setattr(module, "HAS_KERNELS", request.param)
+    monkeypatch.setattr("cbnerf.kernels.HAS_NUMBA", request.param)
 
 
 def join(planes: list[Tensor]) -> Planes:
@@ -179,7 +179,7 @@ def test_grids_learn_as_torch_says(levels: int, monkeypatch: pytest.MonkeyPatch)
     weights = torch.rand_like(planes.compose().table)
     gradients = []
     for compiled in (True, False):
-        monkeypatch.setattr(module, "HAS_KERNELS", compiled)
+        monkeypatch.setattr("cbnerf.kernels.HAS_NUMBA", compiled)
         loss = (planes.compose().table.square() * weights).sum()
         gradients.append(torch.autograd.grad(loss, list(planes.grids)))
     for ours, theirs in zip(*gradients, strict=True):

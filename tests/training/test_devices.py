@@ -13,7 +13,6 @@ from test_determinism import METHODS, make_config
 from cbnerf.config import Config
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
-from cbnerf.nerf import planes
 from cbnerf.overrides import with_overrides
 from cbnerf.training.evaluation import refine_views
 from cbnerf.training.field import train_field
@@ -29,7 +28,7 @@ CPU = torch.device("cpu")
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels for CPUs round otherwise than the operations of torch that GPUs run, and Adam
     makes much of the last bits."""
-    monkeypatch.setattr(planes, "HAS_KERNELS", False)
+    monkeypatch.setattr("cbnerf.kernels.HAS_NUMBA", False)
 
 
 def make_steps(name: str, steps: int) -> Config:

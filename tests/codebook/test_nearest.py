@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cbnerf.codebook.quantizer import _find_least_several, find_nearest, find_neighbours
+from cbnerf.codebook.nearest import _can_skip, _find_least_several, find_nearest, find_neighbours
 
 
 def draw(*shape: int, seed: int = 1) -> torch.Tensor:
@@ -104,3 +104,62 @@ def test_the_least_columns_may_lie_in_one_group():
     values[0, 6] = -0.5
     expected = [*range(5, 4096, 256), 6]
     assert _find_least_several(values, 17)[0].tolist() == expected
+
+
+@pytest.fixture
+def both_searches(monkeypatch: pytest.MonkeyPatch):
+    """Runs a search with the kernel and without it."""
+    pytest.importorskip("numba")
+
+    def run(search, latents: torch.Tensor, codes: torch.Tensor, *more: int):
+        assert _can_skip(latents, codes)
+        with_kernel = search(latents, codes, *more)
+        with monkeypatch.context() as patch:
+            patch.setattr("cbnerf.kernels.HAS_NUMBA", False)
+            assert not _can_skip(latents, codes)
+            return with_kernel, search(latents, codes, *more)
+
+    return run
+
+
+def draw_flat(rows: int, seed: int, dim: int = 21) -> torch.Tensor:
+    """Latents whose last three dimensions, out of order, hold most of the variance."""
+    spreads = torch.tensor([0.5] * 18 + [3.0, 9.0, 6.0])
+    return draw(rows, dim, seed=seed) * spreads[-dim:]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("size", [256, 300, 1000])
+@pytest.mark.parametrize("number, dim", [(1, 21), (4, 21), (4, 2)])
+def test_the_kernel_finds_what_all_distances_say(
+    size: int, number: int, dim: int, threads: int, both_searches, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    latents, codes = draw_flat(777, seed=1, dim=dim), draw_flat(size, seed=2, dim=dim)
+    found, expected = both_searches(find_neighbours, latents, codes, number)
+    assert torch.equal(found.indices, expected.indices)
+    assert torch.equal(found.shares, expected.shares)
+    nearest, expected = both_searches(find_nearest, latents, codes)
+    assert torch.equal(nearest, expected) and torch.equal(nearest, found.indices[:, 0])
+
+
+def test_the_kernel_is_right_behind_latents_that_are_not_finite(both_searches):
+    latents, codes = draw_flat(500, seed=1), draw_flat(300, seed=2)
+    latents[::7] = torch.nan
+    latents[3::7] = torch.inf
+    finite = latents.isfinite().all(1)
+    found, expected = both_searches(find_neighbours, latents, codes, 3)
+    assert torch.equal(found.indices[finite], expected.indices[finite])
+    assert (found.indices[~finite] == 0).all()
+
+
+def test_the_kernel_finds_each_of_equal_codes_once(both_searches):
+    codes = draw_flat(64, seed=2).repeat(5, 1)
+    found, _ = both_searches(find_neighbours, draw_flat(400, seed=1), codes, 5)
+    assert all(len(set(row)) == 5 for row in found.indices.tolist())
+    assert (found.indices % 64 == found.indices[:, :1] % 64).all()
+
+
+def test_codes_that_spread_in_many_dimensions_are_searched_by_all_distances():
+    assert not _can_skip(draw(1000, 21), draw(1000, 21, seed=2))
+    assert not _can_skip(draw_flat(10, seed=1), draw_flat(1000, seed=2))  # few latents

@@ -1,10 +1,10 @@
-"""What the kernels compute is tested in test_planes.py."""
+"""What the kernels compute is tested with the operations that call them."""
 
 import pytest
 
 pytest.importorskip("numba")
 
-from cbnerf.nerf.plane_kernels import compiled
+from cbnerf.kernels import compiled
 
 
 def test_kernels_compile_where_no_folder_can_be_written():
