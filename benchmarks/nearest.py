@@ -20,7 +20,8 @@ from provenance import provenance
 from cbnerf import kernels
 from cbnerf.codebook.encoders import pad
 from cbnerf.codebook.nearest import find_nearest, find_neighbours
-from cbnerf.codebook.refiner import CodebookRefiner
+from cbnerf.codebook.quantizer import VectorQuantizer
+from cbnerf.codebook.refiner import Refiner
 from cbnerf.codebook.views import Views
 from cbnerf.data.library import load_scene
 from cbnerf.data.renders import load_renders
@@ -60,25 +61,26 @@ def main(options: Options) -> None:
     ]
     for size in options.sizes:
         refiner = build_refiner(with_overrides(config, {"codebook.size": size}))
-        assert isinstance(refiner, CodebookRefiner)
-        refiner.start_from(views)
-        autoencoder = refiner.autoencoder
-        quantizer = autoencoder.quantizer
-        with torch.no_grad():
-            latents = torch.cat(
-                [autoencoder.encode_sr(pad(v)).flatten(0, 2) for v in views.renders]
-            )
-        codes = quantizer.codes().detach()
-        searches: dict[str, Callable[[], object]] = {
-            "k-means": lambda: quantizer.start_from(latents[torch.randperm(len(latents))]),
-            "nearest": lambda: find_nearest(latents, codes),
-            "four nearest": lambda: find_neighbours(latents, codes, 4),
-        }
-        for name, search in searches.items():
+        for name, search in _searches(refiner, views).items():
             slow, fast = _time(search, options.repeats)
             lines.append(f"| {size} | {name} | {slow:.2f} s | {fast:.2f} s | {slow / fast:.1f}x |")
             print(lines[-1], flush=True)
     options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _searches(refiner: Refiner, views: Views) -> dict[str, Callable[[], object]]:
+    refiner.start_from(views)
+    assert refiner.autoencoder is not None
+    encode, quantizer = refiner.autoencoder.encode_sr, refiner.autoencoder.quantizer
+    assert isinstance(quantizer, VectorQuantizer)
+    with torch.no_grad():
+        latents = torch.cat([encode(pad(view)).flatten(0, 2) for view in views.renders])
+    mixed, codes = latents[torch.randperm(len(latents))], quantizer.codes().detach()
+    return {
+        "k-means": lambda: quantizer.start_from(mixed),
+        "nearest": lambda: find_nearest(latents, codes),
+        "four nearest": lambda: find_neighbours(latents, codes, 4),
+    }
 
 
 def _time(search: Callable[[], object], repeats: int) -> list[float]:
