@@ -32,7 +32,7 @@ class Effect(NamedTuple):
     """Lower end of the 95 % interval; 0 where no effect is seen."""
     high: float
     best: Any
-    """The value of the knob at which the posterior mean of its function is highest."""
+    """The value that was trained at which the posterior mean of the knob's function is highest."""
     is_bounded: bool
     """Whether `high` is below two deviations of the configurations; else these are too few."""
 
@@ -78,9 +78,8 @@ def estimate_effects(
     if len(values) < ENOUGH or (unit := _deviation(values)) == 0:
         return []
     bases = {name: Basis(space[name]) for name in knobs}
-    columns = [
-        basis.at([knobs[name][c] for c in np.flatnonzero(trained)]) for name, basis in bases.items()
-    ]
+    tried = [[own[c] for c in np.flatnonzero(trained)] for own in knobs.values()]
+    columns = [basis.at(own) for basis, own in zip(bases.values(), tried, strict=True)]
     leads = [
         block[:, : basis.num_leads] for block, basis in zip(columns, bases.values(), strict=True)
     ]
@@ -91,11 +90,13 @@ def estimate_effects(
     model = AdditiveModel(values / unit, columns, products, np.random.default_rng(0))
     draws = [model.sweep() for _ in range(_SWEEPS)][_BURN_IN:]
     effects = []
-    for (name, basis), weights in zip(bases.items(), zip(*draws, strict=True), strict=True):
-        functions = np.array(weights) @ basis.functions.T * unit
-        ranges = np.ptp(functions, axis=1)
+    for name, own, column, weights in zip(
+        knobs, tried, columns, zip(*draws, strict=True), strict=True
+    ):
+        weights = np.array(weights)
+        ranges = np.ptp(weights @ bases[name].functions.T * unit, axis=1)
         low, high = map(float, np.quantile(ranges, [0.025, 0.975]))
-        best = basis.levels[int(functions.mean(axis=0).argmax())]
+        best = own[int((column @ weights.mean(axis=0)).argmax())]
         effects.append(Effect(name, float(ranges.mean()), low, high, best, high < 2 * unit))
     return sorted(effects, key=lambda effect: -effect.size)
 

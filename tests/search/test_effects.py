@@ -76,6 +76,16 @@ def test_an_effect_in_the_middle_of_the_range_is_one():
     assert effects["idle"].low <= 0.4 <= effects["idle"].high
 
 
+def test_the_best_value_is_one_that_was_trained():
+    knobs = draw_knobs(12, seed=3)
+    for name, least, greatest in (("order", 64, 1024), ("slope", 0.01, 1.0)):
+        ends = knobs | {name: [least, greatest] * 6}
+        values = measure(0.01 * np.log(ends[name]))
+        best = {effect.knob: effect.best for effect in estimate_effects(values, ends, SPACE)}
+        assert best[name] in (least, greatest)
+        assert all(best[knob] in tried for knob, tried in ends.items())
+
+
 def test_few_configurations_leave_the_question_open():
     effects = estimate(5, lambda k: 0.2 * np.log(k["slope"]) + 0.3 * (k["word"] == "b"))
     texts = [effect.describe("val/psnr") for effect in effects.values()]
