@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,12 @@ from ranks import start_ranks
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
-from cbnerf.search import worker
+from cbnerf.search import machines, worker
 from cbnerf.search.plan import Plan, Unit
 from cbnerf.search.worker import UnitTrainable, _run_unit, _train_together, run_base_field
 from cbnerf.training import loop
 from cbnerf.training.checkpoint import load_checkpoint
-from cbnerf.training.distributed import process_rank
+from cbnerf.training.distributed import num_processes, process_rank
 from cbnerf.training.preemption import Preempted, note_sigterm
 
 pytestmark = pytest.mark.search
@@ -33,6 +34,8 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not fi
 
 DEADLINE = 10
 """Seconds from SIGTERM to the end of the machine."""
+PATIENCE = 300
+"""Seconds to wait for the end of a machine."""
 STEPS = 100
 UNIT = Unit(0, "arcade", 0, {})
 CPU = torch.device("cpu")
@@ -159,14 +162,14 @@ def test_the_end_by_sigterm_reaches_another_process():
 
 
 @pytest.fixture(scope="module")
-def small_machines() -> Iterator[None]:
+def small_machines() -> Iterator[Cluster]:
     """A Ray of three machines with a CPU each, beside the head."""
     head = {"num_cpus": 0, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(3):
         cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    yield
+    yield cluster
     ray.shutdown()
     cluster.shutdown()
 
@@ -227,3 +230,75 @@ def test_a_group_of_ray_train_goes_on_from_the_step_at_which_its_machine_went(
         assert steps_in(log / str(rank)) == [*range(1, 65), *range(65, 81)]
         assert steps_in(log / f"attempts-{rank}") == [1, 1]
     assert result(plan)[1]["steps"] == 80
+
+
+def train_and_wait_for_machines(about: dict[str, Any]) -> None:
+    """In an elastic group: note the steps of each attempt and where it runs; three workers go no
+    further than step 50 of the first attempt, two train slowly until they are to leave."""
+    log, rank, workers, must_end = about["log"], process_rank(), num_processes(), loop._must_end
+    attempt = log / f"{len(list(log.glob('*-0')))}-{rank}"
+    node = ray.get_runtime_context().get_node_id()
+    is_first = not list(log.glob("0-*"))
+    dist.barrier()
+
+    def noted(step: int, device: torch.device) -> bool:
+        with attempt.open("a", encoding="utf-8") as file:
+            file.write(f"{step}\n")
+        if is_first and step == 50:
+            (log / f"ready-{rank}").write_text(node, encoding="utf-8")
+            time.sleep(PATIENCE)
+        if workers == 2 and step > 80:
+            time.sleep(0.1)
+        return must_end(step, device)
+
+    loop._must_end = noted
+    _run_unit(about["plan"], UNIT, CPU)
+
+
+@pytest.mark.slow
+def test_an_elastic_group_shrinks_and_grows_with_its_machines(
+    tiny_plan: Callable[..., Plan], small_machines: Cluster, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    monkeypatch.setattr(machines, "SECONDS_BETWEEN_RESIZES", 1)
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
+    knobs = {"field.optim.steps": 400, "field.optim.evaluations": 10, "field.optim.batch_size": 66}
+    spec = {"method": "nerf", "stopping": {"rule": "none"}, "fixed": knobs,
+            "space": {"field.optim.lr": {"low": 1e-3, "high": 1e-1}}}  # fmt: skip
+    plan = tiny_plan("arcade", resources={"workers": [2, 3], "gpus_per_worker": 0}, **spec)
+    log = tmp_path / "log"
+    log.mkdir()
+    t0 = time.time()
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(
+            _train_together, plan, "test", train_and_wait_for_machines, {"log": log}, []
+        )
+        wait_until(training, lambda: len(list(log.glob("ready-*"))) == 3)
+        print("ready", time.time() - t0)
+        gone = (log / "ready-2").read_text(encoding="utf-8")
+        (node,) = (n for n in small_machines.worker_nodes if n.node_id == gone)
+        small_machines.remove_node(node, allow_graceful=False)
+        wait_until(training, lambda: any(step > 80 for step in steps_in(log / "1-0")))
+        print("two", time.time() - t0)
+        small_machines.add_node(num_cpus=1)
+        training.result()
+        print("end", time.time() - t0)
+    attempts = [
+        [steps_in(log / f"{n}-{rank}") for rank in range(w)] for n, w in ((0, 3), (1, 2), (2, 3))
+    ]
+    left = attempts[1][0][-1]
+    assert attempts == [
+        [[*range(1, 51)]] * 3,
+        [[*range(41, left + 1)]] * 2,
+        [[*range(left + 1, 401)]] * 3,
+    ]
+    alone = replace(plan, name="alone")
+    _run_unit(alone, UNIT, CPU)
+    print(result(plan)[1], result(alone)[1])
+    assert result(plan)[1] == pytest.approx(result(alone)[1], rel=1e-3)
+
+
+def wait_until(training: "Future[None]", condition: Callable[[], bool]) -> None:
+    while not condition():
+        assert not training.done(), training.result()
+        time.sleep(0.05)
