@@ -179,12 +179,12 @@ def _check_batches(base: Config, spec: SearchSpec) -> None:
         knob = f"{stage}.optim.batch_size"
         each = 2 if stage == "refiner" and base.refiner.alternates else 1
         multiple = math.lcm(*(each * count for count in together))
+        if resources.is_elastic and knob in spec.space:
+            raise ValueError(f"space: {knob} cannot be searched {workers}; fix the number")
         if optim.batch_size % multiple:
             raise ValueError(
                 f"{knob} = {optim.batch_size} must be a multiple of {multiple} {workers}"
             )
-        if resources.is_elastic and knob in spec.space:
-            raise ValueError(f"space: {knob} cannot be searched {workers}; give one number")
 
 
 def _check_name(name: str) -> str:

@@ -26,7 +26,7 @@ from cbnerf.search.plan import Plan, Unit
 from cbnerf.search.worker import UnitTrainable, _run_unit, _train_together, run_base_field
 from cbnerf.training import loop
 from cbnerf.training.checkpoint import load_checkpoint
-from cbnerf.training.distributed import num_processes, process_rank
+from cbnerf.training.distributed import process_rank
 from cbnerf.training.preemption import Preempted, note_sigterm
 
 pytestmark = pytest.mark.search
@@ -35,8 +35,8 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not fi
 DEADLINE = 10
 """Seconds from SIGTERM to the end of the machine."""
 PATIENCE = 300
-"""Seconds to wait for the end of a machine."""
-STEPS = 100
+"""Seconds to wait for machines."""
+STEPS, STEPS_OF_GROUP = 100, 400
 UNIT = Unit(0, "arcade", 0, {})
 CPU = torch.device("cpu")
 
@@ -232,22 +232,21 @@ def test_a_group_of_ray_train_goes_on_from_the_step_at_which_its_machine_went(
     assert result(plan)[1]["steps"] == 80
 
 
-def train_and_wait_for_machines(about: dict[str, Any]) -> None:
-    """In an elastic group: note the steps of each attempt and where it runs; three workers go no
-    further than step 50 of the first attempt, two train slowly until they are to leave."""
-    log, rank, workers, must_end = about["log"], process_rank(), num_processes(), loop._must_end
-    attempt = log / f"{len(list(log.glob('*-0')))}-{rank}"
-    node = ray.get_runtime_context().get_node_id()
-    is_first = not list(log.glob("0-*"))
-    dist.barrier()
+def train_while_machines_come_and_go(about: dict[str, Any]) -> None:
+    """In an elastic group: note the steps of each attempt. The first attempt waits at step 50 for
+    the end of a machine, the second trains slowly until it is told to leave."""
+    log, rank, must_end = about["log"], process_rank(), loop._must_end
+    attempt = len(list(log.glob("*-0")))
+    dist.barrier()  # before rank 0 begins another file
 
     def noted(step: int, device: torch.device) -> bool:
-        with attempt.open("a", encoding="utf-8") as file:
+        with (log / f"{attempt}-{rank}").open("a", encoding="utf-8") as file:
             file.write(f"{step}\n")
-        if is_first and step == 50:
-            (log / f"ready-{rank}").write_text(node, encoding="utf-8")
+        if attempt == 0 and step == 50:
+            here = ray.get_runtime_context().get_node_id()
+            (log / f"waits-{rank}").write_text(here, encoding="utf-8")
             time.sleep(PATIENCE)
-        if workers == 2 and step > 80:
+        if attempt == 1 and step > 60:
             time.sleep(0.1)
         return must_end(step, device)
 
@@ -256,49 +255,45 @@ def train_and_wait_for_machines(about: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_an_elastic_group_shrinks_and_grows_with_its_machines(
+def test_an_elastic_group_shrinks_and_grows_with_its_machines_and_trains_what_one_process_trains(
     tiny_plan: Callable[..., Plan], small_machines: Cluster, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):  # fmt: skip
     monkeypatch.setattr(machines, "SECONDS_BETWEEN_RESIZES", 1)
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
-    knobs = {"field.optim.steps": 400, "field.optim.evaluations": 10, "field.optim.batch_size": 66}
-    spec = {"method": "nerf", "stopping": {"rule": "none"}, "fixed": knobs,
-            "space": {"field.optim.lr": {"low": 1e-3, "high": 1e-1}}}  # fmt: skip
-    plan = tiny_plan("arcade", resources={"workers": [2, 3], "gpus_per_worker": 0}, **spec)
+    small = {"steps": STEPS_OF_GROUP, "evaluations": 10, "batch_size": 66}
+    plan = tiny_plan("arcade", method="nerf", stopping={"rule": "none"},
+                     fixed={f"field.optim.{knob}": value for knob, value in small.items()},
+                     space={"field.optim.lr": {"low": 1e-3, "high": 1e-1}},
+                     resources={"workers": [2, 3], "gpus_per_worker": 0})  # fmt: skip
     log = tmp_path / "log"
     log.mkdir()
-    t0 = time.time()
     with ThreadPoolExecutor(1) as pool:
         training = pool.submit(
-            _train_together, plan, "test", train_and_wait_for_machines, {"log": log}, []
+            _train_together, plan, "test", train_while_machines_come_and_go, {"log": log}, []
         )
-        wait_until(training, lambda: len(list(log.glob("ready-*"))) == 3)
-        print("ready", time.time() - t0)
-        gone = (log / "ready-2").read_text(encoding="utf-8")
-        (node,) = (n for n in small_machines.worker_nodes if n.node_id == gone)
-        small_machines.remove_node(node, allow_graceful=False)
-        wait_until(training, lambda: any(step > 80 for step in steps_in(log / "1-0")))
-        print("two", time.time() - t0)
+        wait_for(training, lambda: len(list(log.glob("waits-*"))) == 3)
+        goes = (log / "waits-2").read_text(encoding="utf-8")
+        (machine,) = [node for node in small_machines.worker_nodes if node.node_id == goes]
+        small_machines.remove_node(machine, allow_graceful=False)
+        wait_for(training, lambda: max(steps_in(log / "1-0"), default=0) > 60)
         small_machines.add_node(num_cpus=1)
-        training.result()
-        print("end", time.time() - t0)
-    attempts = [
-        [steps_in(log / f"{n}-{rank}") for rank in range(w)] for n, w in ((0, 3), (1, 2), (2, 3))
-    ]
-    left = attempts[1][0][-1]
-    assert attempts == [
-        [[*range(1, 51)]] * 3,
-        [[*range(41, left + 1)]] * 2,
-        [[*range(left + 1, 401)]] * 3,
-    ]
+        training.result(PATIENCE)
+    steps = [[steps_in(log / f"{n}-{rank}") for rank in range(3)] for n in range(3)]
+    left = steps[1][0][-1]  # no step is lost when the group grows
+    assert steps[0] == [[*range(1, 51)]] * 3
+    assert steps[1] == [[*range(41, left + 1)]] * 2 + [[]]
+    assert steps[2] == [[*range(left + 1, STEPS_OF_GROUP + 1)]] * 3
     alone = replace(plan, name="alone")
     _run_unit(alone, UNIT, CPU)
-    print(result(plan)[1], result(alone)[1])
-    assert result(plan)[1] == pytest.approx(result(alone)[1], rel=1e-3)
+    (_, together), (_, expected) = result(plan), result(alone)
+    for name in ("val/psnr", "val/ssim"):
+        assert together[name] == pytest.approx(expected[name], rel=1e-3)
 
 
-def wait_until(training: "Future[None]", condition: Callable[[], bool]) -> None:
+def wait_for(training: "Future[None]", condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert not training.done(), training.result()
+        assert time.monotonic() < deadline, "never came"
         time.sleep(0.05)
