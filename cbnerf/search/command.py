@@ -27,6 +27,7 @@ from cbnerf.search.driver import Outcome, find_precision, quieten_libraries, run
 from cbnerf.search.estimate import bytes_needed, describe_price
 from cbnerf.search.machines import num_slots
 from cbnerf.search.mlflow_store import runs_page, tracking_uri, without_password
+from cbnerf.search.peaks import describe_memory
 from cbnerf.search.plan import Plan
 from cbnerf.search.report import known_scores, scene_table, write_report
 from cbnerf.search.request import (
@@ -93,7 +94,7 @@ def _run(options: Options, default_config: Path) -> None:
         settled = settle(request, options, has_gpu=has_gpu)
         _describe(settled.plan, settled.views)
         if options.dry_run:
-            print("\n".join(describe_price(settled.plan)))
+            print("\n".join(describe_price(settled.plan) + describe_memory(settled.plan)))
             return
         plan, outcome = _search(settled, options)
     if outcome is None:
@@ -236,8 +237,8 @@ def _check_room(plan: Plan, address: str | None) -> None:
     if address is None and num_slots(plan) == 0:
         spec, has = plan.spec.resources, ray.cluster_resources()
         raise ValueError(
-            f"a training run needs {spec.workers * spec.cpus_per_worker:g} "
-            f"CPUs and {spec.workers * plan.gpus_per_worker:g} GPUs, this machine has "
+            f"a training run needs {spec.min_workers * spec.cpus_per_worker:g} "
+            f"CPUs and {spec.min_workers * plan.gpus_per_worker:g} GPUs, this machine has "
             f"{has.get('CPU', 0):.0f} and {has.get('GPU', 0):.0f}; lower `resources`, or give "
             "--address of a cluster"
         )

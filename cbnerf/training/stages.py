@@ -36,6 +36,7 @@ from cbnerf.training.distributed import from_rank_0, process_rank
 from cbnerf.training.evaluation import image_strip, refine_views, render_views
 from cbnerf.training.field import train_field
 from cbnerf.training.loop import Report
+from cbnerf.training.memory import begin_peak, gpu_peak
 from cbnerf.training.refiner import Pairs, train_refiner, trained_on
 from cbnerf.training.store import MANIFEST, write_manifest
 
@@ -63,7 +64,7 @@ def run_field(
     """Train stage 1, render all views, and write a strip (photograph | stage 1) of a validation
     view.
 
-    Returns the last metrics, `steps`, `seconds` and `parameters`.
+    Returns the last metrics, `steps`, `seconds`, `parameters` and, on a GPU, `gpu_bytes`.
 
     With `part` it stops after the first 1/`part` of the steps, and a later call resumes there.
     """
@@ -182,6 +183,7 @@ def _run(
         if not checkpoint.sums:  # else the process ends between evaluations
             report(step, metrics, checkpoint)
 
+    begin_peak()
     model = train(keep, path if begun else None)
     assert last is not None  # every training reports its last step
     if process_rank() != 0 or part > 1:
@@ -190,6 +192,7 @@ def _run(
     metrics = last.metrics | {
         "seconds": time.monotonic() - started,  # including the results
         "parameters": float(sum(parameter.numel() for parameter in model.parameters())),
+        **gpu_peak(),
     }
     atomic_write_text(folder / METRICS_FILE, json.dumps(metrics, indent=1))
     write_manifest(folder, last.precision)

@@ -103,6 +103,17 @@ def make_tracked_plan(tiny_plan: Callable[..., Plan], empty_store: Path) -> Call
     return make
 
 
+@pytest.fixture
+def plan(make_tracked_plan: Callable[..., Plan]) -> Plan:
+    return make_tracked_plan()
+
+
+@pytest.fixture
+def race(make_tracked_plan: Callable[..., Plan]) -> Plan:
+    """As `plan`, with two rungs."""
+    return make_tracked_plan(stopping={"rule": "race", "rungs": 2, "grace_period": 1})
+
+
 @pytest.fixture(scope="module")
 def ray_address() -> Iterator[str]:
     """The address of a Ray with two CPUs, which takes seconds to start, so the tests of a file

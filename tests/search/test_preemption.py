@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ranks import start_ranks
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
-from cbnerf.search import worker
+from cbnerf.search import machines, worker
 from cbnerf.search.plan import Plan, Unit
 from cbnerf.search.worker import UnitTrainable, _run_unit, _train_together, run_base_field
 from cbnerf.training import loop
@@ -33,7 +34,9 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not fi
 
 DEADLINE = 10
 """Seconds from SIGTERM to the end of the machine."""
-STEPS = 100
+PATIENCE = 300
+"""Seconds to wait for machines."""
+STEPS, STEPS_OF_GROUP = 100, 400
 UNIT = Unit(0, "arcade", 0, {})
 CPU = torch.device("cpu")
 
@@ -159,14 +162,14 @@ def test_the_end_by_sigterm_reaches_another_process():
 
 
 @pytest.fixture(scope="module")
-def small_machines() -> Iterator[None]:
+def small_machines() -> Iterator[Cluster]:
     """A Ray of three machines with a CPU each, beside the head."""
     head = {"num_cpus": 0, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(3):
         cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    yield
+    yield cluster
     ray.shutdown()
     cluster.shutdown()
 
@@ -227,3 +230,70 @@ def test_a_group_of_ray_train_goes_on_from_the_step_at_which_its_machine_went(
         assert steps_in(log / str(rank)) == [*range(1, 65), *range(65, 81)]
         assert steps_in(log / f"attempts-{rank}") == [1, 1]
     assert result(plan)[1]["steps"] == 80
+
+
+def train_while_machines_come_and_go(about: dict[str, Any]) -> None:
+    """In an elastic group: note the steps of each attempt. The first attempt waits at step 50 for
+    the end of a machine, the second trains slowly until it is told to leave."""
+    log, rank, must_end = about["log"], process_rank(), loop._must_end
+    attempt = len(list(log.glob("*-0")))
+    dist.barrier()  # before rank 0 begins another file
+
+    def noted(step: int, device: torch.device) -> bool:
+        with (log / f"{attempt}-{rank}").open("a", encoding="utf-8") as file:
+            file.write(f"{step}\n")
+        if attempt == 0 and step == 50:
+            here = ray.get_runtime_context().get_node_id()
+            (log / f"waits-{rank}").write_text(here, encoding="utf-8")
+            time.sleep(PATIENCE)
+        if attempt == 1 and step > 60:
+            time.sleep(0.1)
+        return must_end(step, device)
+
+    loop._must_end = noted
+    _run_unit(about["plan"], UNIT, CPU)
+
+
+@pytest.mark.slow
+def test_an_elastic_group_shrinks_and_grows_with_its_machines_and_trains_what_one_process_trains(
+    tiny_plan: Callable[..., Plan], small_machines: Cluster, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    monkeypatch.setattr(machines, "SECONDS_BETWEEN_RESIZES", 1)
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
+    small = {"steps": STEPS_OF_GROUP, "evaluations": 10, "batch_size": 66}
+    plan = tiny_plan("arcade", method="nerf", stopping={"rule": "none"},
+                     fixed={f"field.optim.{knob}": value for knob, value in small.items()},
+                     space={"field.optim.lr": {"low": 1e-3, "high": 1e-1}},
+                     resources={"workers": [2, 3], "gpus_per_worker": 0})  # fmt: skip
+    log = tmp_path / "log"
+    log.mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(
+            _train_together, plan, "test", train_while_machines_come_and_go, {"log": log}, []
+        )
+        wait_for(training, lambda: len(list(log.glob("waits-*"))) == 3)
+        goes = (log / "waits-2").read_text(encoding="utf-8")
+        (machine,) = [node for node in small_machines.worker_nodes if node.node_id == goes]
+        small_machines.remove_node(machine, allow_graceful=False)
+        wait_for(training, lambda: max(steps_in(log / "1-0"), default=0) > 60)
+        small_machines.add_node(num_cpus=1)
+        training.result(PATIENCE)
+    steps = [[steps_in(log / f"{n}-{rank}") for rank in range(3)] for n in range(3)]
+    left = steps[1][0][-1]  # no step is lost when the group grows
+    assert steps[0] == [[*range(1, 51)]] * 3
+    assert steps[1] == [[*range(41, left + 1)]] * 2 + [[]]
+    assert steps[2] == [[*range(left + 1, STEPS_OF_GROUP + 1)]] * 3
+    alone = replace(plan, name="alone")
+    _run_unit(alone, UNIT, CPU)
+    (_, together), (_, expected) = result(plan), result(alone)
+    for name in ("val/psnr", "val/ssim"):
+        assert together[name] == pytest.approx(expected[name], rel=1e-3)
+
+
+def wait_for(training: "Future[None]", condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert not training.done(), training.result()
+        assert time.monotonic() < deadline, "never came"
+        time.sleep(0.05)

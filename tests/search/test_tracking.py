@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from tracked import (
-    TWO_RUNGS,
     Leave,
     begin,
     files_of,
@@ -34,16 +32,6 @@ pytestmark = [
     pytest.mark.search,
     pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),  # MLflow's
 ]
-
-
-@pytest.fixture
-def plan(make_tracked_plan: Callable[..., Plan]) -> Plan:
-    return make_tracked_plan()
-
-
-@pytest.fixture
-def race(make_tracked_plan: Callable[..., Plan]) -> Plan:
-    return make_tracked_plan(stopping=TWO_RUNGS)
 
 
 def test_a_configuration_is_a_run_with_its_knobs_and_means(plan: Plan, leave_unit: Leave):

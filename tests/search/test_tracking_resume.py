@@ -8,7 +8,6 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from tracked import (
-    TWO_RUNGS,
     Leave,
     begin,
     files_of,
@@ -28,16 +27,6 @@ pytestmark = [
     pytest.mark.search,
     pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),  # MLflow's
 ]
-
-
-@pytest.fixture
-def plan(make_tracked_plan: Callable[..., Plan]) -> Plan:
-    return make_tracked_plan()
-
-
-@pytest.fixture
-def race(make_tracked_plan: Callable[..., Plan]) -> Plan:
-    return make_tracked_plan(stopping=TWO_RUNGS)
 
 
 def everything(plan: Plan) -> list[Any]:

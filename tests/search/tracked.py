@@ -10,7 +10,6 @@ from cbnerf.search.mlflow_store import tracking_uri
 from cbnerf.search.plan import Plan, Unit
 from cbnerf.search.state import StudyState
 
-TWO_RUNGS = {"rule": "race", "rungs": 2, "grace_period": 1}
 Leave = Callable[..., dict[str, float]]
 """The fixture `leave_unit`."""
 
