@@ -194,7 +194,8 @@ def _describe(photographs: Path, prepared: Prepared, found: Reconstruction) -> s
         f"{lens.width:g}x{lens.height:g}, by structure from motion (COLMAP)",
         f"{found.points} points, mean reprojection error {found.error:.2f} pixels, "
         f"parallax {found.parallax:.1f} degrees",
-        f"focal length {straight.fx:.1f} pixels, distortion k1 = {lens.distortion[0]:.4f}, removed",
+        f"focal length {straight.fx:.2f} pixels ({lens.fx:.2f} before distortion was removed, "
+        f"k1 = {lens.distortion[0]:.4f})",
         f"depth from {cameras.bounds[:, 0].min():.3g} to {cameras.bounds[:, 1].max():.3g}; "
         f"rays within {corners.max():.0f} degrees of the average camera",
     ]

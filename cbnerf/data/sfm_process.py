@@ -10,6 +10,7 @@ Equal photographs give equal cameras: random numbers are seeded, and mapping run
 import json
 import os
 import sys
+from itertools import combinations, combinations_with_replacement, product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ import numpy as np
 
 TASK_FILE, RESULT_FILE = "task.json", "result.json"
 _CHUNK = 8
+"""Images whose features are found between two reports."""
+_BLOCK = 16
+"""Images that are matched with as many others between two reports."""
 _SEED = 0
 
 
@@ -74,18 +78,24 @@ def _extract(
 
 
 def _match(pycolmap: Any, database: Path, names: list[str], file: Path) -> None:
-    """All pairs of images, each image with those before it."""
+    """All pairs of images, block against block: a call builds a search tree for each of its images,
+    which takes as long as matching a pair."""
     options, verification = pycolmap.FeatureMatchingOptions(), pycolmap.TwoViewGeometryOptions()
     options.use_gpu, options.num_threads = False, os.cpu_count() or 1
     verification.ransac.random_seed = _SEED
-    pairs = pycolmap.ImportedPairingOptions()
-    pairs.match_list_path = file
-    total = len(names) * (len(names) - 1) // 2
-    for last in range(1, len(names)):
-        lines = (f"{name} {names[last]}\n" for name in names[:last])
-        file.write_text("".join(lines), encoding="utf-8")
-        pycolmap.match_image_pairs(database, options, pairs, verification, pycolmap.Device.cpu)
-        _report("pairs matched", last * (last + 1) // 2, total)
+    pairing = pycolmap.ImportedPairingOptions()
+    pairing.match_list_path = file
+    done, total = 0, len(names) * (len(names) - 1) // 2
+    blocks = [names[first : first + _BLOCK] for first in range(0, len(names), _BLOCK)]
+    for one, other in combinations_with_replacement(blocks, 2):
+        pairs = list(combinations(one, 2) if one is other else product(one, other))
+        file.write_text("".join(f"{a} {b}\n" for a, b in pairs), encoding="utf-8")
+        if pairs:
+            pycolmap.match_image_pairs(
+                database, options, pairing, verification, pycolmap.Device.cpu
+            )
+        done += len(pairs)
+        _report("pairs matched", done, total)
 
 
 def _map(pycolmap: Any, database: Path, folder: Path, total: int) -> Any:
