@@ -131,7 +131,8 @@ def _check(
     total = len(prepared.names)
     if found is None:
         raise ValueError(
-            f"{photographs}: no two photographs have enough matches to start from; {ADVICE}"
+            f"{photographs}: no two photographs have both enough matches and enough parallax to "
+            f"start from; {ADVICE}"
         )
     placed = len(found.cameras.lenses)
     if placed < MIN_PHOTOGRAPHS or (placed < _LEAST_PLACED * total and not force):
