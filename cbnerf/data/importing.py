@@ -131,7 +131,8 @@ def _check(
     total = len(prepared.names)
     if found is None:
         raise ValueError(
-            f"{photographs}: no two photographs have enough matches to start from; {ADVICE}"
+            f"{photographs}: no two photographs have both enough matches and enough parallax to "
+            f"start from; {ADVICE}"
         )
     placed = len(found.cameras.lenses)
     if placed < MIN_PHOTOGRAPHS or (placed < _LEAST_PLACED * total and not force):
@@ -194,7 +195,8 @@ def _describe(photographs: Path, prepared: Prepared, found: Reconstruction) -> s
         f"{lens.width:g}x{lens.height:g}, by structure from motion (COLMAP)",
         f"{found.points} points, mean reprojection error {found.error:.2f} pixels, "
         f"parallax {found.parallax:.1f} degrees",
-        f"focal length {straight.fx:.1f} pixels, distortion k1 = {lens.distortion[0]:.4f}, removed",
+        f"focal length {straight.fx:.2f} pixels ({lens.fx:.2f} before distortion was removed, "
+        f"k1 = {lens.distortion[0]:.4f})",
         f"depth from {cameras.bounds[:, 0].min():.3g} to {cameras.bounds[:, 1].max():.3g}; "
         f"rays within {corners.max():.0f} degrees of the average camera",
     ]

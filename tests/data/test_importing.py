@@ -95,7 +95,7 @@ def prepared(number: int) -> Prepared:
 
 
 POOR = {
-    "no match": (None, 9, "no two photographs have enough matches"),
+    "no match": (None, 9, "no two photographs have both enough matches"),
     "few placed": (reconstruct_without_colmap([0] * 6), 11, "only 6 of 11 photographs"),
     "turned on the spot": (
         reconstruct_without_colmap([0] * 6, parallax=0.8), 6, "too little parallax, 0.8 degrees"
