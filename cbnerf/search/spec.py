@@ -308,6 +308,8 @@ def _explain(mistake: ErrorDetails) -> str:
     if kind in ("tuple_type", "too_short"):
         return f"{where} must be a list of {_LISTS.get(where, 'values')}, found {found}"
     expected = _EXPECTED.get(kind, "a number")
+    if where == "resources.workers":
+        expected = "a whole number or [least, most]"
     if kind == "literal_error":
         expected = "one of " + context["expected"].replace("'", "").replace(" or ", ", ")
     return f"{f'{path[0]}:' if '[key]' in path else f'{where} ='} {found} is not {expected}"

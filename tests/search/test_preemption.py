@@ -163,7 +163,7 @@ def test_the_end_by_sigterm_reaches_another_process():
 
 @pytest.fixture(scope="module")
 def small_machines() -> Iterator[Cluster]:
-    """A Ray of three machines with a CPU each, beside the head."""
+    """A Ray of three machines with a CPU each, beside the head; the last test takes one away."""
     head = {"num_cpus": 0, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(3):
@@ -174,62 +174,15 @@ def small_machines() -> Iterator[Cluster]:
     cluster.shutdown()
 
 
-def train_and_lose_a_machine(about: dict[str, Any]) -> None:
-    """In a group of Ray Train: in the first attempt the machine of rank 1 goes."""
-    log, how = about["log"], about["how"]
-    rank, must_end, attempts = process_rank(), loop._must_end, log / f"attempts-{process_rank()}"
-    with attempts.open("a", encoding="utf-8") as file:
-        file.write("1\n")
-    is_first = len(steps_in(attempts)) == 1
-
-    def noted(step: int, device: torch.device) -> bool:
-        with (log / str(rank)).open("a", encoding="utf-8") as file:
-            file.write(f"{step}\n")
-        if is_first and step == 60 and rank == 1:
-            how()
-            time.sleep(2)  # until the main thread has handled the signal, or Ray has told of it
-        return must_end(step, device)
-
-    loop._must_end = noted
-    try:
-        _run_unit(about["plan"], UNIT, CPU)
-    finally:
-        loop._must_end = must_end
-
-
-def end_this_process() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def announce_the_end_of_this_machine() -> None:
-    command = [
-        "drain-node", "--address", ray.get_runtime_context().gcs_address,
-        "--node-id", ray.get_runtime_context().get_node_id(),
-        "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test",
-        "--deadline-remaining-seconds", "300",
-    ]  # fmt: skip
-    subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *command], check=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [end_this_process, announce_the_end_of_this_machine])
-def test_a_group_of_ray_train_goes_on_from_the_step_at_which_its_machine_went(
-    tiny_plan: Callable[..., Plan], small_machines, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, how: Callable[[], None],
-):  # fmt: skip
-    monkeypatch.setattr(worker, "MAX_FAILURES", 1)
-    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.2")
-    knobs = {"field.optim.steps": 80, "field.optim.evaluations": 1}
-    plan = tiny_plan("arcade", method="nerf", stopping={"rule": "none"}, fixed=knobs,
-                     resources={"workers": 2, "gpus_per_worker": 0},
-                     space={"field.optim.lr": {"low": 1e-3, "high": 1e-1}})  # fmt: skip
-    log = tmp_path / "log"
-    log.mkdir()
-    _train_together(plan, "test", train_and_lose_a_machine, {"log": log, "how": how}, [])
-    for rank in range(2):
-        assert steps_in(log / str(rank)) == [*range(1, 65), *range(65, 81)]
-        assert steps_in(log / f"attempts-{rank}") == [1, 1]
-    assert result(plan)[1]["steps"] == 80
+def plan_of_a_group(
+    tiny_plan: Callable[..., Plan], optim: dict[str, int], workers: int | list[int]
+) -> Plan:
+    return tiny_plan(
+        "arcade", method="nerf", stopping={"rule": "none"},
+        fixed={f"field.optim.{knob}": value for knob, value in optim.items()},
+        space={"field.optim.lr": {"low": 1e-3, "high": 1e-1}},
+        resources={"workers": workers, "gpus_per_worker": 0},
+    )  # fmt: skip
 
 
 def train_while_machines_come_and_go(about: dict[str, Any]) -> None:
@@ -262,10 +215,7 @@ def test_an_elastic_group_shrinks_and_grows_with_its_machines_and_trains_what_on
     monkeypatch.setattr(machines, "SECONDS_BETWEEN_RESIZES", 1)
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
     small = {"steps": STEPS_OF_GROUP, "evaluations": 10, "batch_size": 66}
-    plan = tiny_plan("arcade", method="nerf", stopping={"rule": "none"},
-                     fixed={f"field.optim.{knob}": value for knob, value in small.items()},
-                     space={"field.optim.lr": {"low": 1e-3, "high": 1e-1}},
-                     resources={"workers": [2, 3], "gpus_per_worker": 0})  # fmt: skip
+    plan = plan_of_a_group(tiny_plan, small, workers=[2, 3])
     log = tmp_path / "log"
     log.mkdir()
     with ThreadPoolExecutor(1) as pool:
@@ -297,3 +247,58 @@ def wait_for(training: "Future[None]", condition: Callable[[], bool]) -> None:
         assert not training.done(), training.result()
         assert time.monotonic() < deadline, "never came"
         time.sleep(0.05)
+
+
+def end_this_process() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def announce_the_end_of_this_machine() -> None:
+    command = [
+        "drain-node", "--address", ray.get_runtime_context().gcs_address,
+        "--node-id", ray.get_runtime_context().get_node_id(),
+        "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test",
+        "--deadline-remaining-seconds", "300",
+    ]  # fmt: skip
+    subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *command], check=True)
+
+
+ENDS = {60: end_this_process, 124: announce_the_end_of_this_machine}
+"""What the process of rank 1 does at which step."""
+
+
+def train_and_lose_machines(about: dict[str, Any]) -> None:
+    """In a group of Ray Train: note the steps, and end in the ways of `ENDS`."""
+    log, rank, must_end = about["log"], process_rank(), loop._must_end
+
+    def noted(step: int, device: torch.device) -> bool:
+        with (log / str(rank)).open("a", encoding="utf-8") as file:
+            file.write(f"{step}\n")
+        if rank == 1 and step in ENDS:
+            ENDS[step]()
+            time.sleep(2)  # until the main thread has handled the signal, or Ray has told of it
+        return must_end(step, device)
+
+    loop._must_end = noted
+    with (log / f"attempts-{rank}").open("a", encoding="utf-8") as file:
+        file.write("1\n")
+    try:
+        _run_unit(about["plan"], UNIT, CPU)
+    finally:
+        loop._must_end = must_end
+
+
+@pytest.mark.slow
+def test_a_group_of_ray_train_goes_on_from_the_step_at_which_its_machine_went(
+    tiny_plan: Callable[..., Plan], small_machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(worker, "MAX_FAILURES", 1)  # The end of a machine does not count.
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.2")
+    plan = plan_of_a_group(tiny_plan, {"steps": 144, "evaluations": 1}, workers=2)
+    log = tmp_path / "log"
+    log.mkdir()
+    _train_together(plan, "test", train_and_lose_machines, {"log": log}, [])
+    for rank in range(2):
+        assert steps_in(log / str(rank)) == [*range(1, 145)]  # each once
+        assert steps_in(log / f"attempts-{rank}") == [1, 1, 1]
+    assert result(plan)[1]["steps"] == 144
