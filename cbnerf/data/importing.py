@@ -137,9 +137,10 @@ def _check(
         )
     placed = len(found.cameras.lenses)
     if placed < MIN_PHOTOGRAPHS or (placed < _LEAST_PLACED * total and not force):
+        or_force = "; or go on without the others (--force)" if placed >= MIN_PHOTOGRAPHS else ""
         raise ValueError(
             f"{photographs}: only {placed} of {total} photographs have enough matches to be "
-            f"placed; {ADVICE}; or go on without the others (--force)"
+            f"placed; {ADVICE}{or_force}"
         )
     if found.parallax < _LEAST_PARALLAX and not force:
         raise ValueError(

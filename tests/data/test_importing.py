@@ -141,6 +141,14 @@ def test_a_poor_capture_is_refused_with_its_figure_and_the_remedy(case: str):
         importing._check(Path("photos"), prepared(total), found, force=True)
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_four_cameras_are_too_few_with_force_as_well(force: bool):
+    found = reconstruct_without_colmap([0] * 4)
+    with pytest.raises(ValueError, match="only 4 of 6 photographs have enough") as error:
+        importing._check(Path("photos"), prepared(6), found, force=force)
+    assert "--force" not in str(error.value)
+
+
 def test_force_leaves_out_views_beyond_the_angle_and_reports_them():
     found = reconstruct_without_colmap([0, 0, 0, 5, -5, 5, -5, 80])
     kept = importing._check(Path("photos"), prepared(9), found, force=True)
@@ -241,7 +249,8 @@ def test_a_built_in_scene_is_found_from_its_photographs_alone(imported: Path):
     assert "8 of 8 photographs of photos" in (imported / "scenes/mine/cameras.txt").read_text(
         encoding="utf-8"
     )
-    assert (imported / "mine" / "video" / "stage1.mp4").stat().st_size > 0
+    for video in ("stage1.mp4", "refined.mp4"):
+        assert (imported / "mine" / "video" / video).stat().st_size > 0
 
 
 @pytest.mark.slow
