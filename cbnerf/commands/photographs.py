@@ -39,13 +39,13 @@ class Import:
             raise ValueError(f"--width must be at least 16, --frames at least {MIN_PHOTOGRAPHS}")
         check_output(self.output)
         with tempfile.TemporaryDirectory() as folder:
-            photos = self.photos
+            photos, progress = self.photos, _Progress()
             if self.from_video:
                 photos = Path(folder) / self.photos.name
                 photos.mkdir()
-                write_sharp_frames(self.photos, photos, self.frames)
+                write_sharp_frames(self.photos, photos, self.frames, progress)
             note = import_photographs(
-                photos, self.output, width=self.width, force=self.force, progress=_Progress()
+                photos, self.output, width=self.width, force=self.force, progress=progress
             )
         print(f"{self.output}:\n{note}", end="")
 

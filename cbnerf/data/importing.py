@@ -46,8 +46,8 @@ ADVICE = (
 class Prepared(NamedTuple):
     """Upright photographs of a common width, as PNG files."""
 
-    names: list[str]
-    """Of the PNG files."""
+    sources: dict[str, str]
+    """Name of each PNG file, in order: that of its photograph."""
     lenses: dict[str, PhotographedWith]
     blurred: list[str]
 
@@ -82,7 +82,7 @@ def _prepare(photographs: Path, images: Path, width: int, progress: Progress) ->
     files = list_photographs(photographs, SUFFIXES | HEIC_SUFFIXES)
     if len(files) < MIN_PHOTOGRAPHS:
         raise ValueError(f"{photographs}: {len(files)} photographs are too few; {ADVICE}")
-    sizes, lenses, sharpness = {}, {}, {}
+    sizes, sources, lenses, sharpness = {}, {}, {}, {}
     suffixed = len({file.stem for file in files}) < len(files)  # 1.jpg beside 1.png
     for number, file in enumerate(files):
         photograph = read_upright(file)
@@ -92,6 +92,7 @@ def _prepare(photographs: Path, images: Path, width: int, progress: Progress) ->
             height = round(width * photograph.height / photograph.width)
             photograph = photograph.resize((width, height), Image.Resampling.LANCZOS)
         photograph.save(images / name)
+        sources[name] = file.name
         focal = read_focal(file)
         lenses[name] = PhotographedWith(
             *photograph.size, focal and focal * max(photograph.size), sizes[file.name]
@@ -101,7 +102,7 @@ def _prepare(photographs: Path, images: Path, width: int, progress: Progress) ->
     _check_sizes(photographs, sizes)
     limit = _BLURRED * float(np.median(list(sharpness.values())))
     blurred = [name for name, value in sharpness.items() if value < limit]
-    return Prepared(sorted(lenses), lenses, blurred)
+    return Prepared(dict(sorted(sources.items())), lenses, blurred)
 
 
 def measure_sharpness(image: Image.Image) -> float:
@@ -128,7 +129,7 @@ def _check(
     photographs: Path, prepared: Prepared, found: Reconstruction | None, force: bool
 ) -> Reconstruction:
     """The reconstruction without unsuitable photographs; ValueError if too few are left."""
-    total = len(prepared.names)
+    total = len(prepared.sources)
     if found is None:
         raise ValueError(
             f"{photographs}: no two photographs have both enough matches and enough parallax to "
@@ -136,9 +137,10 @@ def _check(
         )
     placed = len(found.cameras.lenses)
     if placed < MIN_PHOTOGRAPHS or (placed < _LEAST_PLACED * total and not force):
+        or_force = "; or go on without the others (--force)" if placed >= MIN_PHOTOGRAPHS else ""
         raise ValueError(
             f"{photographs}: only {placed} of {total} photographs have enough matches to be "
-            f"placed; {ADVICE}; or go on without the others (--force)"
+            f"placed; {ADVICE}{or_force}"
         )
     if found.parallax < _LEAST_PARALLAX and not force:
         raise ValueError(
@@ -187,11 +189,11 @@ def _describe(photographs: Path, prepared: Prepared, found: Reconstruction) -> s
     """A summary, with the names of photographs that were left out."""
     cameras, lens = found.cameras, found.cameras.lenses[0]
     kept = {Path(name).name for name in cameras.names or []}
-    dropped = [name for name in prepared.names if name not in kept]
+    dropped = [source for name, source in prepared.sources.items() if name not in kept]
     straight = without_distortion(lens)
     _, corners = view_angles(cameras)
     lines = [
-        f"{len(kept)} of {len(prepared.names)} photographs of {photographs.name}, "
+        f"{len(kept)} of {len(prepared.sources)} photographs of {photographs.name}, "
         f"{lens.width:g}x{lens.height:g}, by structure from motion (COLMAP)",
         f"{found.points} points, mean reprojection error {found.error:.2f} pixels, "
         f"parallax {found.parallax:.1f} degrees",

@@ -108,7 +108,7 @@ def _match(pycolmap: Any, database: Path, names: list[str], file: Path) -> None:
 def _map(pycolmap: Any, database: Path, folder: Path, total: int) -> Any:
     """The largest model; None if there is none."""
     options = pycolmap.IncrementalPipelineOptions()
-    options.extract_colors, options.multiple_models = False, False
+    options.extract_colors = False
     options.num_threads = options.mapper.num_threads = 1
     options.min_model_size, options.mapper.init_min_tri_angle = 2, _FIRST_ANGLE
     for part in (options, options.mapper, options.triangulation):
