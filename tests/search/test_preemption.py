@@ -186,8 +186,8 @@ def plan_of_a_group(
 
 
 def train_while_machines_come_and_go(about: dict[str, Any]) -> None:
-    """In an elastic group: note the steps of each attempt. The first attempt waits at step 50 for
-    the end of a machine, the second trains slowly until it is told to leave."""
+    """In an elastic group: note the steps of each attempt. The first waits after step 50 for rank 2,
+    whose machine ends; the second trains slowly until it is told to leave."""
     log, rank, must_end = about["log"], process_rank(), loop._must_end
     attempt = len(list(log.glob("*-0")))
     dist.barrier()  # before rank 0 begins another file
@@ -195,12 +195,12 @@ def train_while_machines_come_and_go(about: dict[str, Any]) -> None:
     def noted(step: int, device: torch.device) -> bool:
         with (log / f"{attempt}-{rank}").open("a", encoding="utf-8") as file:
             file.write(f"{step}\n")
-        if attempt == 0 and step == 50:
+        if (attempt, rank, step) == (0, 2, 50):
             here = ray.get_runtime_context().get_node_id()
-            (log / f"waits-{rank}").write_text(here, encoding="utf-8")
+            (log / "here").write_text(here, encoding="utf-8")
             time.sleep(PATIENCE)
         if attempt == 1 and step > 60:
-            time.sleep(0.1)
+            time.sleep(0.2)
         return must_end(step, device)
 
     loop._must_end = noted
@@ -222,9 +222,9 @@ def test_an_elastic_group_shrinks_and_grows_with_its_machines_and_trains_what_on
         training = pool.submit(
             _train_together, plan, "test", train_while_machines_come_and_go, {"log": log}, []
         )
-        wait_for(training, lambda: len(list(log.glob("waits-*"))) == 3)
-        goes = (log / "waits-2").read_text(encoding="utf-8")
-        (machine,) = [node for node in small_machines.worker_nodes if node.node_id == goes]
+        wait_for(training, (log / "here").exists)
+        here = (log / "here").read_text(encoding="utf-8")
+        (machine,) = [node for node in small_machines.worker_nodes if node.node_id == here]
         small_machines.remove_node(machine, allow_graceful=False)
         wait_for(training, lambda: max(steps_in(log / "1-0"), default=0) > 60)
         small_machines.add_node(num_cpus=1)
