@@ -186,7 +186,7 @@ def plan_of_a_group(
 
 
 def train_while_machines_come_and_go(about: dict[str, Any]) -> None:
-    """In an elastic group: note the steps of each attempt. The first waits after step 50 for rank 2,
+    """In an elastic group: note the steps of each attempt. The first waits at step 50 for rank 2,
     whose machine ends; the second trains slowly until it is told to leave."""
     log, rank, must_end = about["log"], process_rank(), loop._must_end
     attempt = len(list(log.glob("*-0")))
