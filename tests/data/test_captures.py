@@ -65,8 +65,9 @@ def test_a_scene_is_the_same_capture_in_every_format(
     check_equal(found, any_capture)
     if kind == "NeX":
         assert torch.equal(found.bounds, any_capture.bounds)
-    elif kind != "transforms":  # by percentiles, which drop the outliers
-        torch.testing.assert_close(found.bounds, any_capture.bounds, rtol=0.05, atol=0)
+    elif kind != "transforms":  # by percentiles, which drop the outliers, with a margin before
+        expected = any_capture.bounds * torch.tensor([0.75, 1.0])
+        torch.testing.assert_close(found.bounds, expected, rtol=0.05, atol=0)
 
 
 def test_views_of_llff_may_differ_in_their_lens_and_size(capture: Capture, tmp_path: Path):
