@@ -8,10 +8,14 @@ is timed. On a CPU with one thread, times are the process's CPU seconds, from th
 last evaluation. Both have the same network, learning rate and size of patches; `SIZES` says what
 differs. Prints and writes the gain in PSNR of held-out views over stage 1, and paired differences
 over views with intervals of 95 % (Student's t).
+
+Trainings are kept in the JSON file as they end: the same command resumes, and one with more budgets
+or seeds trains only what is new.
 """
 
 import json
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from cbnerf.config import Config
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
+from cbnerf.files import atomic_write_text
 from cbnerf.overrides import with_overrides
 from cbnerf.presets import preset
 from cbnerf.training.distributed import choose_device
@@ -66,26 +71,47 @@ class Trial:
     psnr: list[float]
     """Gain of each view in dB."""
     ssim: list[float]
+    provenance: str
+    """From what code, when and where."""
 
 
 def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
-    trials: list[Trial] = []
-    for name in options.scenes:
-        scene, renders = stage_1.render_stage_1(
+    stages = {
+        name: stage_1.render_stage_1(
             _config(options, "cb-nerf", 0), options.data, name, options.cache
         )
-        for method in SIZES:
-            for budget in options.budgets:
-                config = _config(options, method, budget)
-                steps = _steps_within(budget, config, scene, renders)
-                for seed in range(options.seeds):
-                    own = {"seed": seed, "refiner.optim.steps": steps}
-                    trained = with_overrides(config, own)
-                    trial = _train(options, method, budget, trained, scene, renders)
-                    print(method, name, budget, trial.steps, _mean(trial.psnr), flush=True)
-                    trials.append(trial)
+        for name in options.scenes
+    }
+    trials = _kept(options)
+    places = product(options.budgets, options.scenes, SIZES)
+    for budget, name, method in places:
+        done = {t.seed for t in trials if (t.budget, t.scene, t.method) == (budget, name, method)}
+        missing = [seed for seed in range(options.seeds) if seed not in done]
+        if not missing:
+            continue
+        config = _config(options, method, budget)
+        steps = _steps_within(budget, config, *stages[name])
+        for seed in missing:
+            own = {"seed": seed, "refiner.optim.steps": steps}
+            trial = _train(options, method, budget, with_overrides(config, own), *stages[name])
+            print(method, name, budget, trial.steps, _mean(trial.psnr), flush=True)
+            trials.append(trial)
+            text = json.dumps([asdict(trial) for trial in trials], indent=1)
+            atomic_write_text(_file(options).with_suffix(".json"), text + "\n")
     _write(options, trials)
+
+
+def _file(options: Options) -> Path:
+    return options.output / f"{options.resolution}-compute-{options.views}.md"
+
+
+def _kept(options: Options) -> list[Trial]:
+    """Trainings of earlier commands."""
+    file = _file(options).with_suffix(".json")
+    if not file.exists():
+        return []
+    return [Trial(**trial) for trial in json.loads(file.read_text(encoding="utf-8"))]
 
 
 def _config(options: Options, method: str, budget: float) -> Config:
@@ -128,6 +154,7 @@ def _train(
     return Trial(
         method, scene.name, config.seed, budget, seconds, config.refiner.optim.steps,
         [a.psnr - b.psnr for a, b in pairs], [a.ssim - b.ssim for a, b in pairs],
+        provenance(options.threads),
     )  # fmt: skip
 
 
@@ -137,7 +164,8 @@ def _mean(values: list[float]) -> float:
 
 def _write(options: Options, trials: list[Trial]) -> None:
     def of(method: str, budget: float) -> list[Trial]:
-        return [t for t in trials if (t.method, t.budget) == (method, budget)]
+        own = [t for t in trials if (t.method, t.budget) == (method, budget)]
+        return [t for t in own if t.scene in options.scenes and t.seed < options.seeds]
 
     def by_view(method: str, budget: float) -> dict[str, torch.Tensor]:
         """For each scene the gains of each view in PSNR and SSIM, means over seeds."""
@@ -149,7 +177,7 @@ def _write(options: Options, trials: list[Trial]) -> None:
 
     lines = [
         f"# Codes and network at equal compute: {options.resolution}, {options.views} views\n",
-        provenance(options.threads),
+        *sorted({t.provenance for t in trials}),
         f"Stage 1 trained {options.field_steps} steps; {options.seeds} seeds; seconds and steps "
         "are means over scenes and seeds. Gains over stage 1 in dB.\n",
         f"| budget | method | seconds | steps | {' | '.join(options.scenes)} | mean of scenes "
@@ -174,10 +202,8 @@ def _write(options: Options, trials: list[Trial]) -> None:
         mean, half, _, _ = interval({scene: first[scene] - second[scene] for scene in first})
         low, high = (mean - half)[0], (mean + half)[0]
         lines.append(f"| {budget:g} s | {mean[0]:+.3f} | {low:+.3f} ... {high:+.3f} |")
-    file = options.output / f"{options.resolution}-compute-{options.views}.md"
+    file = _file(options)
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    record = {"provenance": provenance(options.threads), "trials": [asdict(t) for t in trials]}
-    file.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(file.read_text(encoding="utf-8"))
 
 

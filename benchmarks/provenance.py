@@ -5,11 +5,13 @@ import shlex
 import subprocess
 import sys
 from datetime import date
+from functools import cache
 from pathlib import Path
 
 import torch
 
 
+@cache
 def provenance(threads: int) -> str:
     """Command, date, commit, versions and hardware of this run, as one line of Markdown."""
     # Benchmarks that run one after the other leave their results there.
