@@ -237,8 +237,8 @@ def _check_room(plan: Plan, address: str | None) -> None:
     if address is None and num_slots(plan) == 0:
         spec, has = plan.spec.resources, ray.cluster_resources()
         raise ValueError(
-            f"a training run needs {spec.workers * spec.cpus_per_worker:g} "
-            f"CPUs and {spec.workers * plan.gpus_per_worker:g} GPUs, this machine has "
+            f"a training run needs {spec.min_workers * spec.cpus_per_worker:g} "
+            f"CPUs and {spec.min_workers * plan.gpus_per_worker:g} GPUs, this machine has "
             f"{has.get('CPU', 0):.0f} and {has.get('GPU', 0):.0f}; lower `resources`, or give "
             "--address of a cluster"
         )

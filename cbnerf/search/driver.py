@@ -134,7 +134,7 @@ def _sharing_gpus(plan: Plan, stages: Sequence[Stage]) -> Plan:
     """With `gpus_per_worker: auto`, the plan with the part of a GPU that training these stages was
     measured to need; unchanged (a quarter) if no GPU can be measured."""
     resources = plan.spec.resources
-    if not plan.gpus_per_worker or resources.workers > 1 or resources.gpus_per_worker != "auto":
+    if not plan.gpus_per_worker or resources.together or resources.gpus_per_worker != "auto":
         return plan
     try:
         share = call(replace(plan, gpus_per_worker=1), measure_share, stages)
@@ -166,7 +166,7 @@ def _search(plan: Plan, state: StudyState, concurrency: int | None) -> None:
     with bar, StatusLine(state, plan) as line:
         recorder = Recorder(state, bar)
         while True:
-            walks = plan.spec.resources.workers > 1
+            walks = plan.spec.resources.together
             searcher = TuneSearcher(state, recorder.end_unit, limit=limit, walk=walks)
             try:
                 return _tune(plan, searcher, [recorder, line])
@@ -184,13 +184,13 @@ def _search(plan: Plan, state: StudyState, concurrency: int | None) -> None:
 
 
 def _tune(plan: Plan, searcher: TuneSearcher, callbacks: list[tune.Callback]) -> None:
-    trainable = UnitTrainable if plan.spec.resources.workers == 1 else run_units_together
+    trainable = run_units_together if plan.spec.resources.together else UnitTrainable
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(trainable, plan=plan), _trial_resources(plan)),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             num_samples=-1,  # The searcher ends the search.
-            reuse_actors=plan.spec.resources.workers == 1,
+            reuse_actors=not plan.spec.resources.together,
         ),
         run_config=tune.RunConfig(
             name="ray_tune",
@@ -220,7 +220,7 @@ class _Capacity:
 
 
 def _trial_resources(plan: Plan) -> dict[str, float]:
-    if plan.spec.resources.workers > 1:
+    if plan.spec.resources.together:
         # The trainer opens its own placement group; a CPU reserved here could starve it. Ray
         # refuses {"CPU": 0}.
         return {"node:__internal_head__": 0.001}

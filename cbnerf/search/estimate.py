@@ -74,7 +74,7 @@ def describe_price(plan: Plan) -> list[str]:
     ]
     if plan.spec.stopping.rule != "none":
         lines.append(f"           before {plan.spec.stopping.rule} prunes anything:")
-    slots, gpus = num_slots(plan), plan.gpus_per_worker * plan.spec.resources.workers
+    slots, gpus = num_slots(plan), plan.gpus_per_worker * plan.spec.resources.max_workers
     places = [(f"with {count} {'GPUs' if gpus else 'runs at a time'}",
                int(count / gpus) if gpus else count) for count in (1, 4, 8)]  # fmt: skip
     for where, runs in [*places, (f"on this machine, {slots} runs at a time", slots)]:

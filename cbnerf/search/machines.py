@@ -14,21 +14,31 @@ from ray.train import ScalingConfig, get_preemption_info
 from ray.train.torch import TorchConfig, get_device
 
 from cbnerf.search.plan import Plan
-from cbnerf.training.preemption import note_sigterm
+from cbnerf.training.preemption import leave, note_sigterm
+
+SECONDS_BETWEEN_RESIZES = 60
+"""An elastic group trains for so long, at least, before it takes in machines that have joined."""
+_SECONDS_TO_LEAVE = 10
+"""It has so long to write a checkpoint before."""
 
 
 def num_slots(plan: Plan) -> int:
     """Number of training runs that the present machines of the cluster hold at the same time."""
-    workers, room = plan.spec.resources.workers, _room(plan)
+    resources, room = plan.spec.resources, _room(plan)
+    if resources.is_elastic:
+        whole, rest = divmod(sum(room), resources.max_workers)
+        return whole + (rest >= resources.min_workers)
     if on_one_machine(plan):
-        return sum(count // workers for count in room)
-    return sum(room) // workers
+        return sum(count // resources.max_workers for count in room)
+    return sum(room) // resources.max_workers
 
 
 def on_one_machine(plan: Plan) -> bool:
     """Whether one machine can hold all workers of a training run. If so, they wait until one is
-    free; otherwise they are spread over as few machines as possible."""
-    return max(_room(plan), default=0) >= plan.spec.resources.workers
+    free; otherwise, and if their number may change, they are spread over as few machines as
+    possible."""
+    resources = plan.spec.resources
+    return not resources.is_elastic and max(_room(plan), default=0) >= resources.max_workers
 
 
 def worker_resources(plan: Plan) -> dict[str, int | float]:
@@ -44,6 +54,7 @@ def worker_group(plan: Plan) -> ScalingConfig:
         use_gpu=plan.gpus_per_worker > 0,
         resources_per_worker=worker_resources(plan),
         placement_strategy="STRICT_PACK" if on_one_machine(plan) else "PACK",
+        elastic_resize_monitor_interval_s=SECONDS_BETWEEN_RESIZES,
     )
 
 
@@ -75,6 +86,8 @@ class TorchGroup(TorchConfig):
     """Workers that see one GPU each, use NCCL if all of them have one, else gloo, and write a
     checkpoint before one of their machines goes."""
 
+    is_elastic: bool = False
+
     @property
     def backend_cls(self) -> type:
         return _Backend
@@ -90,3 +103,10 @@ class _Backend(TorchConfig().backend_cls):
         # They train in a thread of their own, where no signals arrive.
         worker_group.execute(note_sigterm, _is_announced)
         super().on_start(worker_group, replace(backend_config, backend=backend))
+
+    def on_shutdown(self, worker_group: Any, backend_config: TorchGroup) -> None:
+        try:
+            if backend_config.is_elastic:  # It may be in the middle of a training.
+                worker_group.execute(leave, _SECONDS_TO_LEAVE)
+        finally:
+            super().on_shutdown(worker_group, backend_config)

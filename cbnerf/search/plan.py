@@ -1,5 +1,6 @@
 """A plan: all decisions about a study before it starts, small enough to send to any worker."""
 
+import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -139,14 +140,14 @@ def make_plan(
     """
     gpus = spec.resources.gpus_per_worker
     if gpus == "auto":
-        gpus = (1 if spec.resources.workers > 1 else 0.25) if has_gpu else 0
+        gpus = (1 if spec.resources.together else 0.25) if has_gpu else 0
     if resolution is None:
         asked = None if spec.resolution == "auto" else spec.resolution
         resolution = choose_resolution(asked, has_gpu=gpus > 0)
     base = with_overrides(preset(spec.method, resolution), spec.fixed)
     check_space(base, spec)
     check_costs(base, spec)
-    _check_batches(base, spec.resources.workers)
+    _check_batches(base, spec)
     if isinstance(scenes, tuple):
         folder, chosen = data, scenes
     else:
@@ -167,15 +168,22 @@ def make_plan(
     )
 
 
-def _check_batches(base: Config, workers: int) -> None:
-    """ValueError unless workers get equal shares of a batch, even ones if its rows alternate."""
-    of_refiner = 2 * workers if base.refiner.alternates else workers
-    shares = {"field": (base.field.optim, workers), "refiner": (base.refiner.optim, of_refiner)}
-    for stage, (optim, multiple) in shares.items():
-        if workers > 1 and optim.batch_size % multiple:
+def _check_batches(base: Config, spec: SearchSpec) -> None:
+    """ValueError unless workers get equal shares of a batch, even ones if its rows alternate; in an
+    elastic group whatever their number is."""
+    resources = spec.resources
+    workers = f"with resources.workers = {resources.shown_workers}"
+    together = range(max(resources.min_workers, 2), resources.max_workers + 1)
+    trained = [("field", base.field.optim), ("refiner", base.refiner.optim)]
+    for stage, optim in trained[: 1 if base.refiner.kind == "none" else 2]:
+        knob = f"{stage}.optim.batch_size"
+        each = 2 if stage == "refiner" and base.refiner.alternates else 1
+        multiple = math.lcm(*(each * count for count in together))
+        if resources.is_elastic and knob in spec.space:
+            raise ValueError(f"space: {knob} cannot be searched {workers}; fix the number")
+        if optim.batch_size % multiple:
             raise ValueError(
-                f"{stage}.optim.batch_size = {optim.batch_size} must be a multiple of {multiple} "
-                f"with resources.workers = {workers}"
+                f"{knob} = {optim.batch_size} must be a multiple of {multiple} {workers}"
             )
 
 

@@ -72,8 +72,10 @@ class Choices:
 class Resources:
     """Resources of one training run."""
 
-    workers: Whole = 1
-    """Processes of one run; two and more train through Ray Train with DistributedDataParallel."""
+    workers: Whole | tuple[Whole, Whole] = 1
+    """Processes of one run; two and more train through Ray Train with DistributedDataParallel.
+    `[1, 4]` is an elastic group: as many of one to four as there is room for, which changes when
+    machines leave and join."""
     cpus_per_worker: Number = 1
     gpus_per_worker: Number | Literal["auto"] = "auto"
     """A whole GPU or, for a single worker, a share of one. `auto` on a cluster with GPUs: one for
@@ -81,9 +83,11 @@ class Resources:
     quarter at least and where that fails. Without GPUs: 0."""
 
     def __post_init__(self):
-        workers, gpus = self.workers, self.gpus_per_worker
-        enough = workers >= 1 and self.cpus_per_worker > 0
+        gpus = self.gpus_per_worker
+        enough = self.min_workers >= 1 and self.cpus_per_worker > 0
         _require(enough, "resources need at least 1 worker with some CPU")
+        rises = not self.is_elastic or self.min_workers < self.max_workers
+        _require(rises, "resources.workers: [least, most] needs least < most")
         if gpus == "auto":
             return
         given = f"resources.gpus_per_worker (--gpus) = {gpus:g}"
@@ -93,10 +97,32 @@ class Resources:
             "GPU; for more GPUs a training run give more resources.workers",
         )
         _require(
-            workers == 1 or gpus in (0, 1),  # NCCL refuses two processes on one GPU.
-            f"{given}, and resources.workers = {workers}: workers that train together need a whole "
-            "GPU each; give 1, or 0 for none",
+            not self.together or gpus in (0, 1),  # NCCL refuses two processes on one GPU.
+            f"{given}, and resources.workers = {self.shown_workers}: workers that train together "
+            "need a whole GPU each; give 1, or 0 for none",
         )
+
+    @property
+    def is_elastic(self) -> bool:
+        return isinstance(self.workers, tuple)
+
+    @property
+    def min_workers(self) -> int:
+        return self.workers[0] if isinstance(self.workers, tuple) else self.workers
+
+    @property
+    def max_workers(self) -> int:
+        return self.workers[1] if isinstance(self.workers, tuple) else self.workers
+
+    @property
+    def together(self) -> bool:
+        """Whether a run is a group of processes, which train through Ray Train."""
+        return self.max_workers > 1
+
+    @property
+    def shown_workers(self) -> str:
+        """`workers` as a specification writes them."""
+        return str(list(self.workers)) if isinstance(self.workers, tuple) else str(self.workers)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -282,6 +308,8 @@ def _explain(mistake: ErrorDetails) -> str:
     if kind in ("tuple_type", "too_short"):
         return f"{where} must be a list of {_LISTS.get(where, 'values')}, found {found}"
     expected = _EXPECTED.get(kind, "a number")
+    if where == "resources.workers":
+        expected = "a whole number or [least, most]"
     if kind == "literal_error":
         expected = "one of " + context["expected"].replace("'", "").replace(" or ", ", ")
     return f"{f'{path[0]}:' if '[key]' in path else f'{where} ='} {found} is not {expected}"

@@ -75,7 +75,7 @@ def find_status(state: StudyState, plan: Plan, *, running: int, pace: float | No
     search was started or resumed; None if nothing has ended since.
     """
     trials = state.study.get_trials(deepcopy=False)
-    gpus = plan.gpus_per_worker * plan.spec.resources.workers
+    gpus = plan.gpus_per_worker * plan.spec.resources.max_workers
     pairs = plan.rungs * len(plan.trainings)
     left = plan.spec.trials * len(plan.trainings) - settled(state)
     spent, price = _seconds(state)

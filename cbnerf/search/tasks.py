@@ -95,7 +95,7 @@ def reason(trouble: str) -> str:
 def _remote(plan: Plan, function: Callable[..., Any], *, trains: bool) -> Any:
     """The function as a Ray task with the resources of one process; with none if it trains on
     several, which reserve their own."""
-    alone = plan.spec.resources.workers == 1 or not trains
+    alone = not plan.spec.resources.together or not trains
     needed = worker_resources(plan) if alone else {}
     return ray.remote(function).options(
         num_cpus=needed.get("CPU", 0),

@@ -33,7 +33,7 @@ from cbnerf.training.distributed import choose_device, from_rank_0, process_rank
 from cbnerf.training.evaluation import mean_scores, refine_views
 from cbnerf.training.memory import free_gpu_memory, gpu_share
 from cbnerf.training.models import load_refiner
-from cbnerf.training.preemption import leaving_at_sigterm
+from cbnerf.training.preemption import heeding, leaving_at_sigterm
 from cbnerf.training.stages import RENDERS_FILE, read_metrics, run_field, run_refiner
 from cbnerf.training.store import is_complete
 
@@ -115,7 +115,7 @@ def retrain(plan: Plan, unit: Unit, seed: int) -> dict[str, float] | None:
     """The metrics of a unit that is trained with another seed, on the same field if all
     configurations share it; None if it failed in a way that a retry would repeat."""
     try:
-        if plan.spec.resources.workers == 1:
+        if not plan.spec.resources.together:
             return _run_unit(plan, unit, choose_device(), seed)
         about = {"unit": unit, "seed": seed}
         _train_together(plan, "confirmation", _retrain_in_worker, about, [])
@@ -201,7 +201,7 @@ def _complete_field(plan: Plan, config: Config, scene_name: str) -> Path:
     config = settle_precision(config, choose_device())
 
     def train(folder: Path) -> None:
-        if plan.spec.resources.workers == 1:
+        if not plan.spec.resources.together:
             scene = plan.load_scene(scene_name, config.data)
             run_field(config, scene, folder, device=choose_device())
         else:
@@ -233,9 +233,9 @@ def _train_together(
     # Reports wait for the controller's next poll of its workers, every 2 s by default.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     trainer = TorchTrainer(
-        function,
-        train_loop_config={"plan": plan, **about},
-        torch_config=TorchGroup(),
+        _call_in_worker,
+        train_loop_config={"function": function, "plan": plan, **about},
+        torch_config=TorchGroup(is_elastic=plan.spec.resources.is_elastic),
         scaling_config=worker_group(plan),
         run_config=RunConfig(
             name=f"{what}-{uuid.uuid4().hex[:8]}",
@@ -251,6 +251,11 @@ def _train_together(
             if isinstance(cause, (*_LASTING, torch.OutOfMemoryError)):
                 raise cause from None
         raise
+
+
+def _call_in_worker(about: dict[str, Any]) -> None:
+    with heeding():
+        about["function"](about)
 
 
 def _walk_in_worker(about: dict[str, Any]) -> None:

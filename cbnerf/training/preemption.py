@@ -7,6 +7,7 @@ together may also be told before, by whom `note_sigterm` names.
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class _Notice:
     has_come: bool = False
     is_postponed: bool = False
     is_announced: Callable[[], bool] = lambda: False
+    is_heeded: bool = False
 
 
 _notice = _Notice()
@@ -72,6 +74,25 @@ def postponed() -> Iterator[None]:
         yield
     finally:
         _notice.is_postponed = before
+
+
+@contextmanager
+def heeding() -> Iterator[None]:
+    """A training, as a block or a function, that ends soon after `is_noticed`."""
+    _notice.is_heeded = True
+    try:
+        yield
+    finally:
+        _notice.is_heeded = False
+
+
+def leave(seconds: float) -> None:
+    """Let a training in another thread of this process end as at SIGTERM; returns when it has, or
+    after some seconds."""
+    _notice.has_come = True
+    deadline = time.monotonic() + seconds
+    while _notice.is_heeded and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def is_noticed() -> bool:

@@ -24,7 +24,7 @@ from cbnerf.search.spec import parse_spec
 from cbnerf.search.state import StudyState
 from cbnerf.strict_yaml import load_yaml
 
-pytestmark = [pytest.mark.search, pytest.mark.slow]
+pytestmark = pytest.mark.search
 
 ROOT = Path(__file__).parents[2]
 SCENES = ("arcade", "blinds")
@@ -132,6 +132,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str
     return outcome(search_without_ray(plan))
 
 
+@pytest.mark.slow
 def test_trainings_and_machines_die_and_others_join_late(tmp_path: Path, undisturbed):
     with machines(1) as cluster:
         (_, first) = cluster.list_all_nodes()
@@ -149,6 +150,7 @@ def test_trainings_and_machines_die_and_others_join_late(tmp_path: Path, undistu
     assert study.outcome() == undisturbed
 
 
+@pytest.mark.faults
 def test_two_studies_share_a_cluster_and_mlflows_server_is_gone_for_a_while(
     tmp_path: Path, undisturbed
 ):
@@ -212,6 +214,7 @@ def stop(server: "subprocess.Popen[bytes]") -> None:
     server.wait()
 
 
+@pytest.mark.faults
 def test_a_full_disk_ends_the_study_and_room_lets_it_go_on(tmp_path: Path, undisturbed):
     disk = tmp_path / "disk"
     disk.mkdir()

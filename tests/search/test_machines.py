@@ -79,7 +79,7 @@ def look_around(about: dict[str, Any]) -> None:
 def train_groups(plan: Plan, folder: Path, groups: int) -> list[dict[str, Any]]:
     """What each process of groups that train at the same time has found."""
     folder.mkdir()
-    processes = groups * plan.spec.resources.workers
+    processes = groups * plan.spec.resources.max_workers
 
     def train(group: int) -> None:
         about = {"folder": str(folder), "group": group, "processes": processes}
@@ -98,7 +98,7 @@ def places(found: list[dict[str, Any]]) -> set[tuple[str, str]]:
 
 @pytest.fixture
 def gpu_plan(tiny_plan: Callable[..., Plan]) -> Callable[..., Plan]:
-    def make(workers: int, **resources: Any) -> Plan:
+    def make(workers: int | list[int], **resources: Any) -> Plan:
         about = {"workers": workers, "cpus_per_worker": 1, **resources}
         return tiny_plan(has_gpu=True, resources=about, fixed={"refiner.optim.batch_size": 8})
 
@@ -130,6 +130,15 @@ def test_a_group_that_no_machine_holds_lies_on_several(
     found = train_groups(plan, tmp_path / "found", groups=1)
     assert len(places(found)) == len(found) == CARDS
     assert {one["sum"] for one in found} == {0 + 1 + 2 + 3}
+
+
+@pytest.mark.usefixtures("two_machines")
+def test_an_elastic_group_takes_what_there_is_on_any_machines(gpu_plan: Callable[..., Plan]):
+    plan = gpu_plan([1, 2])
+    assert num_slots(plan) == 2 and not on_one_machine(plan)
+    group = worker_group(plan)
+    assert (group.num_workers, group.placement_strategy) == ((1, 2), "PACK")
+    assert num_slots(gpu_plan([1, 2], cpus_per_worker=3)) == 1
 
 
 @pytest.mark.usefixtures("two_machines")

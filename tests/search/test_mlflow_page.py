@@ -1,5 +1,6 @@
 """The page of MLflow that `tune.py` names, in a real browser."""
 
+import os
 import re
 import shutil
 import socket
@@ -38,8 +39,10 @@ def serve() -> Iterator[Callable[[str], str]]:
             port = str(free.getsockname()[1])
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store]
         command += ["--port", port, "--workers", "1"]
-        quiet = subprocess.DEVNULL
-        servers.append(subprocess.Popen(command, stdout=quiet, stderr=quiet))
+        quiet, lean = subprocess.DEVNULL, {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        servers.append(
+            subprocess.Popen(command, stdout=quiet, stderr=quiet, env={**os.environ, **lean})
+        )
         address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 300
         while time.monotonic() < deadline:
             assert servers[0].poll() is None, "the server has ended"

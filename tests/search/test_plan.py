@@ -88,6 +88,19 @@ def test_a_batch_must_split_over_the_workers(tiny_plan: Callable[..., Plan]):
         tiny_plan(resources={"workers": 3})
 
 
+def test_a_batch_must_split_over_each_number_of_workers_of_an_elastic_group(
+    tiny_plan: Callable[..., Plan],
+):
+    group = {"resources": {"workers": [1, 4]}}
+    sizes = {"field.optim.batch_size": 24, "refiner.optim.batch_size": 12}
+    assert tiny_plan(**group, fixed=sizes).gpus_per_worker == 0
+    with pytest.raises(ValueError, match=r"= 64 must be a multiple of 12 with .* = \[1, 4\]$"):
+        tiny_plan(**group)
+    space = {"field.optim.batch_size": {"choices": [12, 24]}}
+    with pytest.raises(ValueError, match=r"batch_size cannot be searched with .* = \[1, 4\]"):
+        tiny_plan(**group, space=space)
+
+
 def test_the_base_holds_the_fixed_knobs(tiny_plan: Callable[..., Plan]):
     plan = tiny_plan(fixed={"codebook.dim": 5})
     assert plan.base.codebook.dim == 5

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ranks import start_ranks
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
-from cbnerf.search import worker
+from cbnerf.search import machines, worker
 from cbnerf.search.plan import Plan, Unit
 from cbnerf.search.worker import UnitTrainable, _run_unit, _train_together, run_base_field
 from cbnerf.training import loop
@@ -33,7 +34,9 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not fi
 
 DEADLINE = 10
 """Seconds from SIGTERM to the end of the machine."""
-STEPS = 100
+PATIENCE = 300
+"""Seconds to wait for machines."""
+STEPS, STEPS_OF_GROUP = 100, 400
 UNIT = Unit(0, "arcade", 0, {})
 CPU = torch.device("cpu")
 
@@ -159,39 +162,91 @@ def test_the_end_by_sigterm_reaches_another_process():
 
 
 @pytest.fixture(scope="module")
-def small_machines() -> Iterator[None]:
-    """A Ray of three machines with a CPU each, beside the head."""
+def small_machines() -> Iterator[Cluster]:
+    """A Ray of three machines with a CPU each, beside the head; the last test takes one away."""
     head = {"num_cpus": 0, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(3):
         cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    yield
+    yield cluster
     ray.shutdown()
     cluster.shutdown()
 
 
-def train_and_lose_a_machine(about: dict[str, Any]) -> None:
-    """In a group of Ray Train: in the first attempt the machine of rank 1 goes."""
-    log, how = about["log"], about["how"]
-    rank, must_end, attempts = process_rank(), loop._must_end, log / f"attempts-{process_rank()}"
-    with attempts.open("a", encoding="utf-8") as file:
-        file.write("1\n")
-    is_first = len(steps_in(attempts)) == 1
+def plan_of_a_group(
+    tiny_plan: Callable[..., Plan], optim: dict[str, int], workers: int | list[int]
+) -> Plan:
+    return tiny_plan(
+        "arcade", method="nerf", stopping={"rule": "none"},
+        fixed={f"field.optim.{knob}": value for knob, value in optim.items()},
+        space={"field.optim.lr": {"low": 1e-3, "high": 1e-1}},
+        resources={"workers": workers, "gpus_per_worker": 0},
+    )  # fmt: skip
+
+
+def train_while_machines_come_and_go(about: dict[str, Any]) -> None:
+    """In an elastic group: note the steps of each attempt. The first waits at step 50 for rank 2,
+    whose machine ends; the second trains slowly until it is told to leave."""
+    log, rank, must_end = about["log"], process_rank(), loop._must_end
+    attempt = len(list(log.glob("*-0")))
+    dist.barrier()  # before rank 0 begins another file
 
     def noted(step: int, device: torch.device) -> bool:
-        with (log / str(rank)).open("a", encoding="utf-8") as file:
+        with (log / f"{attempt}-{rank}").open("a", encoding="utf-8") as file:
             file.write(f"{step}\n")
-        if is_first and step == 60 and rank == 1:
-            how()
-            time.sleep(2)  # until the main thread has handled the signal, or Ray has told of it
+        if (attempt, rank, step) == (0, 2, 50):
+            here = ray.get_runtime_context().get_node_id()
+            (log / "here").write_text(here, encoding="utf-8")
+            time.sleep(PATIENCE)
+        if attempt == 1 and step > 60:
+            time.sleep(0.2)
         return must_end(step, device)
 
     loop._must_end = noted
-    try:
-        _run_unit(about["plan"], UNIT, CPU)
-    finally:
-        loop._must_end = must_end
+    _run_unit(about["plan"], UNIT, CPU)
+
+
+@pytest.mark.faults
+def test_an_elastic_group_shrinks_and_grows_with_its_machines_and_trains_what_one_process_trains(
+    tiny_plan: Callable[..., Plan], small_machines: Cluster, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    monkeypatch.setattr(machines, "SECONDS_BETWEEN_RESIZES", 1)
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
+    small = {"steps": STEPS_OF_GROUP, "evaluations": 10, "batch_size": 66}
+    plan = plan_of_a_group(tiny_plan, small, workers=[2, 3])
+    log = tmp_path / "log"
+    log.mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(
+            _train_together, plan, "test", train_while_machines_come_and_go, {"log": log}, []
+        )
+        wait_for(training, (log / "here").exists)
+        here = (log / "here").read_text(encoding="utf-8")
+        (machine,) = [node for node in small_machines.worker_nodes if node.node_id == here]
+        small_machines.remove_node(machine, allow_graceful=False)
+        wait_for(training, lambda: max(steps_in(log / "1-0"), default=0) > 60)
+        small_machines.add_node(num_cpus=1)
+        training.result(PATIENCE)
+    steps = [[steps_in(log / f"{n}-{rank}") for rank in range(3)] for n in range(3)]
+    left = steps[1][0][-1]  # no step is lost when the group grows
+    assert steps[0] == [[*range(1, 51)]] * 3
+    assert steps[1] == [[*range(41, left + 1)]] * 2 + [[]]
+    assert steps[2] == [[*range(left + 1, STEPS_OF_GROUP + 1)]] * 3
+    alone = replace(plan, name="alone")
+    _run_unit(alone, UNIT, CPU)
+    (_, together), (_, expected) = result(plan), result(alone)
+    for name in ("val/psnr", "val/ssim"):
+        assert together[name] == pytest.approx(expected[name], rel=1e-3)
+
+
+def wait_for(training: "Future[None]", condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert not training.done(), training.result()
+        assert time.monotonic() < deadline, "never came"
+        time.sleep(0.05)
 
 
 def end_this_process() -> None:
@@ -208,22 +263,42 @@ def announce_the_end_of_this_machine() -> None:
     subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *command], check=True)
 
 
+ENDS = {60: end_this_process, 124: announce_the_end_of_this_machine}
+"""What the process of rank 1 does at which step."""
+
+
+def train_and_lose_machines(about: dict[str, Any]) -> None:
+    """In a group of Ray Train: note the steps, and end in the ways of `ENDS`."""
+    log, rank, must_end = about["log"], process_rank(), loop._must_end
+
+    def noted(step: int, device: torch.device) -> bool:
+        with (log / str(rank)).open("a", encoding="utf-8") as file:
+            file.write(f"{step}\n")
+        if rank == 1 and step in ENDS:
+            ENDS[step]()
+            time.sleep(2)  # until the main thread has handled the signal, or Ray has told of it
+        return must_end(step, device)
+
+    loop._must_end = noted
+    with (log / f"attempts-{rank}").open("a", encoding="utf-8") as file:
+        file.write("1\n")
+    try:
+        _run_unit(about["plan"], UNIT, CPU)
+    finally:
+        loop._must_end = must_end
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [end_this_process, announce_the_end_of_this_machine])
 def test_a_group_of_ray_train_goes_on_from_the_step_at_which_its_machine_went(
-    tiny_plan: Callable[..., Plan], small_machines, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, how: Callable[[], None],
-):  # fmt: skip
-    monkeypatch.setattr(worker, "MAX_FAILURES", 1)
+    tiny_plan: Callable[..., Plan], small_machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(worker, "MAX_FAILURES", 1)  # The end of a machine does not count.
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.2")
-    knobs = {"field.optim.steps": 80, "field.optim.evaluations": 1}
-    plan = tiny_plan("arcade", method="nerf", stopping={"rule": "none"}, fixed=knobs,
-                     resources={"workers": 2, "gpus_per_worker": 0},
-                     space={"field.optim.lr": {"low": 1e-3, "high": 1e-1}})  # fmt: skip
+    plan = plan_of_a_group(tiny_plan, {"steps": 144, "evaluations": 1}, workers=2)
     log = tmp_path / "log"
     log.mkdir()
-    _train_together(plan, "test", train_and_lose_a_machine, {"log": log, "how": how}, [])
+    _train_together(plan, "test", train_and_lose_machines, {"log": log}, [])
     for rank in range(2):
-        assert steps_in(log / str(rank)) == [*range(1, 65), *range(65, 81)]
-        assert steps_in(log / f"attempts-{rank}") == [1, 1]
-    assert result(plan)[1]["steps"] == 80
+        assert steps_in(log / str(rank)) == [*range(1, 145)]  # each once
+        assert steps_in(log / f"attempts-{rank}") == [1, 1, 1]
+    assert result(plan)[1]["steps"] == 144

@@ -107,6 +107,12 @@ BAD = {
     "half a worker": ("resources: {workers: 1.5}\n" + SPACE, "resources.workers"),
     "auto workers": ("resources: {workers: auto}\n" + SPACE, "resources.workers"),
     "infinite CPUs": ("resources: {cpus_per_worker: .inf}\n" + SPACE, "cpus_per_worker"),
+    "one bound of workers": ("resources: {workers: [2]}\n" + SPACE, "[2] is not a whole number or"),
+    "workers that fall": ("resources: {workers: [4, 1]}\n" + SPACE, "needs least < most"),
+    "no worker at least": ("resources: {workers: [0, 4]}\n" + SPACE, "at least 1 worker"),
+    "a group that shares a GPU": (
+        "resources: {workers: [1, 2], gpus_per_worker: 0.5}\n" + SPACE, "workers = [1, 2]: workers"
+    ),
     "no worker": ("resources: {workers: 0}\n" + SPACE, "at least 1 worker"),
     "no CPU": ("resources: {cpus_per_worker: 0}\n" + SPACE, "some CPU"),
     "negative GPUs": ("resources: {gpus_per_worker: -1}\n" + SPACE, "gpus_per_worker"),
