@@ -13,8 +13,7 @@ Trainings are kept in the JSON file as they end: the same command resumes, and o
 or seeds trains only what is new.
 """
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,12 @@ import tyro
 from clock import clock
 from codebook import interval
 from provenance import provenance
+from trials import load_trials, save_trials
 
 from cbnerf.config import Config
 from cbnerf.data.renders import Renders
 from cbnerf.data.scene import Scene
 from cbnerf.data.splits import split_views
-from cbnerf.files import atomic_write_text
 from cbnerf.overrides import with_overrides
 from cbnerf.presets import preset
 from cbnerf.training.distributed import choose_device
@@ -83,7 +82,8 @@ def main(options: Options) -> None:
         )
         for name in options.scenes
     }
-    trials = _kept(options)
+    kept = _file(options).with_suffix(".json")
+    trials = load_trials(kept, Trial)
     places = product(options.budgets, options.scenes, SIZES)
     for budget, name, method in places:
         done = {t.seed for t in trials if (t.budget, t.scene, t.method) == (budget, name, method)}
@@ -97,21 +97,12 @@ def main(options: Options) -> None:
             trial = _train(options, method, budget, with_overrides(config, own), *stages[name])
             print(method, name, budget, trial.steps, _mean(trial.psnr), flush=True)
             trials.append(trial)
-            text = json.dumps([asdict(trial) for trial in trials], indent=1)
-            atomic_write_text(_file(options).with_suffix(".json"), text + "\n")
+            save_trials(kept, trials)
     _write(options, trials)
 
 
 def _file(options: Options) -> Path:
     return options.output / f"{options.resolution}-compute-{options.views}.md"
-
-
-def _kept(options: Options) -> list[Trial]:
-    """Trainings of earlier commands."""
-    file = _file(options).with_suffix(".json")
-    if not file.exists():
-        return []
-    return [Trial(**trial) for trial in json.loads(file.read_text(encoding="utf-8"))]
 
 
 def _config(options: Options, method: str, budget: float) -> Config:

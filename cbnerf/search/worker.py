@@ -33,7 +33,7 @@ from cbnerf.training.distributed import choose_device, from_rank_0, process_rank
 from cbnerf.training.evaluation import mean_scores, refine_views
 from cbnerf.training.memory import free_gpu_memory, gpu_share
 from cbnerf.training.models import load_refiner
-from cbnerf.training.preemption import heeding, leaving_at_sigterm
+from cbnerf.training.preemption import Preempted, heeding, leaving_at_sigterm
 from cbnerf.training.stages import RENDERS_FILE, read_metrics, run_field, run_refiner
 from cbnerf.training.store import is_complete
 
@@ -229,28 +229,35 @@ def _train_together(
     about: dict[str, Any],
     callbacks: list[Any],
 ) -> None:
-    """Run a function on all workers of a group through Ray Train."""
+    """Run a function on all workers of a group through Ray Train; again when they have left with a
+    checkpoint, which is no failure."""
     # Reports wait for the controller's next poll of its workers, every 2 s by default.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    trainer = TorchTrainer(
-        _call_in_worker,
-        train_loop_config={"function": function, "plan": plan, **about},
-        torch_config=TorchGroup(is_elastic=plan.spec.resources.is_elastic),
-        scaling_config=worker_group(plan),
-        run_config=RunConfig(
-            name=f"{what}-{uuid.uuid4().hex[:8]}",
-            storage_path=str(plan.folder / "ray_train"),
-            failure_config=FailureConfig(max_failures=MAX_FAILURES),
-            callbacks=callbacks,
-        ),
-    )
-    try:
-        trainer.fit()
-    except WorkerGroupError as error:
-        for cause in error.worker_failures.values():
-            if isinstance(cause, (*_LASTING, torch.OutOfMemoryError)):
-                raise cause from None
-        raise
+
+    def fit() -> None:
+        TorchTrainer(
+            _call_in_worker,
+            train_loop_config={"function": function, "plan": plan, **about},
+            torch_config=TorchGroup(is_elastic=plan.spec.resources.is_elastic),
+            scaling_config=worker_group(plan),
+            run_config=RunConfig(
+                name=f"{what}-{uuid.uuid4().hex[:8]}",
+                storage_path=str(plan.folder / "ray_train"),
+                failure_config=FailureConfig(max_failures=MAX_FAILURES),
+                callbacks=callbacks,
+            ),
+        ).fit()
+
+    while True:
+        try:
+            return fit()
+        except WorkerGroupError as error:
+            causes = list(error.worker_failures.values())
+            for cause in causes:
+                if isinstance(cause, (*_LASTING, torch.OutOfMemoryError)):
+                    raise cause from None
+            if not any(isinstance(cause, Preempted) for cause in causes):
+                raise
 
 
 def _call_in_worker(about: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ def test_every_search_of_tune_configs_comes_to_its_report(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ):
-    small = ["--scenes", "arcade", "--resolution", "tiny", "--trials", "3"]
+    small = ["--scenes", "arcade", "--resolution", "tiny", "--trials", "2"]
     where = ["--storage", str(storage), "--name", file.stem, "--address", ray_address]
     arguments = ["--config", str(file), *small, *where]
     assert call_tune(monkeypatch, *arguments) == 0, capfd.readouterr().err
@@ -42,7 +42,7 @@ def test_every_search_of_tune_configs_comes_to_its_report(
     assert {"best.yaml", "report.md", "report.html"} <= {entry.name for entry in study.iterdir()}
     trials = StudyState(plan_of(storage, file.stem), adopt=False).study.get_trials()
     # A point of `initial` beyond the number of trials waits for a search with more.
-    assert sum(trial.state.is_finished() for trial in trials) == 3
+    assert sum(trial.state.is_finished() for trial in trials) == 2
 
 
 def test_one_at_a_time_a_race_is_the_same_bit_for_bit_with_and_without_ray(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drivers import finish, plan_of, rays_processes, search_without_ray, wait_for
+from drivers import PATIENCE, finish, plan_of, rays_processes, search_without_ray, wait_for
 from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 
@@ -24,7 +24,7 @@ from cbnerf.search.spec import parse_spec
 from cbnerf.search.state import StudyState
 from cbnerf.strict_yaml import load_yaml
 
-pytestmark = pytest.mark.search
+pytestmark = [pytest.mark.search, pytest.mark.faults]
 
 ROOT = Path(__file__).parents[2]
 SCENES = ("arcade", "blinds")
@@ -132,7 +132,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str
     return outcome(search_without_ray(plan))
 
 
-@pytest.mark.slow
 def test_trainings_and_machines_die_and_others_join_late(tmp_path: Path, undisturbed):
     with machines(1) as cluster:
         (_, first) = cluster.list_all_nodes()
@@ -150,7 +149,6 @@ def test_trainings_and_machines_die_and_others_join_late(tmp_path: Path, undistu
     assert study.outcome() == undisturbed
 
 
-@pytest.mark.faults
 def test_two_studies_share_a_cluster_and_mlflows_server_is_gone_for_a_while(
     tmp_path: Path, undisturbed
 ):
@@ -199,7 +197,8 @@ def serve_mlflow(folder: Path, address: str) -> "subprocess.Popen[bytes]":
             command, stdout=log, stderr=log, start_new_session=True,
             env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
         )  # fmt: skip
-    for _ in range(300):
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and server.poll() is None:
         try:
             urllib.request.urlopen(f"{address}/health", timeout=2).close()
             return server
@@ -214,7 +213,6 @@ def stop(server: "subprocess.Popen[bytes]") -> None:
     server.wait()
 
 
-@pytest.mark.faults
 def test_a_full_disk_ends_the_study_and_room_lets_it_go_on(tmp_path: Path, undisturbed):
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -237,8 +237,8 @@ def test_an_elastic_group_shrinks_and_grows_with_its_machines_and_trains_what_on
     alone = replace(plan, name="alone")
     _run_unit(alone, UNIT, CPU)
     (_, together), (_, expected) = result(plan), result(alone)
-    for name in ("val/psnr", "val/ssim"):
-        assert together[name] == pytest.approx(expected[name], rel=1e-3)
+    for name, tolerance in {"val/psnr": 1e-3, "val/ssim": 5e-3}.items():
+        assert together[name] == pytest.approx(expected[name], rel=tolerance)
 
 
 def wait_for(training: "Future[None]", condition: Callable[[], bool]) -> None:
@@ -292,7 +292,7 @@ def train_and_lose_machines(about: dict[str, Any]) -> None:
 def test_a_group_of_ray_train_goes_on_from_the_step_at_which_its_machine_went(
     tiny_plan: Callable[..., Plan], small_machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(worker, "MAX_FAILURES", 1)  # The end of a machine does not count.
+    monkeypatch.setattr(worker, "MAX_FAILURES", 0)  # The end of a machine does not count.
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.2")
     plan = plan_of_a_group(tiny_plan, {"steps": 144, "evaluations": 1}, workers=2)
     log = tmp_path / "log"
