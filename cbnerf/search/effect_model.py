@@ -140,9 +140,9 @@ class AdditiveModel:
             _StudentNoise((count, rungs), rng),
         )
 
-    def sweep(self) -> list[Array]:
-        """Draw each parameter once given all others; returns the weights of the knobs, scaled to
-        the mean of the scenes at the last rung."""
+    def sweep(self) -> tuple[list[Array], Array]:
+        """Draw each parameter once given all others; returns the weights of each knob and the scale
+        of each scene at the last rung."""
         precision = np.where(self._known, self._noise.precision, 0.0)
         self._draw_worth(precision)
         self._draw_levels(precision)
@@ -151,8 +151,7 @@ class AdditiveModel:
         self._noise.draw(rest, self._known)
         self._of_scenes.draw(self._by_scene, np.asarray(self._known.any(axis=2)))
         self._of_rungs.draw(self._by_rung, np.asarray(self._known.any(axis=1)))
-        scale = self._scale[:, -1].mean()
-        return [weights * scale for weights in self._weights[: self._num_knobs]]
+        return self._weights[: self._num_knobs], self._scale[:, -1]
 
     def _draw_worth(self, precision: Array) -> None:
         """Draw the worths with the deviations integrated out, then the deviations.

@@ -1,7 +1,9 @@
 """The effect of each knob on the objective, in its own unit, with a 95 % interval.
 
 The effect is the highest minus the lowest value of the knob's function in `effect_model` over the
-searched range, for the mean of the scenes after a full training.
+searched range, for the mean of the scenes after a full training. On a single scene it is larger or
+smaller by the scale of the scene, which all knobs share: a knob that acts on some scenes alone is
+not described by it.
 """
 
 from itertools import combinations
@@ -22,6 +24,19 @@ _SWEEPS, _BURN_IN = 1500, 300
 """Sweeps of the Gibbs sampler, and how many of them are discarded."""
 
 
+class Bounds(NamedTuple):
+    """Posterior mean and 95 % interval."""
+
+    size: float
+    low: float
+    high: float
+
+    def describe(self, quality: str) -> str:
+        """As `1.39 dB (1.13 to 1.89)`, in the unit of a quality."""
+        low, high = (with_unit(end, quality).split()[0] for end in (self.low, self.high))
+        return f"{with_unit(self.size, quality)} ({low} to {high})"
+
+
 class Effect(NamedTuple):
     """The effect of one knob, in units of the objective."""
 
@@ -35,6 +50,8 @@ class Effect(NamedTuple):
     """The value that was trained at which the posterior mean of the knob's function is highest."""
     is_bounded: bool
     """Whether `high` is below two deviations of the configurations; else these are too few."""
+    by_scene: tuple[Bounds, ...] = ()
+    """On each scene; below zero where the knob acts there the other way round."""
 
     @property
     def is_seen(self) -> bool:
@@ -88,17 +105,25 @@ def estimate_effects(
         for one, other in combinations(leads, 2)
     ]
     model = AdditiveModel(values / unit, columns, products, np.random.default_rng(0))
-    draws = [model.sweep() for _ in range(_SWEEPS)][_BURN_IN:]
+    draws, scales = zip(*[model.sweep() for _ in range(_SWEEPS)][_BURN_IN:], strict=True)
+    scales = np.array(scales)
     effects = []
     for name, own, column, weights in zip(
         knobs, tried, columns, zip(*draws, strict=True), strict=True
     ):
-        weights = np.array(weights)
+        weights = np.array(weights) * scales.mean(axis=1, keepdims=True)
         ranges = np.ptp(weights @ bases[name].functions.T * unit, axis=1)
-        low, high = map(float, np.quantile(ranges, [0.025, 0.975]))
+        by_scene = ranges[:, None] * scales / scales.mean(axis=1, keepdims=True)
+        size, low, high = _bounds(ranges)
         best = own[int((column @ weights.mean(axis=0)).argmax())]
-        effects.append(Effect(name, float(ranges.mean()), low, high, best, high < 2 * unit))
+        scenes = tuple(map(_bounds, by_scene.T))
+        effects.append(Effect(name, size, low, high, best, high < 2 * unit, scenes))
     return sorted(effects, key=lambda effect: -effect.size)
+
+
+def _bounds(draws: Array) -> Bounds:
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Bounds(float(draws.mean()), float(low), float(high))
 
 
 def _deviation(values: Array) -> float:

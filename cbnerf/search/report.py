@@ -120,7 +120,7 @@ def study_page(
         [
             Section(configurations, [scene_table(scores), Code("best.yaml", best_yaml)]),
             *confirmation_section(state),
-            *effects_section(effects, plan.spec.objectives[0]),
+            *effects_section(effects, plan.spec.objectives[0], plan.trainings),
             Section("", [*study_gallery(state), *charts(state, effects)]),
             Section("Configurations", [configuration_table(state)]),
         ],
@@ -140,8 +140,11 @@ def describe_effects(effects: Sequence[Effect]) -> list[str]:
     return [f"{about}: {', '.join(knobs)}" for about, knobs in sentences.items() if knobs]
 
 
-def effects_section(effects: Sequence[Effect], quality: str) -> list[Section]:
-    """The table of effects, the largest first; none if nothing could be estimated."""
+def effects_section(
+    effects: Sequence[Effect], quality: str, scenes: Sequence[str]
+) -> list[Section]:
+    """The table of effects, the largest first, and that of each scene for those that are seen; none
+    if nothing could be estimated."""
     header = ["knob", "effect", "95 % interval", "conclusion"]
     rows = []
     for effect in effects:
@@ -150,7 +153,15 @@ def effects_section(effects: Sequence[Effect], quality: str) -> list[Section]:
         cells = [effect.knob, size, f"{low} to {high}", effect.describe(quality)]
         rows.append([Cell(text, effect.is_seen) for text in cells])
     title = f"Effect of each knob ({UNITS[quality]}, 95 % interval)"
-    return [Section(title, [Table("", header, rows)])] if rows else []
+    tables = [Table("", header, rows)]
+    by_scene = [
+        [Cell(effect.knob), *(Cell(bounds.describe(quality)) for bounds in effect.by_scene)]
+        for effect in effects
+        if effect.is_seen
+    ]
+    if by_scene and len(scenes) > 1:
+        tables.append(Table("By scene", ["knob", *scenes], by_scene))
+    return [Section(title, tables)] if rows else []
 
 
 def confirmation_section(state: StudyState) -> list[Section]:

@@ -36,11 +36,15 @@ def draw_knobs(count: int, seed: int) -> dict[str, list[Any]]:
     }
 
 
+SCALES = np.array([0.5, 1.5, 0.8, 1.2])
+"""How far each scene tells configurations apart after a full training."""
+
+
 def measure(worth: np.ndarray, *, noise: float = 0.02, seed: int = 0) -> np.ndarray:
     """Values on four scenes, which differ by 1 dB and tell configurations apart more or less well,
     at three rungs. The worse half has been pruned after two units."""
     rng = np.random.default_rng(seed)
-    scales = np.array([0.5, 1.5, 0.8, 1.2])[:, None] * np.array([0.7, 0.9, 1.0])
+    scales = SCALES[:, None] * np.array([0.7, 0.9, 1.0])
     values = 25 + rng.normal(size=(4, 3)) + worth[:, None, None] * scales
     values += rng.normal(0, noise, values.shape)
     is_worse = worth < np.sort(worth)[len(worth) // 2]
@@ -68,6 +72,8 @@ def test_effects_lie_in_their_intervals_and_idle_knobs_show_none():
     assert effects["word"].best == "b" and effects["slope"].best > 0.5
     assert effects["order"].best in (256, 1024)
     assert all(effects[name].is_bounded and effects[name].high < 0.1 for name in ("idle", "switch"))
+    for scale, bounds in zip(SCALES, effects["slope"].by_scene, strict=True):
+        assert bounds.low <= 0.46 * scale <= bounds.high < 0.46 * scale * 1.3
 
 
 def test_an_effect_in_the_middle_of_the_range_is_one():

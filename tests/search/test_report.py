@@ -101,8 +101,11 @@ def test_the_report_names_knobs_with_and_without_effect(tiny_plan):
     assert page.notes[1] == "knobs with an effect, the largest first: codebook.size"
     assert page.notes[2] == "knobs without an effect that is seen: codebook.beta"
     (section,) = [one for one in page.sections if one.title.startswith("Effect of each knob (dB")]
-    (table,) = section.blocks
-    assert isinstance(table, Table)
+    table, by_scene = section.blocks
+    assert isinstance(table, Table) and isinstance(by_scene, Table)
+    assert by_scene.header == ["knob", "arcade", "blinds"]
+    (of_size,) = (row for _, *row in cells(by_scene)[1:])
+    assert of_size[0].startswith("0.5") and of_size[1].startswith("0.5")
     (size, beta) = (row for _, *row in cells(table)[1:])
     assert size[0].startswith("0.5") and size[-1].endswith("dB, best at 128")
     assert beta[1].startswith("0.000 dB to ") and beta[-1].startswith("no effect seen (within +-")
