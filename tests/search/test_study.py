@@ -240,7 +240,7 @@ def test_stage_1_is_trained_once(story: Story):
 def test_a_race_survives_kill_and_ctrl_c_and_repeats_no_unit(tmp_path: Path):
     drivers = Drivers(tmp_path, NAME)
     # Enough units that some are left when a signal arrives.
-    arguments = [*RACE, "--name", NAME, "--trials", "4"]
+    arguments = [*RACE, "--name", NAME, "--trials", "6"]
 
     def more_are_recorded() -> Callable[[], bool]:
         before = len(drivers.recorded())
@@ -273,7 +273,7 @@ def test_a_race_survives_kill_and_ctrl_c_and_repeats_no_unit(tmp_path: Path):
     for before in (killed, interrupted):
         assert before.trained.items() <= finished.trained.items()
     trials = StudyState(plan_of(tmp_path / "runs", NAME), adopt=False).study.get_trials()
-    assert len(trials) == 4 and all(trial.values is not None for trial in trials)
+    assert len(trials) == 6 and all(trial.values is not None for trial in trials)
     assert [trial.params["refiner.optim.lr"] for trial in trials].count(1.23e-3) == 1
     store, experiment = experiment_of(tmp_path)
     runs = MlflowClient(store).search_runs([experiment])
