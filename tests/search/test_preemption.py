@@ -288,7 +288,7 @@ def train_and_lose_machines(about: dict[str, Any]) -> None:
         loop._must_end = must_end
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_group_of_ray_train_goes_on_from_the_step_at_which_its_machine_went(
     tiny_plan: Callable[..., Plan], small_machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
