@@ -138,7 +138,8 @@ def _write(options: Options, trials: list[Trial]) -> None:
         """For each scene the gain of each view, a mean over seeds."""
         return {
             name: torch.tensor(
-                [_of(options, trials, change, name, seed)[0].psnr for seed in range(options.seeds)]
+                [_of(options, trials, change, name, seed)[0].psnr for seed in range(options.seeds)],
+                dtype=torch.float64,
             ).mean(0)
             for name in options.scenes
         }
