@@ -107,16 +107,16 @@ def estimate_effects(
     model = AdditiveModel(values / unit, columns, products, np.random.default_rng(0))
     draws, scales = zip(*[model.sweep() for _ in range(_SWEEPS)][_BURN_IN:], strict=True)
     scales = np.array(scales)
+    of_mean = scales.mean(axis=1, keepdims=True)
     effects = []
     for name, own, column, weights in zip(
         knobs, tried, columns, zip(*draws, strict=True), strict=True
     ):
-        weights = np.array(weights) * scales.mean(axis=1, keepdims=True)
+        weights = np.array(weights) * of_mean
         ranges = np.ptp(weights @ bases[name].functions.T * unit, axis=1)
-        by_scene = ranges[:, None] * scales / scales.mean(axis=1, keepdims=True)
         size, low, high = _bounds(ranges)
+        scenes = tuple(map(_bounds, (ranges[:, None] * scales / of_mean).T))
         best = own[int((column @ weights.mean(axis=0)).argmax())]
-        scenes = tuple(map(_bounds, by_scene.T))
         effects.append(Effect(name, size, low, high, best, high < 2 * unit, scenes))
     return sorted(effects, key=lambda effect: -effect.size)
 

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,10 +131,14 @@ class Drivers:
                 continue
 
 
-def wait_for(condition: Callable[[], bool], driver: "subprocess.Popen[str]") -> None:
+def wait_for(condition: Callable[[], bool], work: "subprocess.Popen[str] | Future[None]") -> None:
+    """Wait until a condition holds, which must come before the work has ended."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
-        assert driver.poll() is None, driver.communicate()
+        if isinstance(work, Future):
+            assert not work.done(), work.result()
+        else:
+            assert work.poll() is None, work.communicate()
         assert time.monotonic() < deadline, "never came"
         time.sleep(0.01)
 

@@ -4,19 +4,18 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from drivers import PATIENCE, finish, plan_of, rays_processes, search_without_ray, wait_for
+from drivers import finish, plan_of, rays_processes, search_without_ray, wait_for
 from mlflow import MlflowClient
+from mlflow_server import free_address, serve_mlflow, stop
 from ray.cluster_utils import Cluster
 
 from cbnerf.search.plan import make_plan
@@ -152,10 +151,8 @@ def test_trainings_and_machines_die_and_others_join_late(tmp_path: Path, undistu
 def test_two_studies_share_a_cluster_and_mlflows_server_is_gone_for_a_while(
     tmp_path: Path, undisturbed
 ):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
-    server = serve_mlflow(tmp_path, address)
+    address, store = free_address(), f"sqlite:///{tmp_path}/mlflow.db"
+    server = serve_mlflow(store, tmp_path, address)
     try:
         with machines(2) as cluster:
             studies = [
@@ -167,7 +164,7 @@ def test_two_studies_share_a_cluster_and_mlflows_server_is_gone_for_a_while(
             assert "under way in another process" in finish(studies[0].start(), status=2)
             stop(server)
             time.sleep(8)
-            server = serve_mlflow(tmp_path, address)
+            server = serve_mlflow(store, tmp_path, address)
             for driver in drivers:
                 finish(driver)
         client = MlflowClient(address)
@@ -182,35 +179,6 @@ def test_two_studies_share_a_cluster_and_mlflows_server_is_gone_for_a_while(
     finally:
         stop(server)
     assert len(list((tmp_path / "runs" / "cache").glob("field-*"))) == len(SCENES)
-
-
-def serve_mlflow(folder: Path, address: str) -> "subprocess.Popen[bytes]":
-    """MLflow's server on a SQLite file in the folder, once it answers."""
-    command = [
-        sys.executable, "-m", "mlflow", "server", "--workers", "1",
-        "--host", "127.0.0.1", "--port", address.rpartition(":")[2],
-        "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
-        "--artifacts-destination", str(folder / "mlartifacts"),
-    ]  # fmt: skip
-    with (folder / "mlflow.log").open("ab") as log:
-        server = subprocess.Popen(
-            command, stdout=log, stderr=log, start_new_session=True,
-            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        )  # fmt: skip
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            urllib.request.urlopen(f"{address}/health", timeout=2).close()
-            return server
-        except OSError:
-            time.sleep(0.2)
-    pytest.fail((folder / "mlflow.log").read_text(encoding="utf-8")[-3000:])
-
-
-def stop(server: "subprocess.Popen[bytes]") -> None:
-    """Kill a server with the processes that serve for it."""
-    os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
 
 
 def test_a_full_disk_ends_the_study_and_room_lets_it_go_on(tmp_path: Path, undisturbed):

@@ -1,20 +1,15 @@
 """The page of MLflow that `tune.py` names, in a real browser."""
 
-import os
 import re
 import shutil
-import socket
 import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from urllib.error import URLError
 
 import optuna
 import pytest
 from browser import dump_page, needs_browser
+from mlflow_server import free_address, serve_mlflow, stop
 
 from cbnerf.search.mlflow_store import runs_page, tracking_uri
 from cbnerf.search.plan import Plan
@@ -29,34 +24,18 @@ pytestmark = [
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[[str], str]]:
+def serve(tmp_path: Path) -> Iterator[Callable[[str], str]]:
     """Start MLflow's server on a store; returns its address."""
     servers: list[subprocess.Popen[bytes]] = []
 
     def start(store: str) -> str:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store]
-        command += ["--port", port, "--workers", "1"]
-        quiet, lean = subprocess.DEVNULL, {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        servers.append(
-            subprocess.Popen(command, stdout=quiet, stderr=quiet, env={**os.environ, **lean})
-        )
-        address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 300
-        while time.monotonic() < deadline:
-            assert servers[0].poll() is None, "the server has ended"
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=5).close()
-                return address
-            except (URLError, TimeoutError):
-                time.sleep(0.2)
-        raise TimeoutError(address)
+        address = free_address()
+        servers.append(serve_mlflow(store, tmp_path, address))
+        return address
 
     yield start
     for server in servers:
-        server.terminate()
-        server.wait(60)
+        stop(server)
 
 
 def test_the_printed_page_opens_on_the_configurations_the_best_on_top(

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pytest
 import ray
 import torch
 import torch.distributed as dist
+from drivers import PATIENCE, wait_for
 from ranks import start_ranks
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
@@ -34,8 +35,6 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not fi
 
 DEADLINE = 10
 """Seconds from SIGTERM to the end of the machine."""
-PATIENCE = 300
-"""Seconds to wait for machines."""
 STEPS, STEPS_OF_GROUP = 100, 400
 UNIT = Unit(0, "arcade", 0, {})
 CPU = torch.device("cpu")
@@ -52,13 +51,14 @@ def plan_of_a_training(tiny_plan: Callable[..., Plan], stage: str) -> Plan:
     return tiny_plan("arcade", method="nerf", stopping={"rule": "none"}, fixed=knobs, space=space)
 
 
-def write_down_steps(log: Path) -> None:
-    """Let this process note each step that it has trained."""
+def write_down_steps(log: Path, then: Callable[[int], None] = lambda step: None) -> None:
+    """Let this process note each step that it has trained, and do something with its number."""
     must_end = loop._must_end
 
     def noted(step: int, device: torch.device) -> bool:
         with log.open("a", encoding="utf-8") as file:
             file.write(f"{step}\n")
+        then(step)
         return must_end(step, device)
 
     loop._must_end = noted
@@ -188,22 +188,19 @@ def plan_of_a_group(
 def train_while_machines_come_and_go(about: dict[str, Any]) -> None:
     """In an elastic group: note the steps of each attempt. The first waits at step 50 for rank 2,
     whose machine ends; the second trains slowly until it is told to leave."""
-    log, rank, must_end = about["log"], process_rank(), loop._must_end
+    log, rank = about["log"], process_rank()
     attempt = len(list(log.glob("*-0")))
     dist.barrier()  # before rank 0 begins another file
 
-    def noted(step: int, device: torch.device) -> bool:
-        with (log / f"{attempt}-{rank}").open("a", encoding="utf-8") as file:
-            file.write(f"{step}\n")
+    def wait(step: int) -> None:
         if (attempt, rank, step) == (0, 2, 50):
             here = ray.get_runtime_context().get_node_id()
             (log / "here").write_text(here, encoding="utf-8")
             time.sleep(PATIENCE)
         if attempt == 1 and step > 60:
             time.sleep(0.2)
-        return must_end(step, device)
 
-    loop._must_end = noted
+    write_down_steps(log / f"{attempt}-{rank}", wait)
     _run_unit(about["plan"], UNIT, CPU)
 
 
@@ -222,11 +219,11 @@ def test_an_elastic_group_shrinks_and_grows_with_its_machines_and_trains_what_on
         training = pool.submit(
             _train_together, plan, "test", train_while_machines_come_and_go, {"log": log}, []
         )
-        wait_for(training, (log / "here").exists)
+        wait_for((log / "here").exists, training)
         here = (log / "here").read_text(encoding="utf-8")
         (machine,) = [node for node in small_machines.worker_nodes if node.node_id == here]
         small_machines.remove_node(machine, allow_graceful=False)
-        wait_for(training, lambda: max(steps_in(log / "1-0"), default=0) > 60)
+        wait_for(lambda: max(steps_in(log / "1-0"), default=0) > 60, training)
         small_machines.add_node(num_cpus=1)
         training.result(PATIENCE)
     steps = [[steps_in(log / f"{n}-{rank}") for rank in range(3)] for n in range(3)]
@@ -239,14 +236,6 @@ def test_an_elastic_group_shrinks_and_grows_with_its_machines_and_trains_what_on
     (_, together), (_, expected) = result(plan), result(alone)
     for name, tolerance in {"val/psnr": 1e-3, "val/ssim": 5e-3}.items():
         assert together[name] == pytest.approx(expected[name], rel=tolerance)
-
-
-def wait_for(training: "Future[None]", condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert not training.done(), training.result()
-        assert time.monotonic() < deadline, "never came"
-        time.sleep(0.05)
 
 
 def end_this_process() -> None:
@@ -269,23 +258,17 @@ ENDS = {60: end_this_process, 124: announce_the_end_of_this_machine}
 
 def train_and_lose_machines(about: dict[str, Any]) -> None:
     """In a group of Ray Train: note the steps, and end in the ways of `ENDS`."""
-    log, rank, must_end = about["log"], process_rank(), loop._must_end
+    log, rank = about["log"], process_rank()
 
-    def noted(step: int, device: torch.device) -> bool:
-        with (log / str(rank)).open("a", encoding="utf-8") as file:
-            file.write(f"{step}\n")
+    def end(step: int) -> None:
         if rank == 1 and step in ENDS:
             ENDS[step]()
             time.sleep(2)  # until the main thread has handled the signal, or Ray has told of it
-        return must_end(step, device)
 
-    loop._must_end = noted
     with (log / f"attempts-{rank}").open("a", encoding="utf-8") as file:
         file.write("1\n")
-    try:
-        _run_unit(about["plan"], UNIT, CPU)
-    finally:
-        loop._must_end = must_end
+    write_down_steps(log / str(rank), end)
+    _run_unit(about["plan"], UNIT, CPU)
 
 
 @pytest.mark.faults
