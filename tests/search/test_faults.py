@@ -23,7 +23,7 @@ from cbnerf.search.spec import parse_spec
 from cbnerf.search.state import StudyState
 from cbnerf.strict_yaml import load_yaml
 
-pytestmark = [pytest.mark.search, pytest.mark.faults]
+pytestmark = [pytest.mark.search, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 SCENES = ("arcade", "blinds")

@@ -204,7 +204,7 @@ def train_while_machines_come_and_go(about: dict[str, Any]) -> None:
     _run_unit(about["plan"], UNIT, CPU)
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_an_elastic_group_shrinks_and_grows_with_its_machines_and_trains_what_one_process_trains(
     tiny_plan: Callable[..., Plan], small_machines: Cluster, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -271,7 +271,7 @@ def train_and_lose_machines(about: dict[str, Any]) -> None:
     _run_unit(about["plan"], UNIT, CPU)
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_a_group_of_ray_train_goes_on_from_the_step_at_which_its_machine_went(
     tiny_plan: Callable[..., Plan], small_machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
