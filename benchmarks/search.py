@@ -5,7 +5,8 @@
 `search_table.py` has recorded what random configurations reach. Here whole searches run against
 that table in simulated time, with the state, racing and sampler that real searches run with; a
 proposed configuration gets the row of its nearest recorded neighbour. `naive` trains both stages of
-every scene for every configuration; all others train stage 1 once per scene.
+every scene for every configuration; all others train stage 1 once per scene. `rivals.py` has the
+searches by Optuna and by Ray's ASHA, in which a worker trains whole configurations.
 """
 
 import gzip
@@ -16,15 +17,19 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
 import tyro
+from optuna.trial import TrialState
 from provenance import provenance
+from rivals import RIVALS, Rival
 
 from cbnerf.config import flatten
 from cbnerf.search.plan import Plan, make_plan
+from cbnerf.search.sampler import suggest
 from cbnerf.search.spec import Choices, Sampler, Stopping, load_spec
 from cbnerf.search.state import StudyState
 
@@ -32,25 +37,21 @@ TARGETS = (0.05, 0.02, 0.01)
 """dB below the best of the table that a search has to come within."""
 
 
-class Method(NamedTuple):
+class Ours(NamedTuple):
+    """A search by this platform."""
+
+    sampler: Sampler
     stopping: Stopping
-    sampler: Sampler = "tpe"
-    cached: bool = True
-    """Stage 1 is trained once per scene instead of once per configuration and scene."""
 
 
-METHODS = {
-    "naive random": Method(Stopping(rule="none"), "random", cached=False),
-    "naive TPE": Method(Stopping(rule="none"), cached=False),
-    "cache + TPE": Method(Stopping(rule="none")),
-    "cache + TPE + ASHA": Method(Stopping(rule="asha", grace_period=1)),
-    "cache + TPE + Wilcoxon, p .10": Method(Stopping(rule="wilcoxon", threshold=0.1)),
-    "cache + TPE + Wilcoxon, p .26": Method(Stopping(rule="wilcoxon", threshold=0.26)),
-    "cache + TPE + race": Method(Stopping()),
-    "cache + Sobol and TPE": Method(Stopping(rule="none"), "sobol-tpe"),
-    "cache + Sobol and TPE + race of three rungs": Method(Stopping(grace_period=1), "sobol-tpe"),
-    "cache + Sobol and TPE + race (ours)": Method(Stopping(), "sobol-tpe"),
+NAIVE = "naive TPE"
+OURS: dict[str, Ours] = {
+    "Sobol and TPE": Ours("sobol-tpe", Stopping(rule="none")),
+    "TPE + race": Ours("tpe", Stopping()),
+    "Sobol and TPE + race of three rungs": Ours("sobol-tpe", Stopping(grace_period=1)),
+    "Sobol and TPE + race (ours)": Ours("sobol-tpe", Stopping()),
 }
+METHODS = (NAIVE, *RIVALS, *OURS)
 
 
 @dataclass(kw_only=True)
@@ -144,61 +145,138 @@ def _coordinates(plan: Plan, knobs: dict[str, Any]) -> np.ndarray:
     return np.array(parts)
 
 
+class Replay:
+    """What searches by any method on the table have in common: costs, clock and regret."""
+
+    def __init__(self, table: Table, workers: int, *, with_fields: bool):
+        """`with_fields`: stage 1 is trained once per scene, before the first configuration."""
+        self.table = table
+        self.workers = workers
+        self.busy = float(table.field_seconds.sum()) if with_fields else 0.0
+        self.clock = self.busy / min(workers, len(table.scenes))
+        self.rows: dict[int, int] = {}
+        """Row of the table by number of a configuration."""
+        self.history: list[tuple[float, float, float]] = []
+        self._running: list[tuple[float, int, Any, float]] = []
+        self._count = 0
+        self._num_pruned = 0
+        self._wrong = 0
+
+    @property
+    def has_idle(self) -> bool:
+        return len(self._running) < self.workers
+
+    def start(self, work: Any, seconds: float) -> None:
+        self._count += 1
+        heapq.heappush(self._running, (self.clock + seconds, self._count, work, seconds))
+
+    def finish_next(self) -> Any:
+        """Advance the clock to the end of the next training and return its work."""
+        self.clock, _, work, seconds = heapq.heappop(self._running)
+        self.busy += seconds
+        return work
+
+    def note_pruned(self, number: int, best: int | None) -> None:
+        self._num_pruned += 1
+        if best is not None:
+            ahead = self.table.truth[self.rows[number]] - self.table.truth[self.rows[best]]
+            self._wrong += bool(ahead > Stopping().margin)
+
+    def note_best(self, best: int | None) -> None:
+        if best is not None:
+            regret = float(self.table.truth.max() - self.table.truth[self.rows[best]])
+            self.history.append((self.busy, self.clock, regret))
+
+    def trace(self, trials: int) -> Trace:
+        wrong = self._wrong / max(self._num_pruned, 1)
+        return _trace(self.history, self.busy, wrong, self.table, trials)
+
+
 def replay(options: Options, name: str, workers: int, repetition: int) -> Trace:
     """One search on the table in simulated time."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    method = METHODS[name]
-    spec = load_spec(options.space)
-    spec = replace(
-        spec, stopping=method.stopping, trials=options.trials, seed=repetition,
-        sampler=method.sampler,
-    )  # fmt: skip
+    spec = replace(load_spec(options.space), trials=options.trials, seed=repetition)
+    if name in OURS:
+        spec = replace(spec, stopping=OURS[name].stopping, sampler=OURS[name].sampler)
     plan = make_plan(
         spec, scenes="all", data=None, name="replay", storage=Path("replay"), has_gpu=False
     )
     table = load_table(options.table, plan)
     plan = replace(plan, scenes=table.scenes)
+    run = Replay(table, workers, with_fields=name != NAIVE)
+    seed = repetition % table.psnr.shape[-1]
+    if name in OURS:
+        _run_ours(run, plan, seed)
+    else:
+        _run_rival(run, plan, RIVALS["TPE" if name == NAIVE else name], seed, name == NAIVE)
+    return run.trace(options.trials)
+
+
+def _run_ours(run: Replay, plan: Plan, seed: int) -> None:
     # Without the preset, which lies within 0.02 dB of the best: nothing would be left to find.
     state = StudyState(plan, optuna.create_study(direction="maximize"))
-    seed = repetition % table.psnr.shape[-1]
+    table = run.table
     first_rung = table.psnr.shape[2] - plan.rungs
-    rows: dict[int, int] = {}
-    busy = float(table.field_seconds.sum()) if method.cached else 0.0
-    clock = busy / min(workers, len(table.scenes)) if method.cached else 0.0
-    running: list[tuple[float, int, Any]] = []
-    history: list[tuple[float, float, float]] = []
-    wrong, count = 0, 0
     while not state.is_over:
-        while len(running) < workers and (unit := state.next_unit()):
-            row = rows.setdefault(unit.configuration, _nearest(plan, table, unit.overrides))
+        while run.has_idle and (unit := state.next_unit()):
+            row = run.rows.setdefault(unit.configuration, _nearest(plan, table, unit.overrides))
             scene = table.scenes.index(unit.scene)
             rungs = slice(unit.rung + first_rung if unit.rung else 0, unit.rung + first_rung + 1)
-            seconds = float(
-                table.straight[row, scene]
-                if plan.rungs == 1
-                else table.seconds[row, scene, rungs, seed].sum()
-            )
-            if not method.cached:
-                seconds += float(table.field_seconds[scene])
-            count += 1
-            heapq.heappush(running, (clock + seconds, count, (unit, scene, seconds)))
-        clock, _, (unit, scene, seconds) = heapq.heappop(running)
-        busy += seconds
-        row, rung = rows[unit.configuration], unit.rung + first_rung
+            if plan.rungs == 1:
+                seconds = float(table.straight[row, scene])
+            else:
+                seconds = float(table.seconds[row, scene, rungs, seed].sum())
+            run.start((unit, row, scene, seconds), seconds)
+        unit, row, scene, seconds = run.finish_next()
+        rung = unit.rung + first_rung
         before = state.best()
-        state.record(unit, {
+        metrics = {
             "val/psnr": table.psnr[row, scene, rung, seed],
             "val/ssim": table.ssim[row, scene, rung, seed],
             "seconds": seconds,
-        })  # fmt: skip
+        }
+        state.record(unit, metrics)
+        if unit.configuration in state.pruned:
+            run.note_pruned(unit.configuration, before.number if before else None)
         best = state.best()
-        if unit.configuration in state.pruned and before is not None:
-            ahead = table.truth[row] - table.truth[rows[before.number]]
-            wrong += ahead > Stopping().margin
-        if best is not None:
-            regret = float(table.truth.max() - table.truth[rows[best.number]])
-            history.append((busy, clock, regret))
-    return _trace(history, busy, wrong / max(len(state.pruned), 1), table, options.trials)
+        run.note_best(best.number if best else None)
+
+
+def _run_rival(run: Replay, plan: Plan, rival: Rival, seed: int, naive: bool) -> None:
+    """Workers train whole configurations, scene by scene, until the rule prunes them."""
+    table, num_scenes = run.table, len(run.table.scenes)
+    rule = rival.rule(num_scenes)
+    sampler = rival.sampler(plan.spec.seed)
+    study = optuna.create_study(direction="maximize", sampler=sampler, pruner=rule.pruner)
+    best: tuple[float, int] | None = None
+
+    def start(trial: optuna.Trial, values: list[float]) -> None:
+        row, scene = run.rows[trial.number], len(values)
+        extra = float(table.field_seconds[scene]) if naive else 0.0
+        run.start((trial, values), float(table.straight[row, scene]) + extra)
+
+    num_asked = num_ended = 0
+    while num_ended < plan.spec.trials:
+        while run.has_idle and num_asked < plan.spec.trials:
+            trial = study.ask()
+            num_asked += 1
+            run.rows[trial.number] = _nearest(plan, table, suggest(trial, plan))
+            start(trial, [])
+        trial, values = run.finish_next()
+        values.append(float(table.psnr[run.rows[trial.number], len(values), -1, seed]))
+        is_kept = rule.keeps(trial, values)
+        if len(values) == num_scenes:
+            value = fmean(values)
+            study.tell(trial, value)
+            best = max(best or (value, trial.number), (value, trial.number))
+        elif is_kept:
+            start(trial, values)
+            continue
+        else:
+            study.tell(trial, state=TrialState.PRUNED)
+            run.note_pruned(trial.number, best[1] if best else None)
+        num_ended += 1
+        run.note_best(best[1] if best else None)
 
 
 def _trace(
@@ -279,7 +357,7 @@ def _report(options: Options, traces: dict[tuple[int, str], list[Trace]]) -> Ite
             "| less | regret at its end, dB | mean regret, dB | wrong stops |"
         )
         yield "|---" * (2 * len(TARGETS) + 8) + "|"
-        naive = traces[workers, "naive TPE"]
+        naive = traces[workers, NAIVE]
         for name in METHODS:
             found, cells = traces[workers, name], [name]
             for goal in range(len(TARGETS)):
