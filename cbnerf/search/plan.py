@@ -87,7 +87,7 @@ class Plan(Experiment):
         """
         stopping = self.spec.stopping
         is_fitted = self.base.refiner.kind == "linear"  # in one step
-        if is_fitted or stopping.rule in ("none", "wilcoxon"):
+        if is_fitted or stopping.rule == "none":
             return 1
         num_pixels = _USUAL_VIEWS * self.base.data.width**2 * 3 // 4
         whole, rungs = self.base.num_steps(self.stage, num_pixels), stopping.rungs

@@ -1,7 +1,7 @@
 """Which configurations to prune, and which unit of a configuration to train next.
 
-Applies the pruning rule of a plan to the values that its units have reached; `paired_race` and
-`published_rules` hold the rules themselves. Pure decisions on arrays; no Ray, no Optuna.
+Applies `paired_race` to the values that the units of a plan have reached. Pure decisions on
+arrays; no Ray, no Optuna.
 """
 
 import math
@@ -11,7 +11,6 @@ import numpy as np
 
 from cbnerf.search.paired_race import PairedRace, Verdict
 from cbnerf.search.plan import Plan
-from cbnerf.search.published_rules import halving_keeps, signed_ranks_keep
 from cbnerf.search.spec import QUALITIES
 
 Metrics = dict[str, float]
@@ -31,7 +30,7 @@ class Pruned(NamedTuple):
 
 
 class Racing:
-    """The values of all configurations, and the pruning rule of the plan applied to them."""
+    """The values of all configurations, and the race between them."""
 
     def __init__(self, plan: Plan, num_configurations: int):
         self._plan = plan
@@ -107,8 +106,9 @@ class Racing:
             return None
         costs = costs | {"seconds": self._expected_seconds(number)}
         for rival in self._rivals(costs):
-            if not any(self._keeps(quality, number, rival) for quality in self.qualities):
-                return self._describe(number, rival, costs)
+            verdicts = {q: self._verdict(q, number, rival) for q in self.qualities}
+            if all(verdict.chance < self._stopping.threshold for verdict in verdicts.values()):
+                return self._describe(number, rival, verdicts, costs)
         return None
 
     def next(self, number: int, waiting: list[SceneRung], in_flight: set[SceneRung]) -> SceneRung:
@@ -147,31 +147,15 @@ class Racing:
             if all(self.finished[number][name] <= costs[name] for name in cheap)
         ]
 
-    def _keeps(self, quality: str, number: int, rival: int) -> bool:
-        values, threshold = self._values[quality], self._stopping.threshold
-        match self._stopping.rule:
-            case "asha":
-                return halving_keeps(values, number, self._stopping.eta)
-            case "wilcoxon":
-                return signed_ranks_keep(values, number, rival, threshold)
-            case _:
-                return self._verdict(quality, number, rival).chance >= threshold
-
-    def _describe(self, number: int, rival: int, costs: Metrics) -> Pruned:
-        verdicts = {q: self._verdict(q, number, rival) for q in self.qualities}
+    def _describe(
+        self, number: int, rival: int, verdicts: dict[str, Verdict], costs: Metrics
+    ) -> Pruned:
         worse = {q: math.nextafter(self.finished[rival][q], -math.inf) for q in self.qualities}
         expected = costs | {q: min(verdicts[q].expected, worse[q]) for q in self.qualities}
         chance = max(verdict.chance for verdict in verdicts.values())
         num_units = self._is_measured(number).sum()
         margin = f" by {self._stopping.margin:g}" if self._stopping.margin else ""
-        match self._stopping.rule:
-            case "asha":
-                reason = f"not among the best 1/{self._stopping.eta} of its rung"
-            case "wilcoxon":
-                reason = f"signed ranks against #{rival:02d}"
-            case _:
-                reason = f"{chance:.1%} to beat #{rival:02d}{margin}"
-        reason += f" after {num_units} units"
+        reason = f"{chance:.1%} to beat #{rival:02d}{margin} after {num_units} units"
         return Pruned(reason, [expected[name] for name in self._objectives])
 
     def _verdict(self, quality: str, number: int, rival: int) -> Verdict:

@@ -18,7 +18,7 @@ from cbnerf.overrides import cast, knob_type, with_overrides
 from cbnerf.presets import METHODS, RESOLUTIONS
 from cbnerf.strict_yaml import MOST, load_yaml, shown
 
-Rule = Literal["race", "asha", "wilcoxon", "none"]
+Rule = Literal["race", "none"]
 Sampler = Literal["sobol-tpe", "tpe", "random"]
 Quality = Literal["val/psnr", "val/ssim"]
 Cost = Literal["seconds", "parameters", "codebook.size"]
@@ -130,8 +130,7 @@ class Stopping:
     """When a configuration is pruned."""
 
     rule: Rule = "race"
-    """`race` prunes what is unlikely to beat the incumbent, `asha` keeps the best 1 / `eta` of each
-    rung, `wilcoxon` tests the scenes of the top rung by signed ranks, `none` trains everything."""
+    """`race` prunes what is unlikely to beat the incumbent, `none` trains everything."""
     rungs: Whole = 3
     """Maximum number of rungs, the last being a whole training; 1 compares by scenes alone."""
     eta: Whole = 3
@@ -139,10 +138,9 @@ class Stopping:
     grace_period: Whole = 100
     """Minimum steps of the lowest rung; with fewer, a rung costs more than it reveals."""
     threshold: Number = 0.05
-    """`race` prunes below this probability of beating the incumbent, `wilcoxon` below this
-    p-value."""
+    """Pruned is what beats the incumbent with less than this probability."""
     margin: Number = 0.05
-    """`race`: a lead below this does not count; in dB, and a thirtieth of it in SSIM. The default
+    """A lead below this does not count; in dB, and a thirtieth of it in SSIM. The default
     is about the seed-to-seed spread."""
 
     def __post_init__(self):

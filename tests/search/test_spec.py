@@ -16,7 +16,7 @@ def test_a_specification_is_read_with_the_types_of_its_knobs(tmp_path: Path):
     file.write_text(
         "method: cnn\nresolution: x2-252\ntrials: 5\nseed: 3\n"
         "objectives: [val/ssim, seconds]\nlimits: {parameters: 300000}\n"
-        "stopping: {rule: asha, rungs: 2, eta: 4, threshold: 0.1}\n"
+        "stopping: {rule: none, rungs: 2, eta: 4, threshold: 0.1}\n"
         "fixed: {refiner.optim.lr: 1e-3}\n"  # PyYAML reads this one as text
         "space:\n"
         "  codebook.size: {low: 64, high: 4096, log: true}\n"
@@ -30,7 +30,7 @@ def test_a_specification_is_read_with_the_types_of_its_knobs(tmp_path: Path):
     spec = load_spec(file)
     assert (spec.method, spec.resolution) == ("cnn", "x2-252")
     assert (spec.objectives, spec.limits) == (("val/ssim", "seconds"), {"parameters": 300_000.0})
-    assert spec.stopping == Stopping(rule="asha", rungs=2, eta=4, threshold=0.1)
+    assert spec.stopping == Stopping(rule="none", rungs=2, eta=4, threshold=0.1)
     assert (spec.trials, spec.seed) == (5, 3)
     assert spec.fixed == {"refiner.optim.lr": 1e-3}
     assert spec.space == {

@@ -86,7 +86,7 @@ def specifications(draw: st.DrawFn) -> dict[str, Any]:
         "stopping": st.fixed_dictionaries(
             {},
             optional={
-                "rule": st.sampled_from(["race", "asha", "wilcoxon", "none"]),
+                "rule": st.sampled_from(["race", "none"]),
                 "rungs": st.integers(1, 5),
                 "eta": st.integers(2, 9),
                 "grace_period": st.integers(1, 500),
