@@ -2,12 +2,11 @@
 
     python benchmarks/effects.py
 
-Synthetic studies over the space of the recorded trainings (`search_space.yaml`), with the
-platform's sampler and race. What a configuration is worth is made up; how scenes, rungs and seeds
-differ from that is drawn from the recorded trainings (`search_table.py`), in proportion to the
-effects. Two generators: `smooth` adds up monotone or bent functions of the knobs; `rough` has
-steps, narrow valleys and products of two knobs. The true effect of a knob is the highest minus the
-lowest mean over all other knobs.
+Synthetic studies over the space of the recorded trainings, with the platform's sampler and race.
+What a configuration is worth is made up; how scenes, rungs and seeds differ from that is drawn from
+the recorded trainings (`search_table.py`), in proportion to the effects. Two generators: `smooth`
+adds up monotone or bent functions of the knobs; `rough` has steps, narrow valleys and products of
+two knobs. The true effect of a knob is the highest minus the lowest mean over all other knobs.
 """
 
 import time
@@ -27,10 +26,10 @@ from optuna.importance import (
     get_param_importances,
 )  # fmt: skip
 from provenance import provenance
-from search import Table, load_table
+from recorded import SPACE, TABLE, Table, plan_of
 
 from cbnerf.search.effects import Effect, study_effects
-from cbnerf.search.plan import Plan, make_plan
+from cbnerf.search.plan import Plan
 from cbnerf.search.spec import Choices, Stopping, load_spec
 from cbnerf.search.state import StudyState
 
@@ -40,8 +39,7 @@ _POINTS = 41
 
 @dataclass(kw_only=True)
 class Options:
-    table: Path = Path("benchmarks/results/search/table.json.gz")
-    space: Path = Path("benchmarks/search_space.yaml")
+    table: Path = TABLE
     sizes: tuple[int, ...] = (8, 16, 32, 64)
     """Configurations of a study."""
     studies: int = 12
@@ -184,12 +182,9 @@ def run_study(plan: Plan, generator: str, noise: Noise, seed: int) -> Outcome:
 def main(options: Options) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     started = time.perf_counter()
-    spec = replace(load_spec(options.space), stopping=Stopping(grace_period=1))
-    plan = make_plan(
-        spec, scenes="all", data=None, name="effects", storage=Path("effects"), has_gpu=False
-    )
-    table = load_table(options.table, plan)
-    plan, noise = replace(plan, scenes=table.scenes), Noise(table)
+    spec = replace(load_spec(SPACE), stopping=Stopping(grace_period=1))
+    plan, table = plan_of(spec, options.table)
+    spec, noise = plan.spec, Noise(table)
     lines = ["# Effects of knobs in studies where they are known\n", provenance(1), _ABOUT]
     for generator in GENERATORS:
         lines += [f"## {generator}\n", *_HEADER]
