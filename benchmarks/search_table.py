@@ -76,7 +76,7 @@ def main(options: Options) -> None:
         "about": provenance(1),
         "configurations": configurations,
         "fields": fields,
-        "rows": rows,
+        "rows": [row for row in rows if row["configuration"] < len(configurations)],
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_bytes(gzip.compress(json.dumps(table).encode(), mtime=0))
