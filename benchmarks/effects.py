@@ -26,7 +26,7 @@ from optuna.importance import (
     get_param_importances,
 )  # fmt: skip
 from provenance import provenance
-from recorded import SPACE, TABLE, Table, plan_of
+from recorded import SPACE, TABLE, Table, load_table, plan_of
 
 from cbnerf.search.effects import Effect, study_effects
 from cbnerf.search.plan import Plan
@@ -183,8 +183,8 @@ def main(options: Options) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     started = time.perf_counter()
     spec = replace(load_spec(SPACE), stopping=Stopping(grace_period=1))
-    plan, table = plan_of(spec, options.table)
-    spec, noise = plan.spec, Noise(table)
+    plan = plan_of(spec)
+    spec, noise = plan.spec, Noise(load_table(options.table, plan))
     lines = ["# Effects of knobs in studies where they are known\n", provenance(1), _ABOUT]
     for generator in GENERATORS:
         lines += [f"## {generator}\n", *_HEADER]

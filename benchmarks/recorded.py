@@ -55,14 +55,12 @@ class Outcome(NamedTuple):
     """Mean over scenes of the last rung, without noise."""
 
 
-def plan_of(spec: SearchSpec, table_file: Path) -> tuple[Plan, Table]:
-    """The plan of a search in the recorded space, and the recorded trainings."""
+def plan_of(spec: SearchSpec) -> Plan:
+    """The plan of a search at the recorded resolution, of the recorded scenes."""
     spec = replace(spec, resolution=RESOLUTION)
-    plan = make_plan(
+    return make_plan(
         spec, scenes="all", data=None, name="replay", storage=Path("replay"), has_gpu=False
     )
-    table = load_table(table_file, plan)
-    return replace(plan, scenes=table.scenes), table
 
 
 def load_table(file: Path, plan: Plan) -> Table:
@@ -106,7 +104,7 @@ class Surrogate:
 
     def __init__(self, plan: Plan, table: Table):
         self._plan = plan
-        self._table = table
+        self.table = table
         self._psnr = _forest(table.points, table.psnr.mean(axis=3))
         self._seconds = _forest(table.points, np.log(table.seconds.mean(axis=3)))
         deviations = (table.psnr[..., 0] - table.psnr[..., 1]) / np.sqrt(2)
@@ -115,7 +113,7 @@ class Surrogate:
 
     def train(self, overrides: dict[str, Any], seed: int, number: int) -> Outcome:
         """Train configuration `number` of a search with this seed."""
-        shape = self._table.psnr.shape[1:3]
+        shape = self.table.psnr.shape[1:3]
         point = coordinates(self._plan, overrides)[None]
         psnr = self._psnr.predict(point).reshape(shape)
         seconds = np.exp(self._seconds.predict(point).reshape(shape))
@@ -123,7 +121,7 @@ class Surrogate:
         rng = np.random.default_rng((seed, number))
         row = rng.integers(len(self._noise))
         noise = self._noise_of_all * (1 - 2 * (seed % 2)) + self._noise[row] * rng.choice([-1, 1])
-        straight = seconds.sum(axis=1) * self._table.straight
+        straight = seconds.sum(axis=1) * self.table.straight
         return Outcome(psnr + noise, seconds, straight, float(psnr[:, -1].mean()))
 
     @cached_property
@@ -145,7 +143,7 @@ class Surrogate:
     def quality(self) -> tuple[float, float]:
         """R2 and rank correlation of means over scenes, each predicted without its configuration:
         by the trees that have not seen it."""
-        measured = self._table.psnr[:, :, -1].mean(axis=(1, 2))
+        measured = self.table.psnr[:, :, -1].mean(axis=(1, 2))
         predicted = self._mean(self._psnr.oob_prediction_)
         unexplained = ((measured - predicted) ** 2).mean() / measured.var()
         return 1 - float(unexplained), float(np.asarray(spearmanr(measured, predicted))[0])
@@ -167,7 +165,7 @@ class Surrogate:
 
     def _mean(self, psnr: np.ndarray) -> np.ndarray:
         """Mean over scenes of the last rung."""
-        return psnr.reshape(-1, *self._table.psnr.shape[1:3])[:, :, -1].mean(axis=1)
+        return psnr.reshape(-1, *self.table.psnr.shape[1:3])[:, :, -1].mean(axis=1)
 
 
 def _forest(points: np.ndarray, values: np.ndarray) -> RandomForestRegressor:

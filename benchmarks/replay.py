@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import optuna
 from optuna.trial import TrialState
-from recorded import Outcome, Surrogate, Table
+from recorded import Outcome, Surrogate
 from rivals import Rival
 
 from cbnerf.search.plan import Plan
@@ -41,11 +41,12 @@ class Trace(NamedTuple):
 class Replay:
     """What searches by any method have in common: trainings, costs, clock and regret."""
 
-    def __init__(self, surrogate: Surrogate, table: Table, workers: int, *, with_fields: bool):
+    def __init__(self, surrogate: Surrogate, workers: int, seed: int, *, with_fields: bool):
         """`with_fields`: stage 1 is trained once per scene, before the first configuration."""
-        self.table = table
+        self.table = table = surrogate.table
         self.workers = workers
         self._surrogate = surrogate
+        self._seed = seed
         self.busy = float(table.field_seconds.sum()) if with_fields else 0.0
         self.clock = self.busy / min(workers, len(table.scenes))
         self._outcomes: dict[int, Outcome] = {}
@@ -55,10 +56,10 @@ class Replay:
         self._num_pruned = 0
         self._wrong = 0
 
-    def outcome(self, plan: Plan, number: int, overrides: dict[str, Any]) -> Outcome:
+    def outcome(self, number: int, overrides: dict[str, Any]) -> Outcome:
         """What configuration `number` of the search reaches."""
         if number not in self._outcomes:
-            self._outcomes[number] = self._surrogate.train(overrides, plan.spec.seed, number)
+            self._outcomes[number] = self._surrogate.train(overrides, self._seed, number)
         return self._outcomes[number]
 
     @property
@@ -106,7 +107,7 @@ def run_ours(run: Replay, plan: Plan) -> Trace:
     first_rung = run.table.psnr.shape[2] - plan.rungs
     while not state.is_over:
         while run.has_idle and (unit := state.next_unit()):
-            outcome = run.outcome(plan, unit.configuration, unit.overrides)
+            outcome = run.outcome(unit.configuration, unit.overrides)
             scene, rung = scenes.index(unit.scene), unit.rung + first_rung
             first = rung if unit.rung else 0
             if plan.rungs == 1:
@@ -131,7 +132,10 @@ def run_rival(run: Replay, plan: Plan, rival: Rival, *, is_naive: bool) -> Trace
     num_scenes = len(run.table.scenes)
     rule = rival.rule(num_scenes)
     sampler = rival.sampler(plan.spec.seed)
-    study = optuna.create_study(direction="maximize", sampler=sampler, pruner=rule.pruner)
+    # Hyperband draws its brackets from the name.
+    study = optuna.create_study(
+        study_name=str(plan.spec.seed), direction="maximize", sampler=sampler, pruner=rule.pruner
+    )
     best: tuple[float, int] | None = None
 
     def start(trial: optuna.Trial, outcome: Outcome, values: list[float]) -> None:
@@ -144,7 +148,7 @@ def run_rival(run: Replay, plan: Plan, rival: Rival, *, is_naive: bool) -> Trace
         while run.has_idle and num_asked < plan.spec.trials:
             trial = study.ask()
             num_asked += 1
-            start(trial, run.outcome(plan, trial.number, suggest(trial, plan)), [])
+            start(trial, run.outcome(trial.number, suggest(trial, plan)), [])
         trial, outcome, values = run.finish_next()
         values.append(float(outcome.psnr[len(values), -1]))
         is_kept = rule.keeps(trial, values)

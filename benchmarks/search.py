@@ -22,7 +22,7 @@ import numpy as np
 import optuna
 import tyro
 from provenance import provenance
-from recorded import SPACE, TABLE, Surrogate, Table, plan_of
+from recorded import SPACE, TABLE, Surrogate, load_table, plan_of
 from replay import TARGETS, Replay, Trace, run_ours, run_rival
 from rivals import RIVALS
 
@@ -62,17 +62,16 @@ class Options:
 
 
 @cache
-def _surrogate(options: Options) -> tuple[Plan, Table, Surrogate]:
-    spec = replace(load_spec(SPACE), trials=options.trials)
-    plan, table = plan_of(spec, options.table)
-    return plan, table, Surrogate(plan, table)
+def _surrogate(options: Options) -> tuple[Plan, Surrogate]:
+    plan = plan_of(replace(load_spec(SPACE), trials=options.trials))
+    return plan, Surrogate(plan, load_table(options.table, plan))
 
 
 def _search(options: Options, name: str, workers: int, repetition: int) -> Trace:
     """One search in simulated time."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    plan, table, surrogate = _surrogate(options)
-    run = Replay(surrogate, table, workers, with_fields=name != NAIVE)
+    plan, surrogate = _surrogate(options)
+    run = Replay(surrogate, workers, repetition, with_fields=name != NAIVE)
     spec = replace(plan.spec, seed=repetition)
     if name in OURS:
         spec = replace(spec, stopping=OURS[name].stopping, sampler=OURS[name].sampler)
@@ -114,7 +113,8 @@ def _report(options: Options, traces: dict[tuple[int, str], list[Trace]]) -> Ite
     rng = np.random.default_rng(0)
     yield "# Searches replayed on recorded trainings\n"
     yield provenance(1)
-    plan, table, surrogate = _surrogate(options)
+    plan, surrogate = _surrogate(options)
+    table = surrogate.table
     explained, correlation = surrogate.quality
     yield (
         f"{len(table.points)} configurations were recorded; for one that it has not seen the "

@@ -19,15 +19,16 @@ import optuna
 import torch
 import tyro
 from provenance import provenance
-from recorded import RESOLUTION, SPACE, TABLE
+from recorded import SPACE, TABLE, plan_of
 
 from cbnerf.config import Config
 from cbnerf.data.library import load_scene
 from cbnerf.data.renders import load_renders
 from cbnerf.overrides import with_overrides
-from cbnerf.presets import preset
 from cbnerf.scenes import BUILT_IN_SCENES
-from cbnerf.search.spec import Choices, SearchSpec, load_spec
+from cbnerf.search.plan import Plan
+from cbnerf.search.sampler import suggest
+from cbnerf.search.spec import load_spec
 from cbnerf.training.stages import RENDERS_FILE, run_field, run_refiner
 
 CPU = torch.device("cpu")
@@ -44,9 +45,9 @@ class Options:
 
 def main(options: Options) -> None:
     torch.set_num_threads(1)
-    spec = load_spec(SPACE)
-    base = preset(spec.method, RESOLUTION)
-    configurations = list(_draw(spec, options.configurations))
+    plan = plan_of(load_spec(SPACE))
+    base = plan.base
+    configurations = list(_draw(plan, options.configurations))
     rows_file = options.storage / "rows.jsonl"
     options.storage.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = (
@@ -66,6 +67,7 @@ def main(options: Options) -> None:
                     row = {"configuration": number, "scene": scene, "seed": seed}
                     row["rungs"] = _climb(config, scene, options.storage, (9, 3, 1))
                     if seed == 0 and scene == BUILT_IN_SCENES[number % len(BUILT_IN_SCENES)]:
+                        # One scene tells what it costs to stop at rungs.
                         (whole,) = _climb(config, scene, options.storage, (1,))
                         row["straight"] = whole["seconds"]
                     rows.append(row)
@@ -82,18 +84,12 @@ def main(options: Options) -> None:
     options.output.write_bytes(gzip.compress(json.dumps(table).encode(), mtime=0))
 
 
-def _draw(spec: SearchSpec, count: int) -> Iterator[dict[str, Any]]:
+def _draw(plan: Plan, count: int) -> Iterator[dict[str, Any]]:
     """The preset, then random points of the space."""
     yield {}
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(count - 1):
-        trial = study.ask()
-        yield {
-            name: trial.suggest_categorical(name, domain.choices)
-            if isinstance(domain, Choices)
-            else trial.suggest_float(name, domain.low, domain.high, log=domain.log)
-            for name, domain in spec.space.items()
-        }
+        yield suggest(study.ask(), plan)
 
 
 def _field(base: Config, name: str, storage: Path) -> dict[str, float]:

@@ -138,7 +138,7 @@ class Stopping:
     grace_period: Whole = 100
     """Minimum steps of the lowest rung; with fewer, a rung costs more than it reveals."""
     threshold: Number = 0.05
-    """Pruned is what beats the incumbent with less than this probability."""
+    """A configuration is pruned below this probability of beating the incumbent."""
     margin: Number = 0.05
     """A lead below this does not count; in dB, and a thirtieth of it in SSIM. The default
     is about the seed-to-seed spread."""
